@@ -1,0 +1,198 @@
+"""The bundled models, from data to student: `python recipes/gsm.py STAGE`, or `torchrun --nproc-per-node 2 recipes/gsm.py STAGE` on two GPUs.
+
+Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal model adapted to
+masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM). Each stage writes a folder under --runs and is skipped if that is
+complete.
+"""
+
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fewstep.engine.language_model import LanguageModel
+from fewstep.files import write_folder_whole
+from fewstep.measure.gsm_solutions import is_correct
+from fewstep.measure.gsm_symbolic import problems, training_rows
+from fewstep.models.load import BUNDLED, load_network
+from fewstep.models.network import Network
+from fewstep.models.roles import ContextAttention, Role
+from fewstep.train.examples import Examples
+from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.trainer import Evaluate, TrainSettings, train
+
+app = typer.Typer(pretty_exceptions_enable=False)
+Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
+
+MAX_PROMPT, MAX_ANSWER, BLOCK = 160, 256, 32
+ROWS_PER_TASK = 20_000
+RUNS = Path("runs/gsm")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer")
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+def make_part(task: tuple[int, Path]) -> None:
+    """One part of the training set: rows of one seed, tokenized, as flat arrays. A part that exists is kept."""
+    seed, folder = task
+    if folder.exists():
+        return
+    torch.set_num_threads(1)
+    tok = tokenizer()
+    rows = list(training_rows(seed, ROWS_PER_TASK))
+    prompts = [f"<bos>{row['prompt']}<answer>" for row in rows]
+    completions = [f"{row['completion']}<eos>" for row in rows]
+    pairs = [
+        (prompt, completion)
+        for prompt, completion in zip(encode(tok, prompts), encode(tok, completions), strict=True)
+        if len(prompt) <= MAX_PROMPT and len(completion) <= MAX_ANSWER
+    ]
+    examples = Examples.from_ids([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
+    with write_folder_whole(folder) as target:
+        for name in Examples.__dataclass_fields__:
+            values = getattr(examples, name).numpy()
+            np.save(target / f"{name}.npy", values.astype(np.uint16) if name.endswith("ids") else values)
+
+
+def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tok.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def load_examples(folder: Path) -> Examples:
+    """All parts as one table."""
+    parts = sorted(folder.glob("part-*"))
+    loaded = {name: [np.load(part / f"{name}.npy") for part in parts] for name in Examples.__dataclass_fields__}
+
+    def offsets(name: str) -> torch.Tensor:
+        lengths = np.concatenate([np.diff(part) for part in loaded[name]])
+        return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+
+    def ids(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(loaded[name]).astype(np.int16))
+
+    return Examples(ids("prompt_ids"), offsets("prompt_offsets"), ids("completion_ids"), offsets("completion_offsets"))
+
+
+@app.command()
+def data(runs: Runs = RUNS, examples: int = 3_000_000, workers: int = 32, seed: int = 1) -> None:
+    """Render and tokenize training problems and arithmetic drills."""
+    folder = runs / "data"
+    tasks = [(seed * 1_000_000 + i, folder / f"part-{i:04d}") for i in range(-(-examples // ROWS_PER_TASK))]
+    with Pool(workers) as pool:
+        for done, _ in enumerate(pool.imap_unordered(make_part, tasks), start=1):
+            if done % 25 == 0 or done == len(tasks):
+                print(f"data: {done * ROWS_PER_TASK} rows", flush=True)
+
+
+# --- causal model and teacher ----------------------------------------------------------------------------------------------
+
+
+def fresh_network(device: str) -> Network:
+    """The bundled shape: 9.6 M parameters, 12 layers of width 256."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+    )
+    return Network(LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tokenizer(), name="gsm-ar")
+
+
+def accuracy(count: int, **settings: Any) -> Evaluate:
+    """An `evaluate` callable: the share of the first development problems solved, and tokens per forward."""
+    items = problems("dev", count)
+
+    def evaluate(network: Network, step: int) -> dict[str, float]:
+        lm = LanguageModel(network)
+        outputs = lm.generate([item.question for item in items], batch_size=count, max_new_tokens=MAX_ANSWER, **settings)
+        right = [is_correct(output.text, item.answer) for output, item in zip(outputs, items, strict=True)]
+        tokens = sum(output.num_tokens for output in outputs)
+        print(f"sample at step {step}: {outputs[0].text!r}", flush=True)
+        return {
+            "accuracy": float(np.mean(right)),
+            "tokens_per_forward": tokens / sum(output.num_forwards for output in outputs),
+        }
+
+    return evaluate
+
+
+def gpu_settings(**values: Any) -> TrainSettings:
+    """What all runs on a GPU share."""
+    cuda = torch.cuda.is_available()
+    return TrainSettings(
+        precision="bf16" if cuda else "no", weights_dtype="bfloat16" if cuda else "float32", compiled=cuda, **values
+    )
+
+
+@app.command()
+def ar(
+    runs: Runs = RUNS, steps: int = 3000, rows: int = 48, row_length: int = 2048, learning_rate: float = 2e-3, dev: int = 500
+) -> None:
+    """Train the causal model from scratch."""
+    network = fresh_network(device())
+    objective = CausalObjective(network.role, load_examples(runs / "data"), network.eos_token_id)
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=200, log_every=100, evaluate_every=steps
+    )
+    train(network, objective, settings, runs / "gsm-ar", evaluate=accuracy(dev))
+
+
+@app.command()
+def teacher(
+    runs: Runs = RUNS,
+    source: str = "gsm-ar",
+    name: str = "gsm-teacher",
+    context_attention: ContextAttention = "causal",
+    steps: int = 3000,
+    rows: int = 48,
+    row_length: int = 2048,
+    learning_rate: float = 1.5e-3,
+    shift: bool = True,
+    leftward: float = 0.5,
+    frontier: float = 0.3,
+    seed: int = 0,
+    dev: int = 200,
+) -> None:
+    """Adapt a causal model (or continue a teacher) to masked diffusion."""
+    network = load_network(runs / source, dtype="float32", device=device())
+    role = Role(
+        name="bidirectional", block_size=BLOCK, mask_token_id=2, context_attention=context_attention, right_shift_logits=shift
+    )
+    network = Network(network.module, role, network.tokenizer, name=name)
+    objective = MaskedDiffusionObjective(
+        role, load_examples(runs / "data"), network.eos_token_id, corruption=Corruption(leftward=leftward, frontier=frontier)
+    )
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=100, log_every=100,
+        evaluate_every=steps, seed=seed,
+    )  # fmt: skip
+    train(network, objective, settings, runs / name, evaluate=accuracy(dev))
+
+
+def device() -> str:
+    """This process's own GPU under torchrun."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    import os
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+if __name__ == "__main__":
+    app()

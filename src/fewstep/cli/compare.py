@@ -1,0 +1,60 @@
+"""`fewstep compare`: two models, or two settings of one, on the same problems."""
+
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.cli.evaluate import print_figures
+from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
+from fewstep.cli.report import progress_bar, write_report
+from fewstep.errors import FewstepError
+
+SPECIFICATION = "MODEL[,setting=value...]"
+
+
+def compare(
+    place: PlaceOptions,
+    problems: ProblemOptions,
+    first: Annotated[str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-student,threshold=0.9")],
+    second: Annotated[str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-teacher,steps=32")],
+    json: Json = None,
+) -> None:
+    """Compares two models or settings on the same problems, with a paired test."""
+    from fewstep.measure.compare import compare as compare_reports
+    from fewstep.measure.evaluate import evaluate
+
+    asked = problems.read()
+    contenders = [_parse(first), _parse(second)]
+    models = [place.load(name, settings.pop("role", None)) for name, settings in contenders]
+    for lm, (_, settings) in zip(models, contenders, strict=True):
+        lm.decoder(**settings)  # refuse a bad setting before the first long run
+    with progress_bar("comparing", 2 * len(asked)) as advance:
+        reports = [
+            evaluate(lm, asked, task=problems.task, batch_size=problems.batch_size, progress=advance, **settings)
+            for lm, (_, settings) in zip(models, contenders, strict=True)
+        ]
+    comparison = compare_reports(*reports)
+    print_figures([report.to_json() for report in reports])
+    print(comparison.sentence())
+    print(
+        f"First / second: tokens per pass {comparison.tokens_per_forward_ratio:.2f}x, "
+        f"median seconds {comparison.seconds_ratio:.3f}x."
+    )
+    write_report(json, comparison.to_json())
+
+
+def _parse(specification: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings, in the types of `GenerationSettings`; `role` may be among them."""
+    from fewstep.cli.run_settings import settings_of
+    from fewstep.engine.settings import GenerationSettings
+
+    name, *parts = specification.split(",")
+    known = settings_of({GenerationSettings: ""})
+    del known["policy"]
+    settings: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or (key not in known and key != "role"):
+            raise FewstepError(f"{part!r} in {specification!r} is no setting=value; settings: role, {', '.join(known)}")
+        settings[key] = value if key == "role" else known[key].read_option(value)
+    return name, settings

@@ -1,0 +1,241 @@
+"""`fewstep demo`: teacher and student side by side on the same problems, then the parts of the speed-up."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from fewstep.cli.lanes import Lane, draw
+from fewstep.cli.options import Json, PlaceOptions
+from fewstep.cli.report import print_table, write_report
+
+if TYPE_CHECKING:
+    from fewstep.engine.language_model import LanguageModel
+    from fewstep.measure.gsm_symbolic import Problem
+    from fewstep.measure.timing import Timing
+
+CANVAS_LENGTH = 256
+SECONDS_PER_FRAME = 0.05
+LANE_HEIGHT = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model's answer to one problem."""
+
+    problem: str
+    num_tokens: int
+    num_forwards: int
+    seconds: float
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A model and how it decodes here."""
+
+    name: str
+    lm: "LanguageModel"
+    settings: dict[str, Any]
+
+    def solve(self, problem: "Problem") -> Run:
+        """Without showing it."""
+        output = self.lm.generate(problem.question, **self.settings)
+        return self.judge(problem, output, output.seconds)
+
+    def judge(self, problem: "Problem", output: Any, seconds: float) -> Run:
+        """The run that `output` makes."""
+        from fewstep.measure.gsm_solutions import is_correct
+
+        return Run(
+            problem=problem.id,
+            num_tokens=output.num_tokens,
+            num_forwards=output.num_forwards,
+            seconds=seconds,
+            right=is_correct(output.text, problem.answer),
+        )
+
+    def describe(self) -> str:
+        """The model in words."""
+        network = self.lm.network
+        return f"{network.name}, {network.role.name}, {network.num_parameters / 1e6:.1f} M parameters, {network.device}"
+
+    def warm_up(self, problem: "Problem") -> None:
+        """A short answer nobody counts: the first forwards of a process are slow."""
+        self.lm.generate(problem.question, **{**self.settings, "max_new_tokens": 32, "early_stop": True})
+
+
+def demo(
+    place: PlaceOptions,
+    teacher: Annotated[str, typer.Option(metavar="NAME", help="The diffusion teacher.")] = "gsm-teacher",
+    student: Annotated[str, typer.Option(metavar="NAME", help="The block-causal student.")] = "gsm-student",
+    causal: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled.")
+    ] = None,
+    num_problems: Annotated[int, typer.Option(min=1, help="The first so many of the bundled test problems.")] = 5,
+    threshold: Annotated[float | None, typer.Option(help="The student's threshold (0.9).")] = None,
+    json: Json = None,
+) -> None:
+    """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""
+    from fewstep.measure.gsm_symbolic import problems
+    from fewstep.measure.timing import speed_factors
+    from fewstep.models.load import bundled_names
+
+    chosen = problems("test", num_problems)
+    if causal is None and "gsm-ar" in bundled_names():
+        causal = "gsm-ar"
+    length = {"max_new_tokens": CANVAS_LENGTH}
+    slow = Contestant(name="teacher", lm=place.load(teacher), settings=length)
+    faster = length if threshold is None else {**length, "threshold": threshold}
+    fast = Contestant(name="student", lm=place.load(student), settings=faster)
+    published = Contestant(name="teacher, no early stop", lm=slow.lm, settings={**length, "early_stop": False})
+    extra = [] if causal is None else [Contestant(name="causal, KV cache", lm=place.load(causal), settings=length)]
+    for contestant in (slow, fast, *extra):
+        print(f"{contestant.name}: {contestant.describe()}")
+
+    with _stage("warming up"):
+        for contestant in (slow, fast, *extra):
+            contestant.warm_up(chosen[0])
+    runs: dict[str, list[Run]] = {contestant.name: [] for contestant in (published, slow, *extra, fast)}
+    for number, problem in enumerate(chosen, start=1):
+        for contestant, run in zip((slow, fast), _race(number, problem, [slow, fast]), strict=True):
+            runs[contestant.name].append(run)
+        _print_outcome(number, runs[slow.name][-1], runs[fast.name][-1])
+    for contestant in extra:
+        with _stage("the same problems with the causal model"):
+            runs[contestant.name] += [contestant.solve(problem) for problem in chosen]
+    with _stage(f"problem 1 once more with the teacher as published: all {CANVAS_LENGTH} passes"):
+        runs[published.name].append(published.solve(chosen[0]))
+
+    factors = asdict(speed_factors(*(_timing(runs[c.name][:1]) for c in (published, slow, fast))))
+    _print_table(runs, fast.name)
+    print(
+        f"\nOn problem 1 the student is {factors['total']:.1f}x as fast as the teacher as published = "
+        f"stopping {factors['stopping']:.1f}x * fewer passes {factors['fewer_passes']:.1f}x * "
+        f"cheaper passes (cache) {factors['caching']:.1f}x."
+    )
+    write_report(json, {"runs": {name: [asdict(run) for run in of] for name, of in runs.items()}, "factors": factors})
+
+
+# The race
+
+
+class _Racer:
+    """A contestant under way, drawn on a lane. Its clock runs only while it computes."""
+
+    def __init__(self, contestant: Contestant, problem: "Problem") -> None:
+        self.contestant = contestant
+        self.problem = problem
+        self.lane = Lane(contestant.name, [None] * CANVAS_LENGTH)
+        self.stream = contestant.lm.stream(problem.question, **contestant.settings)
+        self._events = iter(self.stream)
+        self.run: Run | None = None
+
+    def advance(self) -> None:
+        """Up to the next finalised token, or to the end."""
+        started_s = time.perf_counter()
+        event = next(self._events, None)
+        self.lane.seconds += time.perf_counter() - started_s
+        if event is None:
+            assert self.stream.output is not None
+            self.run = self.contestant.judge(self.problem, self.stream.output, self.lane.seconds)
+            self.lane.num_forwards = self.run.num_forwards
+            self.lane.verdict = "· right" if self.run.right else "· wrong"
+            return
+        is_end = event.token_id == self.contestant.lm.network.eos_token_id
+        self.lane.finalise(event.position, "" if is_end else event.text, event.step)
+        self.lane.num_forwards = event.step
+
+
+def _race(number: int, problem: "Problem", contestants: Sequence[Contestant]) -> list[Run]:
+    """Let the contestants solve a problem; drawn live in a terminal.
+
+    They take turns: the one whose own clock is behind computes next, so the picture shows true relative speed.
+    """
+    racers = [_Racer(contestant, problem) for contestant in contestants]
+    with _screen(f"Problem {number}. {problem.question}", [racer.lane for racer in racers]) as redraw:
+        while running := [racer for racer in racers if racer.run is None]:
+            min(running, key=lambda racer: racer.lane.seconds).advance()
+            redraw()
+    return [racer.run for racer in racers if racer.run is not None]
+
+
+@contextmanager
+def _screen(question: str, lanes: list[Lane]) -> Iterator[Callable[[], None]]:
+    """Yields what to call after a change; it draws every SECONDS_PER_FRAME at most, in a terminal only."""
+    console = Console()
+    if not console.is_terminal:
+        print(question, flush=True)
+        yield lambda: None
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        drawn_s = 0.0
+
+        def redraw() -> None:
+            nonlocal drawn_s
+            if time.perf_counter() - drawn_s > SECONDS_PER_FRAME:
+                live.update(draw(question, lanes, height=LANE_HEIGHT), refresh=True)
+                drawn_s = time.perf_counter()
+
+        yield redraw
+        live.update(draw(question, lanes, height=LANE_HEIGHT), refresh=True)
+
+
+@contextmanager
+def _stage(what: str) -> Iterator[None]:
+    """A spinner beside `what` in a terminal, a line elsewhere."""
+    console = Console()
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        print(f"{what} ...", flush=True)
+        yield
+
+
+# What came out
+
+
+def _timing(runs: Sequence[Run]) -> "Timing":
+    from fewstep.measure.timing import Timing
+
+    return Timing(
+        seconds=[run.seconds for run in runs],
+        num_forwards=[run.num_forwards for run in runs],
+        num_tokens=[run.num_tokens for run in runs],
+    )
+
+
+def _print_outcome(number: int, slow: Run, fast: Run) -> None:
+    def told(run: Run) -> str:
+        return f"{run.num_forwards} passes, {run.seconds:.2f} s, {'right' if run.right else 'wrong'}"
+
+    print(
+        f"problem {number}: teacher {told(slow)} | student {told(fast)} | {slow.seconds / fast.seconds:.1f}x",
+        flush=True,
+    )
+
+
+def _print_table(runs: dict[str, list[Run]], fastest: str) -> None:
+    """Means over each contestant's problems; its time is compared on the problems that it solved."""
+    rows = []
+    for name, of in runs.items():
+        num_forwards = sum(run.num_forwards for run in of)
+        same = runs[fastest][: len(of)]
+        rows.append(
+            [
+                name,
+                f"{sum(run.right for run in of)} of {len(of)}",
+                f"{num_forwards / len(of):.1f}",
+                f"{sum(run.seconds for run in of) / len(of):.3f}",
+                f"{sum(run.num_tokens for run in of) / num_forwards:.2f}",
+                f"{sum(run.seconds for run in of) / sum(run.seconds for run in same):.1f}x",
+            ]
+        )
+    print()
+    print_table(["model", "right", "passes", "seconds", "tok/pass", "vs. student"], rows)

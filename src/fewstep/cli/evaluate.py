@@ -1,0 +1,102 @@
+"""`fewstep eval`: accuracy, passes, tokens per pass and time; sweeps and plots."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.cli.extras import require
+from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
+from fewstep.cli.report import note, print_table, progress_bar, write_report
+from fewstep.errors import FewstepError
+
+
+def evaluate(
+    model: ModelOptions,
+    decoding: DecodingOptions,
+    problems: ProblemOptions,
+    sweep_thresholds: Annotated[
+        str | None, typer.Option(metavar="LIST", help="One evaluation for each, such as 0.5,0.7,0.9.")
+    ] = None,
+    sweep_steps: Annotated[
+        str | None, typer.Option(metavar="LIST", help="One evaluation for each, such as 16,32,64.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="STEM", help="Draw accuracy against tokens per forward: STEM.png and STEM.svg."),
+    ] = None,
+    records: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer as a JSON line.")] = None,
+    json: Json = None,
+) -> None:
+    """Measures accuracy with its interval, passes, tokens per pass and latency."""
+    thresholds = _numbers(sweep_thresholds, float, "--sweep-thresholds")
+    steps = _numbers(sweep_steps, int, "--sweep-steps")
+    if plot is not None:
+        require("matplotlib")
+    from fewstep.files import write_rows_whole
+    from fewstep.measure.evaluate import evaluate as evaluate_once
+    from fewstep.measure.evaluate import sweep
+    from fewstep.measure.plots import plot_accuracy
+
+    asked = problems.read()
+    lm = model.load_model()
+    options: dict[str, Any] = {"task": problems.task, "batch_size": problems.batch_size, **decoding.given()}
+    num_runs = max(1, len(thresholds) + len(steps))
+    with progress_bar("evaluating", len(asked) * num_runs) as advance:
+        if thresholds or steps:
+            reports = sweep(lm, asked, thresholds=thresholds, steps=steps, progress=advance, **options)
+        else:
+            reports = [evaluate_once(lm, asked, progress=advance, **options)]
+    figures = [report.to_json() for report in reports]
+    print_figures(figures)
+    write_report(json, figures if thresholds or steps else figures[0])
+    if records is not None:
+        write_rows_whole(
+            records,
+            (
+                {"threshold": report.threshold, "steps": report.steps, **record}
+                for report in reports
+                for record in report.records_json()
+            ),
+        )
+    if plot is not None:
+        drawn = plot_accuracy({model.model: figures}, plot, title=f"{problems.task}, {len(asked)} problems")
+        note(f"drawn: {', '.join(map(str, drawn))}")
+
+
+def print_figures(figures: list[dict[str, Any]]) -> None:
+    """Reports as a table, one row each."""
+    print_table(
+        ["model", "decoding", "solved", "passes", "tok/pass", "seconds", "tok/s"],
+        [
+            [
+                figure["model"],
+                _decoding(figure),
+                _solved(figure),
+                f"{figure['num_forwards_mean']:.1f}",
+                f"{figure['tokens_per_forward']:.2f}",
+                f"{figure['seconds_median']:.3f}",
+                f"{figure['tokens_per_second']:.0f}",
+            ]
+            for figure in figures
+        ],
+        num_texts=2,
+    )
+
+
+def _solved(figure: dict[str, Any]) -> str:
+    low, high = figure["accuracy_ci95"]
+    return f"{figure['accuracy']:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _decoding(figure: dict[str, Any]) -> str:
+    if figure["steps"] is not None:
+        return f"{figure['decoder']} {figure['steps']} steps"
+    return figure["decoder"] + ("" if figure["threshold"] is None else f" {figure['threshold']:g}")
+
+
+def _numbers(text: str | None, kind: type, option: str) -> list[Any]:
+    try:
+        return [] if text is None else [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise FewstepError(f"{option} is a list of numbers with commas between them, got {text!r}") from None

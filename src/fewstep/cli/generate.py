@@ -1,0 +1,157 @@
+"""`fewstep generate`: one prompt from the command line or standard input, or a file of prompts."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewstep.cli.options import DecodingOptions, Json, ModelOptions
+from fewstep.cli.report import note, progress_bar, write_report
+from fewstep.errors import FewstepError
+
+if TYPE_CHECKING:
+    from fewstep.decode.requests import Output
+    from fewstep.engine.language_model import LanguageModel
+
+
+def generate(
+    model: ModelOptions,
+    decoding: DecodingOptions,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it and without --input, standard input.")
+    ] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help='Prompts: JSON lines {"id", "prompt"}.')
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}.',
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without a template.")] = False,
+    json: Json = None,
+) -> None:
+    """Completes one prompt, or every prompt of a file."""
+    if (input_file is None) != (output_file is None):
+        raise FewstepError("--input and --output go together: name a file of prompts and a file for the results")
+    if prompt is not None and input_file is not None:
+        raise FewstepError("give a prompt or --input, not both")
+    if input_file is not None and output_file is not None:
+        prompts = _read_prompts(input_file)
+        lm = model.load_model()
+        outputs = _complete_all(lm, list(prompts.values()), batch_size=batch_size, raw=raw, **decoding.given())
+        _write_outputs(output_file, dict(zip(prompts, outputs, strict=True)))
+    else:
+        text = _read_prompt(prompt)
+        lm = model.load_model()
+        outputs = [_complete_one(lm, text, raw=raw, **decoding.given())]
+    report = summary(lm, outputs, decoding.given())
+    if sys.stdout.isatty():
+        note(describe(report))
+    write_report(json, report)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise FewstepError("no prompt: give one as an argument, on standard input, or with --input FILE")
+    return sys.stdin.read().rstrip("\n")
+
+
+def _read_prompts(path: Path) -> dict[Any, Any]:
+    """Id -> prompt, in the order of the file."""
+    from fewstep.files import numbered_rows
+
+    prompts: dict[Any, Any] = {}
+    for line, row in numbered_rows(path):
+        for field in ("id", "prompt"):
+            if field not in row:
+                raise FewstepError(f'{path} line {line} has no field {field!r}; a line is {{"id": 1, "prompt": "..."}}')
+        if not isinstance(row["id"], str | int) or row["id"] in prompts:
+            raise FewstepError(f"{path} line {line}: the id {row['id']!r} is no text or number of its own")
+        if not row["prompt"] or not isinstance(row["prompt"], str | list):
+            raise FewstepError(f"{path} line {line}: the prompt is empty or no text")
+        prompts[row["id"]] = row["prompt"]
+    if not prompts:
+        raise FewstepError(f"{path} holds no prompts")
+    return prompts
+
+
+def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "Output":
+    """Print the answer: as it grows in a terminal, at once into a pipe."""
+    stream = lm.stream(prompt, **settings)
+    num_printed = 0
+    for _ in stream:
+        if sys.stdout.isatty():
+            text = stream.answer_text()
+            print(text[num_printed:], end="", flush=True)
+            num_printed = len(text)
+    assert stream.output is not None
+    print(stream.output.text[num_printed:])
+    return stream.output
+
+
+def _complete_all(lm: "LanguageModel", prompts: list[Any], *, batch_size: int, **settings: Any) -> "list[Output]":
+    """At batch size 1 each prompt is submitted alone, so that its `seconds` do not count the wait for the others."""
+    groups = [[prompt] for prompt in prompts] if batch_size == 1 else [prompts]
+    with progress_bar("generating", len(prompts)) as advance:
+        answered = [
+            lm.generate(group, batch_size=batch_size, on_output=lambda _index, _output: advance(), **settings)
+            for group in groups
+        ]
+    return [output for group in answered for output in group]
+
+
+def _write_outputs(path: Path, outputs: "dict[Any, Output]") -> None:
+    from fewstep.files import write_rows_whole
+
+    write_rows_whole(
+        path,
+        (
+            {
+                "id": name,
+                "text": output.text,
+                "num_tokens": output.num_tokens,
+                "num_forwards": output.num_forwards,
+                "seconds": output.seconds,
+            }
+            for name, output in outputs.items()
+        ),
+    )
+
+
+def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, Any]) -> dict[str, Any]:
+    """The report on some outputs; the ratio is that of the sums."""
+    num_tokens = sum(output.num_tokens for output in outputs)
+    num_forwards = sum(output.num_forwards for output in outputs)
+    return {
+        "model": lm.network.name,
+        "role": lm.role.name,
+        "decoder": lm.decoder(**settings).name,
+        "settings": settings,
+        "dtype": str(lm.network.dtype).removeprefix("torch."),
+        "device": str(lm.network.device),
+        "n": len(outputs),
+        "num_tokens": num_tokens,
+        "num_forwards": num_forwards,
+        "tokens_per_forward": num_tokens / num_forwards,
+        "seconds": [output.seconds for output in outputs],
+        "finish_reasons": [output.finish_reason for output in outputs],
+        "texts": [output.text for output in outputs],
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report in one line."""
+    longest = max(report["seconds"])
+    return (
+        f"{report['num_tokens']} tokens in {report['num_forwards']} passes, "
+        f"{report['tokens_per_forward']:.2f} tokens per pass, {longest:.2f} s"
+        + (f" at the longest of {report['n']}" if report["n"] > 1 else "")
+    )

@@ -1,0 +1,41 @@
+"""`fewstep infill`: fill a gap between two texts, or the mask tokens inside one."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.cli.generate import describe, summary
+from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
+from fewstep.cli.report import note, write_report
+from fewstep.errors import FewstepError
+
+
+def infill(
+    model: TeacherOptions,
+    decoding: PolicyOptions,
+    text: Annotated[
+        str | None, typer.Argument(help="A text with the model's mask token wherever it is to be filled.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="What stands before the gap.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="What stands after the gap.")] = None,
+    num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Size of the gap between --prefix and --suffix.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the text answers, through the model's template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take --prompt as it is, without a template.")] = False,
+    json: Json = None,
+) -> None:
+    """Fills the gap between --prefix and --suffix, or the mask tokens inside TEXT."""
+    if (text is None) == (prefix is None and suffix is None):
+        raise FewstepError("give either a text with mask tokens or --prefix and --suffix")
+    if text is None and num_tokens is None:
+        raise FewstepError("--num-tokens is missing: how many tokens is the gap between --prefix and --suffix?")
+    lm = model.load_model()
+    gap: dict[str, Any] = {"text": text} if text is not None else {"num_tokens": num_tokens}
+    output = lm.infill(prefix or "", suffix or "", prompt=prompt, raw=raw, **gap, **decoding.given())
+    print(output.text)
+    report = summary(lm, [output], decoding.given())
+    if sys.stdout.isatty():
+        note(describe(report))
+    write_report(json, report)

@@ -1,0 +1,114 @@
+"""The command `fewstep`: its commands, and how it ends when something is wrong."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+import fewstep
+from fewstep.cli.collect import collect
+from fewstep.cli.compare import compare
+from fewstep.cli.demo import demo
+from fewstep.cli.doctor import doctor
+from fewstep.cli.evaluate import evaluate
+from fewstep.cli.extras import missing_sentence
+from fewstep.cli.generate import generate
+from fewstep.cli.infill import infill
+from fewstep.cli.merge import merge
+from fewstep.cli.models import models
+from fewstep.cli.options import with_option_groups
+from fewstep.cli.train import FORWARD_EVERYTHING, train
+from fewstep.errors import FewstepError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+
+app = typer.Typer(
+    name="fewstep",
+    help="Language models that decode in a few passes: train a student from a teacher, decode fast, measure honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "generate": generate,
+    "infill": infill,
+    "collect": collect,
+    "eval": evaluate,
+    "compare": compare,
+    "merge": merge,
+    "models": models,
+    "doctor": doctor,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(with_option_groups(command))
+app.command("train", context_settings=FORWARD_EVERYTHING)(train)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(fewstep.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `fewstep` itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, or 2 with one sentence on standard error, or 130 after Ctrl-C."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    # Notices about the internals of these libraries tell a user of ours nothing.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|torch)")
+    try:
+        code = app(args=arguments, prog_name="fewstep", standalone_mode=False)
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        return _fail(_usage_sentence(error))
+    except FewstepError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        sentence = missing_sentence(error.name or "")
+        if sentence is None:
+            raise
+        return _fail(sentence)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. The interpreter's last flush must go elsewhere, or it complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _print_error("interrupted; files already finished were kept")
+    return code if isinstance(code, int) else 0
+
+
+def _usage_sentence(error: typer.TyperException) -> str:
+    format_message = getattr(error, "format_message", None)
+    message = str(format_message() if callable(format_message) else error).strip()
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "fewstep"
+    return f"{message.rstrip('.')}; see {where} --help" if message else f"see {where} --help"
+
+
+def _fail(message: str) -> int:
+    _print_error(" ".join(message.split()))
+    return 2
+
+
+def _print_error(sentence: str) -> None:
+    print(f"fewstep: {sentence}", file=sys.stderr)

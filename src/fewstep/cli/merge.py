@@ -1,0 +1,43 @@
+"""`fewstep merge`: adapter + base -> one plain folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import Json
+from fewstep.cli.report import note, write_report
+from fewstep.errors import FewstepError
+
+
+def merge(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A folder with adapter_config.json, or a bundled name.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The plain folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; float32 loses nothing.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FOLDER if it exists.")] = False,
+    json: Json = None,
+) -> None:
+    """Merges an adapter into its base and writes a plain folder that stock transformers loads."""
+    from fewstep.files import write_folder_whole
+    from fewstep.models.load import load_network, resolve, save_network
+
+    source = resolve(adapter)
+    if isinstance(source, Path) and not (source / "adapter_config.json").exists():
+        raise FewstepError(
+            f"{adapter} has no adapter_config.json, so there is nothing to merge; it is a plain model already"
+        )
+    network = load_network(adapter, dtype=dtype, device="cpu")
+    with write_folder_whole(output, overwrite=overwrite) as folder:
+        save_network(network, folder)
+    write_report(
+        json,
+        {
+            "adapter": adapter,
+            "output": str(output),
+            "role": network.role.name,
+            "num_parameters": network.num_parameters,
+        },
+    )
+    note(f"{adapter} merged into {output}: {network.num_parameters / 1e6:.1f} M parameters, role {network.role.name}")

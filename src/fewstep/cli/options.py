@@ -1,0 +1,180 @@
+"""Options that several commands share, in groups: a command takes `model: ModelOptions`, typer sees its fields."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from fewstep.engine.language_model import LanguageModel
+    from fewstep.measure.gsm_symbolic import Problem
+    from fewstep.models.roles import RoleName
+
+_MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report to this file as JSON.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """Where weights live and in which numbers."""
+
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL)] = "auto"
+
+    def load(self, name: str, role: "RoleName | None" = None) -> "LanguageModel":
+        """The model `name` in this place; FewstepError if it cannot be loaded."""
+        import fewstep
+
+        return fewstep.load(name, role=role, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(PlaceOptions):
+    """One model, its role and its place."""
+
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL)
+    ] = "gsm-student"
+    role: Annotated[
+        str | None,
+        typer.Option(
+            help="autoregressive, bidirectional or block_causal; the checkpoint says which by default.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+
+    def load_model(self) -> "LanguageModel":
+        """The model; FewstepError if it cannot be loaded."""
+        return self.load(self.model, cast("RoleName | None", self.role))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(ModelOptions):
+    """The same, by default the bundled teacher."""
+
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL)
+    ] = "gsm-teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """Which problems."""
+
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help='Problems: JSON lines {"id", "question", "answer"}.', rich_help_panel=_PROBLEMS
+        ),
+    ] = None
+    split: Annotated[
+        Literal["dev", "test", "heldout"],
+        typer.Option(help="Bundled problems of gsm-symbolic, unless --data is given.", rich_help_panel=_PROBLEMS),
+    ] = "test"
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many.", rich_help_panel=_PROBLEMS)] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
+
+    @property
+    def task(self) -> str:
+        """The name that reports give the task."""
+        return "gsm-symbolic" if self.data is None else self.data.stem
+
+    def read(self) -> "list[Problem]":
+        """FewstepError for a damaged file, or for more problems than are bundled."""
+        from fewstep.measure.gsm_symbolic import problems, read_problems
+
+        return problems(self.split, self.limit) if self.data is None else read_problems(self.data)[: self.limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """How tokens are chosen; what is not given is left to the model's role and to `GenerationSettings`."""
+
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="autoregressive, diffusion or block; the role picks the default.", rich_help_panel=_DECODING),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Finalise every token at least this probable (block: 0.9).", rich_help_panel=_DECODING),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Passes in total over the canvas (diffusion: one per token).", rich_help_panel=_DECODING),
+    ] = None
+    order: Annotated[
+        str | None,
+        typer.Option(help="low_confidence, random, margin, entropy or origin.", rich_help_panel=_DECODING),
+    ] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block.", rich_help_panel=_DECODING)] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default, takes the most probable token.", rich_help_panel=_DECODING)
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the k most probable tokens.", rich_help_panel=_DECODING)
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the best tokens of this probability.", rich_help_panel=_DECODING)
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of each request (0).", rich_help_panel=_DECODING)] = None
+
+    def given(self) -> dict[str, Any]:
+        """Settings for `LanguageModel`: only those that were given."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions(PolicyOptions):
+    """The same, and how long the answer may be."""
+
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most new tokens (256).", rich_help_panel=_DECODING)] = None
+    canvas_length: Annotated[
+        int | None,
+        typer.Option(help="Canvas of the diffusion decoder; by default --max-new-tokens.", rich_help_panel=_DECODING),
+    ] = None
+    early_stop: Annotated[
+        bool | None,
+        typer.Option(
+            "--early-stop/--no-early-stop",
+            help="Stop at the end-of-text (default), or run all passes.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer expects it: each parameter that is a group of options replaced by the group's fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _group_parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _group_parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]

@@ -1,0 +1,181 @@
+"""Options and YAML keys that mirror settings classes, so that a setting is declared once, beside its reader.
+
+A run file's keys are the option names with underscores; options override it. Unknown keys are errors.
+"""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from fewstep.cli.options import Json
+from fewstep.errors import FewstepError
+
+Groups = Mapping[type, str]
+"""Settings class -> prefix of its options' names."""
+
+Built = dict[type, Any]
+"""Settings class -> its instance."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings class, as an option and as a key of a run file."""
+
+    name: str
+    group: type
+    field: "Field[Any]"
+    type: Any
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default(self) -> Any:
+        """The field's default; MISSING if it has none."""
+        factory = self.field.default_factory
+        return self.field.default if factory is MISSING else factory()
+
+    def parameter(self) -> inspect.Parameter:
+        """An option that is None unless given; what is not bool arrives as text and is read by `read`."""
+        option = typer.Option(
+            help=self._help(), metavar=_describe(self.type), show_default=False, rich_help_panel=_panel(self.group)
+        )
+        annotation = bool | None if self.type is bool else str | None
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+        )
+
+    def read(self, value: Any, where: str) -> Any:
+        """`value` in the field's type; FewstepError naming `where` if it is none."""
+        import pydantic
+
+        try:
+            return pydantic.TypeAdapter(self.type).validate_python(value)
+        except pydantic.ValidationError as error:
+            wanted = _describe(self.type)
+            raise FewstepError(f"{where}: expected {wanted}, got {value!r}") from error
+
+    def read_option(self, text: Any) -> Any:
+        """What an option's text spells; text stays text where text is wanted."""
+        return self.read(_parse(text, self.type), self.option)
+
+    def _help(self) -> str:
+        if self.default is MISSING:
+            return "Required."
+        return f"Default: {self.default}." if self.default is not None else "Not set by default."
+
+
+def settings_of(groups: Groups) -> dict[str, Setting]:
+    """Name -> setting, over all fields that the groups' constructors take. No two may have the same name."""
+    found: dict[str, Setting] = {}
+    for group, prefix in groups.items():
+        hints = get_type_hints(group)
+        for field in fields(group):
+            name = f"{prefix}{field.name}"
+            assert name not in found, f"{group.__name__} and {found[name].group.__name__} share {name}"
+            if field.init:
+                found[name] = Setting(name, group, field, hints[field.name])
+    return found
+
+
+def build_settings(groups: Groups, config: Path | None, given: Mapping[str, Any]) -> Built:
+    """Group -> its instance: defaults, overridden by the run file, overridden by the options that were `given`.
+
+    FewstepError for an unknown key, a value of another type, or a required setting that is nowhere.
+    """
+    known = settings_of(groups)
+    values = _read_run_file(config, known) if config is not None else {}
+    for name, value in given.items():
+        if value is not None:
+            values[name] = known[name].read_option(value)
+    missing = [setting for name, setting in known.items() if setting.default is MISSING and name not in values]
+    if missing:
+        raise FewstepError(f"{missing[0].option} is missing; give it as an option or in --config")
+    return {
+        group: group(**{s.field.name: values[name] for name, s in known.items() if s.group is group and name in values})
+        for group in groups
+    }
+
+
+def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FewstepError(f"could not read {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FewstepError(f"{path} is not valid YAML: {error}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise FewstepError(f"{path} must hold lines of the form 'key: value'")
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise FewstepError(f"{path} has an unknown key {key!r}; {hint}")
+    return {key: known[key].read(value, f"{key} in {path}") for key, value in content.items()}
+
+
+def _parse(value: Any, wanted: Any) -> Any:
+    """Text of an option as the value it spells; text stays text where text is wanted."""
+    import yaml
+
+    if not isinstance(value, str) or wanted in (str, Path) or str in get_args(wanted) or Path in get_args(wanted):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _describe(wanted: Any) -> str:
+    """A type as a person reads it: 'number', 'a|b', 'list of number'."""
+    names = {int: "integer", float: "number", str: "text", Path: "path", bool: "true|false", NoneType: "none"}
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return "|".join(_describe(argument) for argument in arguments if argument is not NoneType)
+    if origin in (tuple, list, Sequence):
+        return f"list of {_describe(arguments[0])}"
+    return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
+
+
+def _panel(group: type) -> str:
+    first_sentence = (inspect.getdoc(group) or group.__name__).replace("\n", " ").split(". ")[0]
+    return re.split(r"[;:.,(]", first_sentence)[0].strip()
+
+
+def with_settings(command: Callable[[Built, Path | None], None], groups: Groups) -> Callable[..., None]:
+    """A typer command whose options are the settings of `groups`, `--config` and `--json`."""
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config),
+        *(setting.parameter() for setting in settings_of(groups).values()),
+        inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Json),
+    ]
+
+    @functools.wraps(command)
+    def flat(*, config: Path | None, json: Path | None, **given: Any) -> None:
+        command(build_settings(groups, config, given), json)
+
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="YAML with the options' names as keys (underscores for dashes); options override it."
+    ),
+]

@@ -1,0 +1,225 @@
+"""The subcommands of `fewstep train`: their options are the fields of settings classes, below and in `train/`."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from fewstep.cli.report import note, write_report
+from fewstep.cli.run_settings import Built, Groups, with_settings
+from fewstep.decode.health import measure_health
+from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
+from fewstep.models.load import load_network
+from fewstep.models.network import Network
+from fewstep.models.roles import ContextAttention, RoleName
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.examples import Examples, encode_rows, read_training_rows, split_row
+from fewstep.train.lora import LoRASettings
+from fewstep.train.monitor import CollapseLimits, CollapseMonitor
+from fewstep.train.objectives import CanvasLengths, CausalObjective, Corruption, MaskedDiffusionObjective, Objective
+from fewstep.train.trainer import Evaluate, TrainSettings, train
+from fewstep.train.trajectory_table import read_table
+
+app = typer.Typer(
+    help="Trains a network: options, or --config run.yaml overridden by options. It runs under torchrun as it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+# Settings that belong to the command line
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """The network; what is not given is as in its checkpoint."""
+
+    block_size: int | None = None
+    context_attention: ContextAttention | None = None
+    device: str = "auto"
+
+    def load(self, name: str, role: RoleName | None = None) -> Network:
+        """In float32, on this process's device, playing `role`; a causal network's mask token is its tokenizer's."""
+        device = self.device
+        if device == "auto" and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        network = load_network(name, dtype="float32", device=device)
+        own = network.role
+        wanted = replace(
+            own,
+            name=role or own.name,
+            block_size=self.block_size or own.block_size,
+            context_attention=self.context_attention or own.context_attention,
+            mask_token_id=network.tokenizer.mask_token_id if own.mask_token_id is None else own.mask_token_id,
+        )
+        return Network(network.module, wanted, network.tokenizer, name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(NetworkSettings):
+    """The network to start from; what is not given is as in its checkpoint."""
+
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStart(Start):
+    """The network to start from, causal or diffusion, and the role it is trained in."""
+
+    role: RoleName = "bidirectional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentStart(NetworkSettings):
+    """Trajectories and the teacher that made them; the student starts from `model`, by default the teacher."""
+
+    trajectories: Path
+    teacher: str = "gsm-teacher"
+    model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training rows: JSONL or Parquet with prompt and completion, messages, or text; longer ones are left out."""
+
+    data: Path
+    max_prompt: int | None = None
+    max_completion: int | None = None
+
+    def read(self, network: Network) -> Examples:
+        """As token ids. FewstepError naming file and line of a row that lacks a field."""
+        return encode_rows(
+            read_training_rows(self.data),
+            network.tokenizer,
+            source=str(self.data),
+            max_prompt=self.max_prompt,
+            max_completion=self.max_completion,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """How often the canvas has 1, 2, ... blocks."""
+
+    weights: tuple[float, ...] = CanvasLengths.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Where the result goes, as a plain folder or an adapter, and what is watched on the way."""
+
+    output: Path
+    lora: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Held-out rows whose prompts are answered at every evaluation: a sample for the log, health, collapse."""
+
+    data: Path | None = None
+    num_prompts: int = 32
+    max_new_tokens: int = 256
+
+
+RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
+
+
+# The subcommands
+
+
+def diffusion(built: Built, json: Path | None) -> None:
+    """A masked-diffusion teacher (or, with --role block_causal, plain block diffusion)."""
+    start: TeacherStart = built[TeacherStart]
+    network = start.load(start.model, start.role)
+    objective = MaskedDiffusionObjective(
+        network.role,
+        built[Data].read(network),
+        network.eos_token_id,
+        corruption=built[Corruption],
+        canvas=CanvasLengths(block_size=network.role.block_size, weights=built[Canvas].weights),
+    )
+    _run(network, objective, built, json)
+
+
+def cdlm(built: Built, json: Path | None) -> None:
+    """A block-causal student, from a teacher's trajectories (CDLM, arXiv 2511.19269)."""
+    start: StudentStart = built[StudentStart]
+    # Its own copy of the weights: the teacher's head must not move with the student's.
+    teacher = NetworkSettings(device=start.device).load(start.teacher)
+    network = start.load(start.model or start.teacher, "block_causal")
+    table, references = read_table(start.trajectories, teacher)
+    objective = CDLMObjective(
+        network.role, table, network.eos_token_id, references=references, settings=built[CDLMSettings]
+    )
+    _run(network, objective, built, json)
+
+
+def sft(built: Built, json: Path | None) -> None:
+    """Supervised fine-tuning of a causal model or a block-causal student, in the role it has."""
+    start: Start = built[Start]
+    network = start.load(start.model)
+    examples = built[Data].read(network)
+    objective: Objective
+    if network.role.name == "autoregressive":
+        objective = CausalObjective(network.role, examples, network.eos_token_id)
+    else:
+        objective = MaskedDiffusionObjective(network.role, examples, network.eos_token_id)
+    _run(network, objective, built, json)
+
+
+app.command("diffusion")(
+    with_settings(diffusion, {TeacherStart: "", Data: "", **RUN, Corruption: "", Canvas: "canvas_"})
+)
+app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: ""}))
+app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
+
+
+# What they share
+
+
+def _run(network: Network, objective: Objective, built: Built, json: Path | None) -> None:
+    outcome: Outcome = built[Outcome]
+    result = train(
+        network,
+        objective,
+        built[TrainSettings],
+        outcome.output,
+        lora=built[LoRASettings] if outcome.lora else None,
+        evaluate=_watcher(network, built[Watch], built[CollapseLimits]),
+    )
+    if os.environ.get("RANK", "0") == "0":
+        note(
+            f"{result.folder}: {result.steps} steps, {result.real_tokens} tokens in {result.seconds:.0f} s, "
+            f"{result.tokens_per_second:.0f} tokens/s"
+        )
+        write_report(json, {**asdict(result), "folder": str(result.folder)})
+
+
+def _watcher(network: Network, watch: Watch, limits: CollapseLimits) -> Evaluate | None:
+    """An `evaluate` for the trainer that answers held-out prompts and stops the run if the answers have collapsed."""
+    if watch.data is None:
+        return None
+    rows = list(read_training_rows(watch.data))[: watch.num_prompts]
+    prompts: list[Any] = [split_row(row, f"{watch.data} line {line}")[0] for line, row in enumerate(rows, start=1)]
+    if not prompts:
+        raise FewstepError(f"{watch.data} holds no rows to watch")
+    monitor = CollapseMonitor(limits)
+
+    def evaluate(trained: Network, step: int) -> dict[str, float]:
+        outputs = LanguageModel(trained).generate(prompts, max_new_tokens=watch.max_new_tokens)
+        note(f"sample at step {step}: {outputs[0].text!r}")
+        health = measure_health([output.token_ids for output in outputs], ignored_ids=[trained.eos_token_id])
+        monitor.observe_health(health, step=step)
+        num_forwards = sum(output.num_forwards for output in outputs)
+        return {
+            "tokens_per_forward": sum(output.num_tokens for output in outputs) / num_forwards,
+            **health.to_json(),
+        }
+
+    return evaluate

@@ -1,0 +1,56 @@
+"""Block decoding of a block-causal student with an exact KV cache. CDLM, arXiv 2511.19269.
+
+Blocks are decoded left to right. Since no row sees a later block, a finished block's keys and values are exact once
+they are computed from its final tokens, and that commit shares the forward of the next block's first step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewstep.decode.decoder import cached_plan, canvas_length, grouped_passes, open_canvas
+from fewstep.decode.policies import CONFIDENT, Policy
+from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.sampling import GREEDY, Sampling
+from fewstep.decode.state import State
+from fewstep.errors import FewstepError
+from fewstep.models.network import Plan
+from fewstep.models.roles import Role, RoleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """As many tokens per pass as the policy finds. Plan shapes: `denoise` (B rows), `commit` (2 B) and `prefill`."""
+
+    name: ClassVar[str] = "block"
+    roles: ClassVar[tuple[RoleName, ...]] = ("block_causal",)
+    cached: ClassVar[bool] = True
+
+    role: Role
+    policy: Policy = CONFIDENT
+    sampling: Sampling = GREEDY
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.policy.paced:
+            raise FewstepError("the block decoder takes no step schedule; set a threshold or use the diffusion decoder")
+
+    @property
+    def block_size(self) -> int:
+        return self.role.block_size
+
+    def canvas(self, request: Request) -> Canvas:
+        if request.canvas is not None:
+            raise FewstepError("the block decoder cannot infill: no block sees a later one; use a bidirectional model")
+        assert self.role.mask_token_id is not None
+        length = canvas_length(self.role, request, self.block_size)
+        return open_canvas(length, self.role.mask_token_id, limit=request.max_new_tokens, early_stop=self.early_stop)
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
+        return grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size)
+
+    def plan(self, state: State, width: int) -> Plan:
+        kind = {0: "denoise", self.block_size: "commit"}.get(width, "prefill")
+        return cached_plan(kind, state, self.role, width=width, active=self.block_size)

@@ -1,0 +1,120 @@
+"""What a decoder is, and what the cached ones share.
+
+Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = room for its pending rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.policies import Policy
+from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.sampling import Sampling
+from fewstep.decode.state import State
+from fewstep.models.network import Plan
+from fewstep.models.roles import INVISIBLE, Role, RoleName
+
+FREE_ROWS = 128
+"""Up to about so many rows a forward costs what reading the weights costs, and one pass for all requests is best."""
+
+PREFILL_BUCKET = 16
+"""Prefill shapes are multiples of this, so that there are few of them."""
+
+
+class Decoder(Protocol):
+    """Lays requests out and groups them into passes, on the host; `plan` only computes with tensors.
+
+    A step is `plan`, one forward, `state.accept`.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[RoleName, ...]]
+    cached: ClassVar[bool]
+
+    @property
+    def role(self) -> Role: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def sampling(self) -> Sampling: ...
+
+    def canvas(self, request: Request) -> Canvas:
+        """The room for new tokens. FewstepError if the request cannot be decoded so."""
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Split live requests into the passes of a round: (indices into them, width) for each pass; every request once.
+
+        CPU tensors: `pending_R` as in State, `extent_R` the positions a request takes up, in whole blocks.
+        """
+
+    def plan(self, state: State, width: int) -> Plan:
+        """What to score in a pass of this width."""
+
+
+def whole_blocks(count: int, block_size: int) -> int:
+    """`count` rounded up to whole blocks."""
+    return -(-count // block_size) * block_size
+
+
+def first_block_start(role: Role, context_length: int) -> int:
+    return int(role.first_block_start(torch.tensor(context_length)))
+
+
+def canvas_length(role: Role, request: Request, block_size: int) -> int:
+    """`max_new_tokens` rounded up so that the canvas ends with a whole block."""
+    tail = len(request.prompt_ids) - first_block_start(role, len(request.prompt_ids))
+    return whole_blocks(tail + request.max_new_tokens, block_size) - tail
+
+
+def open_canvas(length: int, placeholder: int, *, limit: int, early_stop: bool) -> Canvas:
+    """A canvas of open positions only; without early stop all of it is decoded, beyond the limit too."""
+    return Canvas(
+        tokens=[placeholder] * length,
+        open=[True] * length,
+        limit=limit if early_stop else length,
+        stops_early=early_stop,
+    )
+
+
+def grouped_passes(pending_R: Tensor, shapes: Sequence[int], active: int) -> Iterator[tuple[Tensor, int]]:
+    """Group requests by the smallest of the `shapes` that holds their pending rows; wider ones are prefilled together.
+
+    A result depends on neither the grouping nor the width, since the rows beyond a request's pending ones are inert.
+    """
+    widest = int(pending_R.max())
+    width = next((shape for shape in shapes if widest <= shape), whole_blocks(widest, PREFILL_BUCKET))
+    if len(pending_R) * (width + active) <= FREE_ROWS:
+        yield torch.arange(len(pending_R)), width
+        return
+    above = -1
+    for shape in (*shapes, width):
+        members = ((pending_R > above) & (pending_R <= shape)).nonzero()[:, 0]
+        if len(members):
+            yield members, shape
+        above = shape
+
+
+def cached_plan(kind: str, state: State, role: Role, *, width: int, active: int) -> Plan:
+    """Rows `[front - W, front + A)` of every request; those before its pending ones or past its canvas are inert.
+
+    Scored are the active rows; with none, the last pending row, whose next token is the one at the front.
+    """
+    device = state.tokens_RL.device
+    length = state.tokens_RL.shape[1]
+    positions_RQ = state.front_R[:, None] + torch.arange(-width, active, device=device)
+    inert_RQ = (positions_RQ < state.cached_R[:, None]) | (positions_RQ >= state.canvas_end_R[:, None])
+    inert_RQ |= state.done_R[:, None]
+    positions_RQ = positions_RQ.clamp(0, length - 1)
+    scored_S = torch.arange(width if active else width - 1, width + active, device=device)
+    return Plan(
+        kind=kind,
+        tokens_RQ=state.tokens_RL.gather(1, positions_RQ),
+        positions_RQ=positions_RQ,
+        blocks_RQ=torch.where(inert_RQ, INVISIBLE, role.blocks(positions_RQ, state.context_length_R[:, None])),
+        slots_RQ=torch.where(inert_RQ, length, positions_RQ),  # slot p holds position p; slot `length` is scratch
+        scored_RS=scored_S.expand(len(positions_RQ), -1),
+    )

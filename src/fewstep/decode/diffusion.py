@@ -1,0 +1,101 @@
+"""Uncached masked-diffusion decoding: the published teacher. LLaDA, arXiv 2502.09992; Dream, arXiv 2508.15487.
+
+Every step forwards the whole context and canvas. Blocks are a schedule only: the leftmost unfinished one is decoded
+first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.decoder import canvas_length, first_block_start, open_canvas, whole_blocks
+from fewstep.decode.policies import ONE_PER_STEP, Policy
+from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.sampling import GREEDY, Sampling
+from fewstep.decode.state import State
+from fewstep.errors import FewstepError
+from fewstep.models.network import Plan
+from fewstep.models.roles import INVISIBLE, Role, RoleName
+
+LENGTH_BUCKET = 16
+"""Forwards are multiples of this long, so that there are few shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """`steps` over the canvas are split evenly over its blocks, the remainder to the first; None is one per token.
+
+    They matter to paced policies only (`EvenSplit`, `Origin`). A block whose masks are all final before its steps are
+    over gives up the rest: no pass is made that can finalise nothing. `canvas_length`: the room that the network sees,
+    by default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A
+    block-causal network is decoded as its role says, without the cache.
+    """
+
+    name: ClassVar[str] = "diffusion"
+    roles: ClassVar[tuple[RoleName, ...]] = ("bidirectional", "block_causal")
+    cached: ClassVar[bool] = False
+
+    role: Role
+    block_size: int
+    policy: Policy = ONE_PER_STEP
+    steps: int | None = None
+    canvas_length: int | None = None
+    sampling: Sampling = GREEDY
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.role.name == "block_causal" and self.block_size != self.role.block_size:
+            raise FewstepError(
+                f"the attention has blocks of {self.role.block_size}, so the schedule cannot have {self.block_size}"
+            )
+
+    def canvas(self, request: Request) -> Canvas:
+        canvas = self._fresh_canvas(request) if request.canvas is None else self._given_canvas(request.canvas)
+        start = len(request.prompt_ids) - first_block_start(self.role, len(request.prompt_ids))
+        num_blocks = len({(start + i) // self.block_size for i, is_open in enumerate(canvas.open) if is_open})
+        num_steps = self.steps or sum(canvas.open)
+        if num_steps < num_blocks:
+            raise FewstepError(
+                f"{num_steps} steps are fewer than the {num_blocks} blocks of the canvas; raise steps or the block size"
+            )
+        return replace(canvas, num_blocks=num_blocks, num_steps=num_steps)
+
+    def _fresh_canvas(self, request: Request) -> Canvas:
+        length = self.canvas_length or canvas_length(self.role, request, self.block_size)
+        if length < request.max_new_tokens:
+            raise FewstepError(
+                f"max_new_tokens {request.max_new_tokens} exceeds the canvas of {length}; "
+                "lower it or raise canvas_length"
+            )
+        return open_canvas(length, self._mask_token_id, limit=request.max_new_tokens, early_stop=self.early_stop)
+
+    def _given_canvas(self, tokens: list[int]) -> Canvas:
+        opened = [token == self._mask_token_id for token in tokens]
+        if not any(opened):
+            raise FewstepError("there is nothing to fill in: the canvas holds no mask token")
+        return Canvas(tokens=tokens, open=opened, limit=len(tokens), stops_early=False)
+
+    @property
+    def _mask_token_id(self) -> int:
+        assert self.role.mask_token_id is not None  # Role refuses a diffusion role without one
+        return self.role.mask_token_id
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
+        yield torch.arange(len(extent_R)), whole_blocks(int(extent_R.max()), LENGTH_BUCKET)
+
+    def plan(self, state: State, width: int) -> Plan:
+        device = state.tokens_RL.device
+        tokens_RQ = state.tokens_RL[:, :width]
+        positions_RQ = torch.arange(tokens_RQ.shape[1], device=device).expand_as(tokens_RQ)
+        inert_RQ = (positions_RQ >= state.canvas_end_R[:, None]) | state.done_R[:, None]
+        return Plan(
+            kind="full",
+            tokens_RQ=tokens_RQ,
+            positions_RQ=positions_RQ,
+            blocks_RQ=torch.where(inert_RQ, INVISIBLE, self.role.blocks(positions_RQ, state.context_length_R[:, None])),
+            slots_RQ=None,
+            scored_RS=state.front_R[:, None] + torch.arange(self.block_size, device=device),
+        )

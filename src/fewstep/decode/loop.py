@@ -1,0 +1,336 @@
+"""The loop that runs a decoder for many requests: admission to free slots, rounds of passes, recording, streaming.
+
+Axes: R = slots, r = some of them, L = positions, S = positions scored in a step, G = canvas positions, D = hidden
+width.
+
+A round gives every live request one step. Small batches take it in one forward; large ones in one forward per plan
+shape, each over the requests that need it. After a round the host reads two integers per slot, and nothing per token.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.decoder import Decoder, first_block_start, whole_blocks
+from fewstep.decode.requests import Canvas, Output, Request, TopK
+from fewstep.decode.state import NEVER, State, accept, begin, free_slots
+from fewstep.errors import FewstepError
+from fewstep.models.cache import KVCache
+from fewstep.models.network import Network, Scores
+
+REACH_BUCKET = 64
+"""Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
+
+Listener = Callable[[State], None]
+"""Called after every round with the state of all slots; a free slot is `done`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What an Output keeps of a finalised token's distribution: the `hidden` row it came from, its `top_k` tokens."""
+
+    hidden: bool = False
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token that a step finalised. `position` counts from the end of the context, `step` from 1.
+
+    `text` is set by `LanguageModel`.
+    """
+
+    position: int
+    token_id: int
+    step: int
+    confidence: float
+    text: str = ""
+
+
+def run_pass(
+    network: Network, decoder: Decoder, state: State, cache: KVCache | None, width: int
+) -> tuple[State, Scores]:
+    """One step of all requests in `state`: the seam where a captured engine replays the same calls as one graph."""
+    plan = decoder.plan(state, width)
+    scores = network.score(plan, cache)
+    return accept(decoder, state, scores), scores
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """The host's side of a submitted request."""
+
+    number: int
+    request: Request
+    canvas: Canvas
+    submitted_s: float
+
+
+def positions_needed(decoder: Decoder, request: Request) -> int:
+    """Positions that a request takes up: its context, and its canvas in whole blocks."""
+    return _extent(decoder, request, decoder.canvas(request))
+
+
+def _extent(decoder: Decoder, request: Request, canvas: Canvas) -> int:
+    start = first_block_start(decoder.role, len(request.prompt_ids))
+    return start + whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
+
+
+class Loop:
+    """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
+
+    `length`: the most positions a request may need (`positions_needed`). FewstepError if the network's role cannot run
+    the decoder.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        decoder: Decoder,
+        *,
+        num_slots: int,
+        length: int,
+        record: Record | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        if network.role.name not in decoder.roles:
+            raise FewstepError(
+                f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
+                f"it needs {' or '.join(decoder.roles)}"
+            )
+        self.network = network
+        self.decoder = decoder
+        # With the cache's scratch slot a multiple of the bucket, as attention kernels like it.
+        self.length = length = whole_blocks(length + 1, REACH_BUCKET) - 1
+        self.state = free_slots(self._begin([]), num_slots, network.device)
+        self._cache = network.new_cache(num_slots, length) if decoder.cached else None
+        self._record = record
+        self._hidden_RLD = self._new_hidden_rows(num_slots) if record else None
+        self._listeners = list(listeners)
+        self._queue: deque[_Ticket] = deque()
+        self._live: dict[int, _Ticket] = {}
+        self._free = list(range(num_slots))[::-1]
+        self._num_submitted = 0
+        # The host's copy of what decides the passes of a round.
+        self._pending_R = torch.full((num_slots,), -1)
+        self._front_R = torch.zeros(num_slots, dtype=torch.long)
+        self._extent_R = torch.zeros(num_slots, dtype=torch.long)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._live)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns the number with which `step` hands out its output. FewstepError if it cannot run."""
+        if not request.prompt_ids and (self.decoder.cached or self.network.role.scores_next_token):
+            raise FewstepError("the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        canvas = self.decoder.canvas(request)
+        num_positions = len(request.prompt_ids) + len(canvas.tokens)
+        if num_positions > self.network.max_positions:
+            raise FewstepError(
+                f"a prompt of {len(request.prompt_ids)} tokens and {len(canvas.tokens)} new ones exceed the "
+                f"{self.network.max_positions} positions of {self.network.name}; shorten one of them"
+            )
+        if _extent(self.decoder, request, canvas) > self.length:
+            raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
+        self._num_submitted += 1
+        self._queue.append(_Ticket(self._num_submitted - 1, request, canvas, time.perf_counter()))
+        return self._num_submitted - 1
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Output]]:
+        """One round: admit what is queued, give every live request one step; returns those that it completed."""
+        self._admit()
+        live_r = (self._pending_R >= 0).nonzero()[:, 0]
+        if not len(live_r):
+            return []
+        for members, width in self.decoder.passes(self._pending_R[live_r], self._extent_R[live_r]):
+            self._run(live_r[members], width)
+        self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()
+        for listener in self._listeners:
+            listener(self.state)
+        return self._collect(live_r[self._pending_R[live_r] < 0])
+
+    def _admit(self) -> None:
+        count = min(len(self._queue), len(self._free))
+        if not count:
+            return
+        tickets = [self._queue.popleft() for _ in range(count)]
+        slots = [self._free.pop() for _ in range(count)]
+        self._live.update(zip(slots, tickets, strict=True))
+        rows = self._begin(tickets)
+        slots_r = torch.tensor(slots)
+        self._pending_R[slots_r] = rows.pending_R
+        self._front_R[slots_r] = rows.front_R
+        for slot, ticket in zip(slots, tickets, strict=True):
+            self._extent_R[slot] = _extent(self.decoder, ticket.request, ticket.canvas)
+        self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
+        if self._cache is not None:
+            self._cache.reset(
+                torch.zeros_like(self._pending_R, dtype=torch.bool).index_fill(0, slots_r, True).to(self.network.device)
+            )
+
+    def _begin(self, tickets: Sequence[_Ticket]) -> State:
+        return begin(
+            self.decoder,
+            [ticket.request for ticket in tickets],
+            [ticket.canvas for ticket in tickets],
+            self.length,
+            pad_token_id=self.network.pad_token_id,
+            eos_token_id=self.network.eos_token_id,
+        )
+
+    def _run(self, slots_r: Tensor, width: int) -> None:
+        """One pass for these slots; a subset is copied out and back, so that nothing is computed for the others."""
+        subset_r = None if len(slots_r) == len(self._pending_R) else slots_r.to(self.network.device)
+        state = self.state if subset_r is None else self.state.select(subset_r)
+        cache = None
+        if self._cache is not None:
+            reach = int(self._front_R[slots_r].max()) + self.decoder.block_size
+            cache = self._cache.view(subset_r, whole_blocks(reach, REACH_BUCKET))
+        after, scores = run_pass(self.network, self.decoder, state, cache, width)
+        if self._hidden_RLD is not None:
+            self._keep_hidden(subset_r, state, after, scores)
+        if subset_r is None:
+            self.state = after
+        else:
+            self.state.put(subset_r, after)
+
+    def _new_hidden_rows(self, num_slots: int) -> Tensor:
+        """One row a position, and a last one that takes what is not kept."""
+        width = self.network.module.config.hidden_size
+        return torch.zeros((num_slots, self.length + 1, width), device=self.network.device, dtype=self.network.dtype)
+
+    def _keep_hidden(self, subset_r: Tensor | None, before: State, after: State, scores: Scores) -> None:
+        assert self._hidden_RLD is not None
+        positions_RS = before.front_R[:, None] + torch.arange(scores.hidden_RSD.shape[1], device=self.network.device)
+        chosen_RS = (after.step_RL != before.step_RL).gather(1, positions_RS)
+        slots_R = torch.arange(len(self._pending_R), device=self.network.device) if subset_r is None else subset_r
+        self._hidden_RLD[slots_R[:, None], torch.where(chosen_RS, positions_RS, self.length)] = scores.hidden_RSD
+
+    def _collect(self, slots_r: Tensor) -> list[tuple[int, Output]]:
+        """The outputs of slots that are done, which become free."""
+        if not len(slots_r):
+            return []
+        on_device_r = slots_r.to(self.network.device)
+        state = self.state.select(on_device_r).to(torch.device("cpu"))
+        hidden_rLD = None if self._hidden_RLD is None else self._hidden_RLD[on_device_r]
+        finished_s = time.perf_counter()
+        completed = []
+        for row, slot in enumerate(slots_r.tolist()):
+            ticket = self._live.pop(slot)
+            self._free.append(slot)
+            output = _output(ticket, state, row, self.network.eos_token_id, finished_s)
+            if hidden_rLD is not None:
+                start = len(ticket.request.prompt_ids)
+                output = self._with_record(output, hidden_rLD[row, start : start + len(ticket.canvas.tokens)])
+            completed.append((ticket.number, output))
+        return completed
+
+    def _with_record(self, output: Output, hidden_GD: Tensor) -> Output:
+        assert self._record is not None
+        top_k = None
+        if self._record.top_k is not None:
+            log_probs_GV = self.network.head(hidden_GD).log_softmax(-1)
+            best = log_probs_GV.topk(min(self._record.top_k, log_probs_GV.shape[-1]), dim=-1)
+            tail_G = (1 - best.values.exp().sum(-1)).clamp(min=0)
+            top_k = TopK(best.indices.cpu(), best.values.cpu(), tail_G.cpu())
+        return replace(output, hidden_GD=hidden_GD.cpu() if self._record.hidden else None, top_k=top_k)
+
+
+def _output(ticket: _Ticket, state: State, row: int, eos_token_id: int, finished_s: float) -> Output:
+    start = len(ticket.request.prompt_ids)
+    canvas = slice(start, start + len(ticket.canvas.tokens))
+    canvas_ids_G = state.tokens_RL[row, canvas].clone()
+    token_ids = canvas_ids_G.tolist()
+    infilled = ticket.request.canvas is not None
+    if not infilled:
+        token_ids = token_ids[: ticket.request.max_new_tokens]
+        if eos_token_id in token_ids:
+            token_ids = token_ids[: token_ids.index(eos_token_id) + 1]
+    return Output(
+        token_ids=token_ids,
+        num_tokens=sum(ticket.canvas.open) if infilled else len(token_ids),
+        num_forwards=int(state.num_forwards_R[row]),
+        seconds=finished_s - ticket.submitted_s,
+        finish_reason="stop" if not infilled and token_ids[-1] == eos_token_id else "length",
+        canvas_ids_G=canvas_ids_G,
+        step_G=state.step_RL[row, canvas].clone(),
+        confidence_G=state.confidence_RL[row, canvas].clone(),
+    )
+
+
+def decode(
+    network: Network,
+    requests: Sequence[Request],
+    decoder: Decoder,
+    *,
+    batch_size: int = 32,
+    record: Record | None = None,
+    listeners: Sequence[Listener] = (),
+    on_output: Callable[[int, Output], None] | None = None,
+) -> list[Output]:
+    """Decode all requests, longest first, in `batch_size` slots that are refilled at once; outputs in the given order.
+
+    `on_output(index, output)` is called as each completes.
+    """
+    if batch_size < 1:
+        raise FewstepError(f"batch_size must be at least 1, got {batch_size}")
+    if not requests:
+        return []
+    lengths = [positions_needed(decoder, request) for request in requests]
+    loop = Loop(
+        network,
+        decoder,
+        num_slots=min(batch_size, len(requests)),
+        length=max(lengths),
+        record=record,
+        listeners=listeners,
+    )
+    index_of = {loop.submit(requests[i]): i for i in sorted(range(len(requests)), key=lambda i: -lengths[i])}
+    outputs: dict[int, Output] = {}
+    while loop.busy:
+        for number, output in loop.step():
+            outputs[index_of[number]] = output
+            if on_output is not None:
+                on_output(index_of[number], output)
+    return [outputs[i] for i in range(len(requests))]
+
+
+def stream(
+    network: Network, request: Request, decoder: Decoder, *, record: Record | None = None
+) -> Generator[Event, None, Output]:
+    """Yield the tokens of one request as they are finalised, by step, then by position; returns the output.
+
+    Tokens past `max_new_tokens`, or past an end-of-text that is final, are left out. One finalised before the
+    end-of-text in front of it was may have been yielded; the output cuts it.
+    """
+    loop = Loop(network, decoder, num_slots=1, length=positions_needed(decoder, request), record=record)
+    loop.submit(request)
+    while True:
+        completed = loop.step()
+        if request.canvas is None:
+            yield from _new_events(loop.state, request.max_new_tokens, network.eos_token_id)
+        else:
+            yield from _new_events(loop.state, len(request.canvas), NEVER)
+        if completed:
+            return completed[0][1]
+
+
+def _new_events(state: State, limit: int, stop_token_id: int) -> Iterator[Event]:
+    """What the last step of the only request finalised among its first `limit` positions."""
+    start = int(state.context_length_R[0])
+    answer = slice(start, start + limit)
+    tokens_G, steps_G = state.tokens_RL[0, answer].cpu(), state.step_RL[0, answer].cpu()
+    confidence_G = state.confidence_RL[0, answer].cpu()
+    step = int(state.num_forwards_R[0])
+    for position in (steps_G == step).nonzero()[:, 0].tolist():
+        if ((tokens_G[:position] == stop_token_id) & (steps_G[:position] > 0)).any():
+            return
+        yield Event(position, int(tokens_G[position]), step, float(confidence_G[position]))

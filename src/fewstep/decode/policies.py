@@ -1,0 +1,223 @@
+"""Policies: which masked positions of a block to finalise in a step.
+
+Axes: R = requests, B = positions of a block, V = vocabulary.
+
+A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, setting_R1) -> chosen_RB`. It chooses masked
+positions only, at least one for every request that has any (`Origin` alone may choose none), and exactly one when
+nothing is certain enough, also on ties. Its one number is checked when it is built and handed over as a tensor at call
+time, so that a captured step serves every setting. `setting_R1=None` uses the policy's own number.
+
+What "certain" means is the policy's `order`: see `certainty`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+
+Order = Literal["low_confidence", "random", "margin", "entropy"]
+"""LLaDA's `low_confidence` (the lowest are masked again) and `random`; Dream's `margin` and `entropy`."""
+
+
+class Policy(Protocol):
+    """`setting` is the number handed to `__call__`; a `paced` policy gets the steps left in the block instead."""
+
+    @property
+    def order(self) -> Order: ...
+    @property
+    def paced(self) -> bool: ...
+    @property
+    def setting(self) -> float: ...
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor: ...
+
+
+def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB: Callable[[], Tensor]) -> Tensor:
+    """How ready each position is to be finalised, higher first, [R, B].
+
+    low_confidence: the probability of the drawn token. margin: top probability minus the second. entropy: minus the
+    entropy in nats. random: uniform noise in (0, 1), made only if asked for.
+    """
+    match order:
+        case "low_confidence":
+            return confidence_RB
+        case "random":
+            return noise_RB()
+        case "margin":
+            first_and_second = logits_RBV.softmax(-1).topk(2, dim=-1).values
+            return first_and_second[..., 0] - first_and_second[..., 1]
+        case "entropy":
+            entropy_RB: Tensor = torch.special.entr(logits_RBV.softmax(-1)).sum(-1)
+            return -entropy_RB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618."""
+
+    at_least: float = 0.9
+    order: ClassVar[Order] = "low_confidence"
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.at_least <= 1:
+            raise FewstepError(f"the threshold is a probability in (0, 1], got {self.at_least}; try 0.9")
+
+    @property
+    def setting(self) -> float:
+        return self.at_least
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        return _or_best(certainty_RB >= _number(self, setting_R1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """Every position whose top probability exceeds the second by at least this."""
+
+    at_least: float = 0.8
+    order: ClassVar[Order] = "margin"
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.at_least <= 1:
+            raise FewstepError(f"the margin is a difference of probabilities in (0, 1], got {self.at_least}; try 0.8")
+
+    @property
+    def setting(self) -> float:
+        return self.at_least
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        return _or_best(certainty_RB >= _number(self, setting_R1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBelow:
+    """Every position whose distribution has at most this entropy."""
+
+    nats: float = 0.3
+    order: ClassVar[Order] = "entropy"
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.nats > 0:
+            raise FewstepError(f"the entropy bound is in nats and above 0, got {self.nats}; try 0.3")
+
+    @property
+    def setting(self) -> float:
+        return self.nats
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        return _or_best(-certainty_RB <= _number(self, setting_R1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """The n most confident, for the largest n with (n + 1)(1 - n-th confidence) < factor. arXiv 2505.22618."""
+
+    factor: float = 1.0
+    order: ClassVar[Order] = "low_confidence"
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise FewstepError(f"the factor must be above 0, got {self.factor}; try 1.0")
+
+    @property
+    def setting(self) -> float:
+        return self.factor
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        descending_RB = certainty_RB.masked_fill(~masked_RB, float("-inf")).sort(-1, descending=True).values
+        n_B = torch.arange(1, masked_RB.shape[-1] + 1, device=masked_RB.device)
+        # The left side grows with n, so counting the positions that pass finds the largest n.
+        count_R1 = ((n_B + 1) * (1 - descending_RB) < _number(self, setting_R1)).sum(-1, keepdim=True)
+        return _best(count_R1.clamp(min=1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCount:
+    """This many positions a step, or as many as are left."""
+
+    num_tokens: int = 1
+    order: Order = "low_confidence"
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+        if self.num_tokens < 1:
+            raise FewstepError(f"a step finalises at least 1 token, got {self.num_tokens}")
+
+    @property
+    def setting(self) -> float:
+        return self.num_tokens
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        return _best(_number(self, setting_R1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenSplit:
+    """A block's masks split evenly over its steps, the remainder to the first steps. LLaDA, arXiv 2502.09992.
+
+    Its setting is the number of steps left in the block, this one included.
+    """
+
+    order: Order = "low_confidence"
+    paced: ClassVar[bool] = True
+    setting: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        # Rounding up what is left at every step gives the first steps the remainder.
+        count_R1 = (masked_RB.sum(-1, keepdim=True) / _number(self, setting_R1)).ceil()
+        return _best(count_R1.clamp(min=1), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Each mask on its own with probability 1 - s/t, for a step from time t to s. Dream, arXiv 2508.15487.
+
+    Times are evenly spaced from 1 to 0 over the block's steps, so with n steps left that is 1/n and the last step
+    takes all. A step may choose nothing, as published. Its setting is the number of steps left in the block, this one
+    included.
+    """
+
+    order: ClassVar[Order] = "random"
+    paced: ClassVar[bool] = True
+    setting: ClassVar[float] = 1.0
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        return masked_RB & (certainty_RB * _number(self, setting_R1) < 1)
+
+
+def _check_order(order: str) -> None:
+    if order not in get_args(Order):
+        raise FewstepError(f"unknown order {order!r}; choose one of {', '.join(get_args(Order))}")
+
+
+def _number(policy: Policy, setting_R1: Tensor | None) -> Tensor | float:
+    return policy.setting if setting_R1 is None else setting_R1
+
+
+def _or_best(enough_RB: Tensor, certainty_RB: Tensor, masked_RB: Tensor) -> Tensor:
+    """The masked positions that are certain enough; where there is none, the first most certain one alone."""
+    chosen_RB = enough_RB & masked_RB
+    best_R1 = certainty_RB.masked_fill(~masked_RB, float("-inf")).argmax(-1, keepdim=True)
+    best_RB = torch.zeros_like(masked_RB).scatter(-1, best_R1, True) & masked_RB
+    return chosen_RB | (best_RB & ~chosen_RB.any(-1, keepdim=True))
+
+
+def _best(count_R1: Tensor | float, certainty_RB: Tensor, masked_RB: Tensor) -> Tensor:
+    """The `count_R1` most certain masked positions; of equals the earlier ones."""
+    ranked_RB = certainty_RB.masked_fill(~masked_RB, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    return masked_RB & (ranked_RB.argsort(-1) < count_R1)
+
+
+CONFIDENT = Threshold()
+ONE_PER_STEP = FixedCount()

@@ -1,0 +1,79 @@
+"""What is asked of a decoder, and what comes back."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to decode.
+
+    `max_new_tokens` is a limit of any size. `canvas`, for infilling, replaces it: the ids after the prompt, mask ids
+    where open; it is filled completely and an end-of-text in it stops nothing. All noise of the request follows from
+    `seed`.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int = 256
+    seed: int = 0
+    canvas: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """The room after a request's context, as a decoder lays it out.
+
+    `tokens`: ids, the placeholder where `open`. The request is done when `limit` positions are final, or early, when
+    an end-of-text and everything before it is and `stops_early`. `num_blocks` of its blocks have open positions; paced
+    policies share `num_steps` among them.
+    """
+
+    tokens: list[int]
+    open: list[bool]
+    limit: int
+    stops_early: bool
+    num_blocks: int = 1
+    num_steps: int = 1
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most probable tokens of G distributions, best first; `tail_mass_G` is the probability of all others."""
+
+    ids_GK: Tensor
+    log_probs_GK: Tensor
+    tail_mass_G: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A decoded request; the canvas has G positions, tensors are on the CPU.
+
+    `token_ids`: the answer, cut after the first end-of-text (which is included) and at `max_new_tokens`; for infilling
+    the whole canvas, of which `num_tokens` were filled in. `num_forwards`: target-network passes in which the request
+    was live. `seconds`: from submission to completion. `text` is set by `LanguageModel`.
+
+    `canvas_ids_G`, `step_G` (the step, from 1, that finalised the position; 0 = given, -1 = still open when the
+    request stopped) and `confidence_G` rebuild every intermediate state. `hidden_GD`: the row after the final norm
+    that each finalised token was drawn from; `top_k`: its distribution. Both only if recorded, and meaningful where
+    `step_G` > 0.
+    """
+
+    token_ids: list[int]
+    num_tokens: int
+    num_forwards: int
+    seconds: float
+    finish_reason: Literal["stop", "length"]
+    canvas_ids_G: Tensor
+    step_G: Tensor
+    confidence_G: Tensor
+    num_draft_forwards: int = 0
+    hidden_GD: Tensor | None = None
+    top_k: TopK | None = None
+    text: str = ""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.num_tokens / self.num_forwards

@@ -1,0 +1,1 @@
+"""What `fewstep.load` returns, its settings, and (later) captured steps."""

@@ -1,0 +1,237 @@
+"""`fewstep.load` and what it returns: text in, text out."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.loop import Event, Listener, Record, decode, stream
+from fewstep.decode.requests import Output, Request
+from fewstep.engine.settings import GenerationSettings
+from fewstep.errors import FewstepError
+from fewstep.models.load import load_network
+from fewstep.models.network import Network
+from fewstep.models.roles import Role, RoleName
+from fewstep.models.text import Message, decode_text, encode_prompt
+
+Prompt = str | Sequence[Message]
+"""A text, or a conversation: messages of `role` and `content`."""
+
+Prompts = Sequence[str] | Sequence[Sequence[Message]]
+
+
+def load(
+    name: str | Path,
+    role: RoleName | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    block_size: int | None = None,
+) -> "LanguageModel":
+    """Load a bundled name, a folder or a hub id; see `models.load.load_network`."""
+    return LanguageModel(load_network(name, role=role, dtype=dtype, device=device, block_size=block_size))
+
+
+class LanguageModel:
+    """A network with its tokenizer, decoded as its role says unless a setting names another decoder.
+
+    Settings are those of `GenerationSettings`, by keyword; FewstepError for one that is unknown or that the decoder
+    does not take.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.network.name!r}, role={self.role.name!r}, device={str(self.network.device)!r})"
+
+    @property
+    def role(self) -> Role:
+        return self.network.role
+
+    def decoder(self, **settings: Any) -> Decoder:
+        """The decoder that these settings make for this model."""
+        return GenerationSettings.of(**settings).decoder_for(self.role)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        raw: bool = ...,
+        batch_size: int = ...,
+        record: Record | None = ...,
+        listeners: Sequence[Listener] = ...,
+        on_output: Callable[[int, Output], None] | None = ...,
+        **settings: Any,
+    ) -> Output: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[Message]],
+        *,
+        raw: bool = ...,
+        batch_size: int = ...,
+        record: Record | None = ...,
+        listeners: Sequence[Listener] = ...,
+        on_output: Callable[[int, Output], None] | None = ...,
+        **settings: Any,
+    ) -> list[Output]: ...
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        raw: bool = False,
+        batch_size: int = 32,
+        record: Record | None = None,
+        listeners: Sequence[Listener] = (),
+        on_output: Callable[[int, Output], None] | None = None,
+        **settings: Any,
+    ) -> Output | list[Output]:
+        """Answer one prompt, or each of a list, `batch_size` at a time; outputs in the given order.
+
+        The chat template is applied unless `raw`. `on_output(index, output)` is called as each completes, `listeners`
+        after each round with the state of all slots.
+        """
+        chosen = GenerationSettings.of(**settings)
+        single = _is_single(prompt)
+        prompts: Any = [prompt] if single else prompt
+        requests = [
+            Request(prompt_ids=self.encode(one, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed)
+            for one in prompts
+        ]
+
+        def announce(index: int, output: Output) -> None:
+            if on_output is not None:
+                on_output(index, self._with_text(output))
+
+        outputs = decode(
+            self.network,
+            requests,
+            chosen.decoder_for(self.role),
+            batch_size=batch_size,
+            record=record,
+            listeners=listeners,
+            on_output=announce,
+        )
+        answers = [self._with_text(output) for output in outputs]
+        return answers[0] if single else answers
+
+    def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> "Stream":
+        """Decode one prompt and yield its tokens as they are finalised; see `Stream`."""
+        chosen = GenerationSettings.of(**settings)
+        request = Request(
+            prompt_ids=self.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed
+        )
+        return Stream(self, request, chosen.decoder_for(self.role))
+
+    def infill(
+        self,
+        prefix: str = "",
+        suffix: str = "",
+        *,
+        num_tokens: int | None = None,
+        text: str | None = None,
+        prompt: Prompt | None = None,
+        raw: bool = False,
+        **settings: Any,
+    ) -> Output:
+        """Fill a gap of `num_tokens` between `prefix` and `suffix`, or every mask token inside `text`.
+
+        `prompt` is what the text answers, through the chat template unless `raw`. The output's `text` is the whole
+        text filled in, its `token_ids` the canvas from the first mask on (with a prompt, the whole text), of which
+        `num_tokens` are new. Settings are those of the diffusion decoder, less `max_new_tokens`, `canvas_length` and
+        `early_stop`.
+        """
+        for name in ("max_new_tokens", "canvas_length", "early_stop"):
+            if name in settings:
+                raise FewstepError(f"infilling takes no {name}: what is open is given by the gap or the mask tokens")
+        chosen = GenerationSettings.of(**settings)
+        if self.role.name != "bidirectional":
+            raise FewstepError(
+                f"{self.network.name} has the role {self.role.name}, which cannot infill; load a bidirectional model"
+            )
+        context_ids = [] if prompt is None else self.encode(prompt, raw=raw)
+        if text is None:
+            canvas = self._gap(prefix, suffix, num_tokens)
+        elif prefix or suffix or num_tokens is not None:
+            raise FewstepError("infill takes either a text with mask tokens, or prefix, suffix and num_tokens")
+        else:
+            canvas = self._masks_in(text)
+        lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
+        canvas = canvas[len(lead_ids) :]
+        request = Request(prompt_ids=context_ids or lead_ids, canvas=canvas, seed=chosen.seed)
+        output = decode(self.network, [request], chosen.decoder_for(self.role))[0]
+        return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt. FewstepError if it is empty."""
+        empty = not prompt if raw or not isinstance(prompt, str) else not prompt.strip()
+        ids = [] if empty else encode_prompt(self.network.tokenizer, prompt, raw=raw)
+        if not ids:
+            raise FewstepError("the prompt is empty; give some text")
+        return ids
+
+    def _gap(self, prefix: str, suffix: str, num_tokens: int | None) -> list[int]:
+        if num_tokens is None or num_tokens < 1:
+            raise FewstepError(f"a gap between a prefix and a suffix needs num_tokens of at least 1, got {num_tokens}")
+        mask_token_id = self._mask_token_id()
+        return [*self._plain_ids(prefix), *[mask_token_id] * num_tokens, *self._plain_ids(suffix)]
+
+    def _masks_in(self, text: str) -> list[int]:
+        ids = self._plain_ids(text)
+        if self._mask_token_id() not in ids:
+            mask_token = self.network.tokenizer.convert_ids_to_tokens(self._mask_token_id())
+            raise FewstepError(f"there is nothing to fill in: the text holds no mask token, which is {mask_token!r}")
+        return ids
+
+    def _mask_token_id(self) -> int:
+        assert self.role.mask_token_id is not None
+        return self.role.mask_token_id
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.network.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _with_text(self, output: Output) -> Output:
+        return replace(output, text=decode_text(self.network.tokenizer, output.token_ids))
+
+
+class Stream:
+    """Iterate over the events of one request as they happen; `output` is its Output once they are exhausted.
+
+    An event's `text` is its token alone. `answer_text()` is the text of the tokens that have everything before them
+    final: it only grows, so it can be printed as it comes.
+    """
+
+    def __init__(self, model: LanguageModel, request: Request, decoder: Decoder) -> None:
+        self.output: Output | None = None
+        self._model = model
+        self._tokens: dict[int, int] = {}
+        self._answer_ids: list[int] = []
+        self._events = self._run(stream(model.network, request, decoder))
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def answer_text(self) -> str:
+        """Text of the contiguous final tokens; a character whose bytes have not all arrived is held back."""
+        return decode_text(self._model.network.tokenizer, self._answer_ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def _run(self, events: Generator[Event, None, Output]) -> Iterator[Event]:
+        tokenizer = self._model.network.tokenizer
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as finished:
+                self.output = self._model._with_text(finished.value)
+                return
+            self._tokens[event.position] = event.token_id
+            while len(self._answer_ids) in self._tokens:
+                self._answer_ids.append(self._tokens[len(self._answer_ids)])
+            yield replace(event, text=str(tokenizer.decode([event.token_id])))
+
+
+def _is_single(prompt: Prompt | Prompts) -> bool:
+    """Whether this is one prompt: a text, or a conversation, whose items are messages."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))

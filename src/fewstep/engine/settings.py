@@ -1,0 +1,135 @@
+"""Generation settings by name, and the decoder they make."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from fewstep.decode.autoregressive import Autoregressive
+from fewstep.decode.block import Block
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.policies import EvenSplit, FixedCount, Order, Origin, Policy, Threshold
+from fewstep.decode.sampling import Sampling
+from fewstep.errors import FewstepError
+from fewstep.models.roles import Role, RoleName
+
+DEFAULT_DECODER: dict[RoleName, str] = {
+    "autoregressive": "autoregressive",
+    "bidirectional": "diffusion",
+    "block_causal": "block",
+}
+ORDERS = (*get_args(Order), "origin")
+
+# The settings that not every decoder takes; the others hold for all.
+_SPECIAL_SETTINGS = {
+    "autoregressive": set[str](),
+    "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length"},
+    "block": {"threshold", "policy", "block_size"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How to generate; None = the decoder's default. FewstepError if a setting has no meaning.
+
+    `decoder`: by default the role's. `threshold`: probability from which tokens are finalised, by default 0.9 for
+    `block` and none for `diffusion`, which then takes `steps` over the whole canvas (by default one per token) in the
+    given `order`. `policy` replaces threshold, steps and order. `canvas_length` (diffusion): by default
+    `max_new_tokens` in whole blocks. `early_stop=False` runs all passes of the canvas. Temperature 0 is argmax.
+    """
+
+    decoder: str | None = None
+    max_new_tokens: int = 256
+    threshold: float | None = None
+    policy: Policy | None = None
+    steps: int | None = None
+    order: str = "low_confidence"
+    block_size: int | None = None
+    canvas_length: int | None = None
+    early_stop: bool = True
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("decoder", self.decoder, _SPECIAL_SETTINGS)
+        _check_choice("order", self.order, ORDERS)
+        for name in ("max_new_tokens", "steps", "block_size", "canvas_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FewstepError(f"{name} must be at least 1, got {value}")
+        if self.threshold is not None:
+            Threshold(at_least=self.threshold)
+        if self.policy is not None and (self.threshold, self.steps, self.order) != (None, None, "low_confidence"):
+            raise FewstepError("a policy replaces threshold, steps and order; set one or the other")
+        if self.threshold is not None and (self.steps is not None or self.order != "low_confidence"):
+            raise FewstepError("a threshold replaces steps and order; set one or the other")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise FewstepError(f"the seed must fit in 64 bits, got {self.seed}")
+        self.sampling  # noqa: B018  (checked when built)
+
+    @classmethod
+    def of(cls, **options: Any) -> "GenerationSettings":
+        """From names as a user gives them; FewstepError naming the closest setting for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise FewstepError(f"unknown setting {name!r}; {_suggestion(name, known)}")
+        return cls(**options)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    def decoder_for(self, role: Role) -> Decoder:
+        """The decoder for a network of this role. FewstepError if a setting is not one of that decoder's."""
+        name = self.decoder or DEFAULT_DECODER[role.name]
+        for field in fields(self):
+            special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
+            if special and field.name not in _SPECIAL_SETTINGS[name] and getattr(self, field.name) != field.default:
+                takers = [other for other, names in _SPECIAL_SETTINGS.items() if field.name in names]
+                raise FewstepError(f"the {name} decoder takes no {field.name}; only {' and '.join(takers)} can")
+        if name != "autoregressive" and role.name == "autoregressive":
+            raise FewstepError(f"a causal model cannot run the {name} decoder; leave it out, or load another model")
+        if role.name == "block_causal" and self.block_size is not None:
+            role = replace(role, block_size=self.block_size)
+        match name:
+            case "autoregressive":
+                return Autoregressive(role=role, sampling=self.sampling, early_stop=self.early_stop)
+            case "block":
+                return Block(
+                    role=role,
+                    policy=self.policy or Threshold(at_least=0.9 if self.threshold is None else self.threshold),
+                    sampling=self.sampling,
+                    early_stop=self.early_stop,
+                )
+            case _:
+                return Diffusion(
+                    role=role,
+                    block_size=self.block_size or role.block_size,
+                    policy=self.policy or self._diffusion_policy(),
+                    steps=self.steps,
+                    canvas_length=self.canvas_length,
+                    sampling=self.sampling,
+                    early_stop=self.early_stop,
+                )
+
+    def _diffusion_policy(self) -> Policy:
+        if self.threshold is not None:
+            return Threshold(at_least=self.threshold)
+        if self.order == "origin":
+            return Origin()
+        order: Order = self.order  # type: ignore[assignment]  # checked when built
+        return FixedCount(num_tokens=1, order=order) if self.steps is None else EvenSplit(order=order)
+
+
+def _check_choice(what: str, name: str | None, choices: Iterable[str]) -> None:
+    if name is not None and name not in choices:
+        raise FewstepError(f"unknown {what} {name!r}; {_suggestion(name, choices)}")
+
+
+def _suggestion(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"

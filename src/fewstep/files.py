@@ -1,0 +1,331 @@
+"""Files that are either whole or untouched: atomic writes, JSON and JSONL, and folders of shards that resume.
+
+Everything is written under a temporary name beside its target, flushed to the disk, then renamed. A kill, Ctrl-C or a
+full disk therefore leaves what was there before; a kill also leaves a temporary file, which the next writer of that
+shard removes.
+"""
+
+import errno
+import glob
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import FewstepError
+
+MANIFEST_NAME = "manifest.json"
+
+
+# Whole files and folders
+
+
+@contextmanager
+def write_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it replaces `path`, on any failure it is removed.
+
+    The temporary name keeps the suffix, since some writers choose their format by it. Missing parent folders are made.
+    A device or pipe (`/dev/stdout`) has nothing to replace and is yielded itself. FewstepError if the file system
+    refuses.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FewstepError(f"{path} is a folder, not a file; name a file")
+    if path.exists() and not path.is_file():
+        with _storage_errors(path):
+            yield path
+        return
+    path = Path(os.path.realpath(path))  # a link keeps pointing at the file that is replaced
+    temporary = path.with_name(_temporary_name(path))
+    try:
+        with _storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new empty folder beside `target`; on success it becomes `target`, on any failure it is removed.
+
+    FewstepError if `target` exists (an empty folder does not count) and `overwrite` is False. With `overwrite` the old
+    folder is set aside, and deleted only once the new one stands in its place.
+    """
+    target = Path(os.path.realpath(target))
+    if target.is_file():
+        raise FewstepError(f"{target} is a file, not a folder; name a folder")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not overwrite:
+        raise FewstepError(f"the folder {target} is not empty; choose another or ask to overwrite it")
+    temporary = target.with_name(_temporary_name(target))
+    aside = target.with_name(_temporary_name(target))
+    try:
+        with _storage_errors(target):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for inside in [temporary, *temporary.rglob("*")]:
+                _flush(inside)
+            if occupied:
+                os.replace(target, aside)
+            os.replace(temporary, target)
+            _flush(target.parent)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files and folders that killed writers of `path` left beside it."""
+    path = Path(os.path.realpath(path))
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
+        with suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}"
+
+
+def _flush(path: Path) -> None:
+    """Put a file, or the entries of a folder, on the disk: a power cut after the rename must not leave it empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES):  # some systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Turn failures of the file system, also those that a library wrapped, into one sentence."""
+    try:
+        yield
+    except FewstepError:
+        raise
+    except Exception as error:
+        reason = _storage_reason(error, path.parent)
+        if reason is None:
+            raise
+        raise FewstepError(f"could not write {path}: {reason}; what was there before is unchanged") from error
+
+
+def _storage_reason(error: BaseException, folder: Path) -> str | None:
+    """Why the file system refused, or None if the error is about something else.
+
+    safetensors and torch report a full disk with classes and messages of their own, hence the look at the text, at the
+    chain of causes and at the disk itself.
+    """
+    full = "the disk is full; free some space or choose another folder"
+    link: BaseException | None = error
+    while link is not None:
+        number = link.errno if isinstance(link, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(link):
+            return full
+        if isinstance(link, OSError):
+            elsewhere = isinstance(link.filename, str | Path) and Path(link.filename).parent != folder
+            return (link.strerror or str(link)) + (f": {link.filename}" if elsewhere else "")
+        link = link.__cause__ or link.__context__
+    try:
+        return full if shutil.disk_usage(folder).free < 4096 else None
+    except OSError:
+        return None
+
+
+# JSON and JSONL
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. FewstepError naming file, line and column."""
+    try:
+        return json.loads(_read_text(Path(path)))
+    except json.JSONDecodeError as error:
+        raise FewstepError(f"{path} line {error.lineno} column {error.colno} is not valid JSON: {error.msg}") from None
+
+
+def write_json_whole(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON. FewstepError if it holds something JSON cannot say (NaN among it)."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise FewstepError(f"could not write {path}: {error}") from error
+    with write_whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of each line of a JSONL file; blank lines are skipped.
+
+    FewstepError naming file and line if a line is no JSON object.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                yield number, _parse_row(path, number, line)
+    except OSError as error:
+        raise FewstepError(f"could not read {path}: {error.strerror or error}") from error
+
+
+def read_rows(path: str | Path, required: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, one a line. FewstepError naming file and line if one lacks a `required` field."""
+    for number, row in numbered_rows(path):
+        missing = [field for field in required if field not in row]
+        if missing:
+            has = ", ".join(map(repr, row)) or "none"
+            raise FewstepError(f"{path} line {number} has no field {missing[0]!r}; its fields are: {has}")
+        yield row
+
+
+def write_rows_whole(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; `rows` may be a generator, and the file appears only once all are written."""
+    with write_whole(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError:
+        raise FewstepError(f"{path} line {number} is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise FewstepError(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise FewstepError(f'{path} line {number} is not a JSON object, such as {{"id": "1", "prompt": "..."}}')
+    return row
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FewstepError(f"could not read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise FewstepError(f"{path} is not UTF-8 text") from None
+
+
+# Shards
+
+
+class Shards:
+    """A folder of numbered shard files under one manifest, made in any order by any number of workers.
+
+    A shard is finished when it has its final name, since it gets that name only once it is whole; nothing else is
+    recorded, so nothing can disagree. The manifest is a JSON object that says how all shards are made.
+    """
+
+    def __init__(self, folder: str | Path, *, num_shards: int, suffix: str, manifest: Mapping[str, Any]) -> None:
+        """Describe a folder that exists; see `create` and `open`."""
+        self.folder = Path(folder)
+        self.num_shards = num_shards
+        self.suffix = suffix
+        self.manifest = dict(manifest)
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, *, num_shards: int, suffix: str, settings: Mapping[str, Any], resume: bool = True
+    ) -> "Shards":
+        """The folder's shards, its manifest written if there is none.
+
+        FewstepError if the folder holds a manifest made with other settings (the sentence names each that differs), or
+        with the same settings when `resume` is False, or files but no manifest.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        wanted = json.loads(json.dumps({"num_shards": num_shards, "suffix": suffix, **settings}, allow_nan=False))
+        if not path.exists():
+            if folder.is_dir() and any(not inside.name.startswith(".") for inside in folder.iterdir()):
+                raise FewstepError(f"the folder {folder} holds other files and no {MANIFEST_NAME}; choose another")
+            try:
+                write_json_whole(path, wanted)
+            except FewstepError:
+                if not path.exists():  # else another worker wrote it at the same moment
+                    raise
+        elif not resume:
+            raise FewstepError(f"{folder} is already begun; resume it or choose another folder")
+        difference = _describe_difference(read_json(path), wanted)
+        if difference:
+            raise FewstepError(f"{folder} was made with other settings ({difference}); use the same or another folder")
+        return cls(folder, num_shards=num_shards, suffix=suffix, manifest=wanted)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Shards":
+        """The shards of an existing folder, for reading. FewstepError if it has no manifest or a damaged one."""
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise FewstepError(f"{folder} has no {MANIFEST_NAME}, so it is not a folder of shards")
+        manifest = read_json(path)
+        try:
+            num_shards, suffix = int(manifest["num_shards"]), str(manifest["suffix"])
+        except (KeyError, TypeError, ValueError):
+            raise FewstepError(f"{path} is damaged: it does not say num_shards and suffix") from None
+        return cls(folder, num_shards=num_shards, suffix=suffix, manifest=manifest)
+
+    def path(self, index: int) -> Path:
+        """Where shard `index` (from 0) lies once it is finished."""
+        return self.folder / f"shard-{index:05d}{self.suffix}"
+
+    def finished(self) -> list[int]:
+        """Numbers of the finished shards, ascending."""
+        return [index for index in range(self.num_shards) if self.path(index).is_file()]
+
+    def unfinished(self, worker: tuple[int, int] = (0, 1)) -> list[int]:
+        """Numbers of the shards that worker k of n (k from 0) has still to make: those of k, k + n, k + 2n, ...
+
+        Leftovers of killed writers of this worker's shards are removed.
+        """
+        k, n = worker
+        if not 0 <= k < n:
+            raise FewstepError(f"worker {k} of {n} does not exist; workers count from 0 to {n - 1}")
+        mine = range(k, self.num_shards, n)
+        for index in mine:
+            remove_leftovers(self.path(index))
+        return [index for index in mine if not self.path(index).is_file()]
+
+    @contextmanager
+    def write(self, index: int) -> Iterator[Path]:
+        """A temporary path that becomes shard `index`; see `write_whole`."""
+        with write_whole(self.path(index)) as temporary:
+            yield temporary
+
+
+def _describe_difference(there: Any, wanted: Mapping[str, Any]) -> str:
+    """'seed is 1 there and 2 here, ...' for every setting that differs, or ''."""
+    if not isinstance(there, dict):
+        return "its manifest is no JSON object"
+    flat_there, flat_wanted = _flatten(there), _flatten(wanted)
+    absent = "not set"
+    differing = [
+        f"{key} is {flat_there.get(key, absent)} there and {flat_wanted.get(key, absent)} here"
+        for key in sorted(flat_there.keys() | flat_wanted.keys())
+        if flat_there.get(key, absent) != flat_wanted.get(key, absent)
+    ]
+    return ", ".join(differing)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

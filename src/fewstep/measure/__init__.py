@@ -1,0 +1,1 @@
+"""Measuring: tasks and their data, accuracy with intervals, timing, comparisons and plots."""

@@ -1,0 +1,61 @@
+"""Accuracy against tokens per forward, one curve for each sweep. Needs matplotlib (extra `eval`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.files import write_whole
+
+_MARKERS = "osD^vP*X"
+_FORMATS = ("png", "svg")
+
+
+def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, *, title: str = "") -> list[Path]:
+    """Write `stem`.png and `stem`.svg and return their paths.
+
+    `series` names curves; each is a list of reports as in `eval --json` (a single report is a point), joined in the
+    order of tokens per forward. Bars are the 95 % intervals. FewstepError without matplotlib or with nothing to draw.
+    """
+    if not any(series.values()):
+        raise FewstepError("there is nothing to plot: give at least one report")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, reports) in enumerate(series.items()):
+        points = sorted(reports, key=lambda report: float(report["tokens_per_forward"]))
+        accuracy = [100 * report["accuracy"] for report in points]
+        lows = [100 * report["accuracy_ci95"][0] for report in points]
+        highs = [100 * report["accuracy_ci95"][1] for report in points]
+        axes.errorbar(
+            [report["tokens_per_forward"] for report in points],
+            accuracy,
+            yerr=[
+                [max(0.0, value - low) for value, low in zip(accuracy, lows, strict=True)],
+                [max(0.0, high - value) for value, high in zip(accuracy, highs, strict=True)],
+            ],
+            label=name,
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.5,
+            capsize=2.5,
+            elinewidth=0.8,
+        )
+    axes.set_xlabel("tokens per forward")
+    axes.set_ylabel("problems solved, % (95 % interval)")
+    axes.set_title(title)
+    axes.set_xlim(left=0)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(frameon=False)
+    return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    return path

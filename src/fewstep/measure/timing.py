@@ -1,0 +1,137 @@
+"""Time at batch 1: medians after a warm-up, several contenders interleaved in one run, and the machine they ran on.
+
+Speeds of different runs or machines are not compared. `time_interleaved` lets every contender answer the same problem
+before the next one comes, so drift of the machine falls on all of them alike.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fewstep.decode.requests import Output
+from fewstep.errors import FewstepError
+
+
+@dataclass
+class Timing:
+    """What one contender needed for each problem, in the order of the problems."""
+
+    seconds: list[float] = field(default_factory=list)
+    num_forwards: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+
+    def add(self, output: Output) -> None:
+        self.seconds.append(output.seconds)
+        self.num_forwards.append(output.num_forwards)
+        self.num_tokens.append(output.num_tokens)
+
+    @property
+    def seconds_median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds for one pass: the ratio of the sums."""
+        return 1000 * sum(self.seconds) / sum(self.num_forwards)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return sum(self.num_tokens) / sum(self.num_forwards)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.num_tokens) / sum(self.seconds)
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "n": len(self.seconds),
+            "seconds_median": self.seconds_median,
+            "num_forwards_mean": statistics.fmean(self.num_forwards),
+            "num_tokens_mean": statistics.fmean(self.num_tokens),
+            "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_second": self.tokens_per_second,
+            "step_ms": self.step_ms,
+        }
+
+
+@dataclass(frozen=True)
+class SpeedFactors:
+    """Why the student is faster than the published teacher, at batch 1; the three factors multiply to `total`.
+
+    `stopping`: teacher without early stop / with it, in seconds. `fewer_passes`: teacher's passes / student's, both
+    stopping. `caching`: time of a teacher's pass / of a student's, which scores a block instead of the whole canvas.
+    All are ratios of sums over the same problems; `median_total` is the ratio of the median seconds, for tables.
+    """
+
+    total: float
+    stopping: float
+    fewer_passes: float
+    caching: float
+    median_total: float
+
+
+def speed_factors(published: Timing, stopping: Timing, student: Timing) -> SpeedFactors:
+    """Factors of `published` (all passes, no cache) over `student`, by way of `stopping` (the same, stopping early)."""
+    return SpeedFactors(
+        total=sum(published.seconds) / sum(student.seconds),
+        stopping=sum(published.seconds) / sum(stopping.seconds),
+        fewer_passes=sum(stopping.num_forwards) / sum(student.num_forwards),
+        caching=stopping.step_ms / student.step_ms,
+        median_total=published.seconds_median / student.seconds_median,
+    )
+
+
+def time_interleaved(
+    contenders: Mapping[str, Callable[[str], Output]],
+    prompts: Sequence[str],
+    *,
+    num_warm_up: int = 1,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Let every contender answer every prompt, one prompt after another; the first to go changes with the prompt.
+
+    Before that each answers the first prompt `num_warm_up` times unmeasured. `progress` is called after each prompt.
+    """
+    if not prompts:
+        raise FewstepError("there is nothing to time: give at least one prompt")
+    names = list(contenders)
+    for name in names:
+        for _ in range(num_warm_up):
+            contenders[name](prompts[0])
+    timings = {name: Timing() for name in names}
+    for index, prompt in enumerate(prompts):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            timings[name].add(contenders[name](prompt))
+        if progress is not None:
+            progress()
+    return timings
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure has to be printed with: processor, threads, GPU if there is one, versions."""
+    return {
+        "cpu": _processor_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()

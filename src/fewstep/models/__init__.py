@@ -1,0 +1,1 @@
+"""Weights, roles, masks, cache, tokenizer: everything that knows what a network is."""

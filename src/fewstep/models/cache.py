@@ -1,0 +1,89 @@
+"""A key/value cache in which every request of a batch stands at its own position.
+
+Axes: R = requests, H = key/value heads, Q = rows of this forward, K = slots, E = head width, D = hidden width.
+"""
+
+from copy import copy
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+
+from fewstep.models.roles import INVISIBLE
+
+
+class KVCache(Cache):
+    """Keys and values of R requests, allocated once; slot p holds position p, the last slot is scratch.
+
+    A forward first says where its rows go (`place`), then each layer's attention calls `update`, which writes the
+    rows' keys and values (the rotary embedding already applied) into their slots and returns all slots. What a row may
+    see is decided by the slots' block numbers: unwritten slots and the scratch slot are INVISIBLE to every real row.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, num_requests: int, length: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers=[])
+        self.num_slots = length + 1
+        self.scratch = length
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, num_requests, config.num_key_value_heads, self.num_slots, head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._all_blocks = torch.full((num_requests, self.num_slots), INVISIBLE, device=device)
+        self._carried_RD = torch.zeros((num_requests, config.hidden_size), device=device, dtype=dtype)
+        self._slots_RQ = torch.zeros((num_requests, 0), dtype=torch.long, device=device)
+        self._request_R1 = torch.arange(num_requests, device=device)[:, None]
+        self._subset: Tensor | None = None
+        self._reach = self.num_slots
+
+    def view(self, requests_r: Tensor | None, reach: int) -> "KVCache":
+        """The same memory for a forward of these requests (None = all), none of which has a row at or past `reach`.
+
+        Attention then reads `reach` slots only, of a subset a copy.
+        """
+        view = copy(self)
+        if requests_r is not None:
+            view._subset = requests_r
+            view._request_R1 = requests_r[:, None]
+        view._reach = min(reach, self.num_slots)
+        return view
+
+    @property
+    def blocks_RK(self) -> Tensor:
+        """Block numbers of the slots that this view reads."""
+        return self._read(self._all_blocks)
+
+    def place(self, slots_RQ: Tensor, blocks_RQ: Tensor) -> None:
+        """Announce the rows of the next forward: their slots and block numbers."""
+        self._slots_RQ = slots_RQ
+        self._all_blocks[self._request_R1, slots_RQ] = blocks_RQ
+        self._all_blocks[:, self.scratch] = INVISIBLE
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write [R, H, Q, E] into a layer's announced slots; returns the keys and values of the view [R, H, K, E]."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.transpose(1, 2)[self._request_R1, self._slots_RQ] = key_states.transpose(1, 2)
+        values.transpose(1, 2)[self._request_R1, self._slots_RQ] = value_states.transpose(1, 2)
+        return self._read(keys.transpose(1, 2)).transpose(1, 2), self._read(values.transpose(1, 2)).transpose(1, 2)
+
+    def _read(self, slots_RK: Tensor) -> Tensor:
+        slots_RK = slots_RK[:, : self._reach]
+        return slots_RK if self._subset is None else slots_RK[self._subset]
+
+    def carry(self, rows_RD: Tensor, is_new_R: Tensor) -> Tensor:
+        """Remember one row for each request of the view, [R, D]: the given one where it is new, else the last one."""
+        requests_R = self._request_R1[:, 0]
+        rows_RD = torch.where(is_new_R[:, None], rows_RD, self._carried_RD[requests_R])
+        self._carried_RD[requests_R] = rows_RD
+        return rows_RD
+
+    def reset(self, requests_R: Tensor) -> None:  # type: ignore[override]
+        """Forget the requests marked True."""
+        self._all_blocks.masked_fill_(requests_R[:, None], INVISIBLE)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots in all: positions are always given explicitly, so nothing is derived from this."""
+        return self.num_slots

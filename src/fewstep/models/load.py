@@ -1,0 +1,132 @@
+"""Networks from disk and back: plain Hugging Face folders, PEFT adapters, bundled names, hub ids.
+
+Weights are read from safetensors only, and code found in a checkpoint is never executed.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fewstep.errors import FewstepError
+from fewstep.models.network import Network
+from fewstep.models.roles import Role, RoleName
+
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
+def resolve(name: str | Path) -> Path | str:
+    """A bundled name or a folder as its path; anything else is returned as a hub id."""
+    if str(name) in bundled_names():
+        return BUNDLED / str(name)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FewstepError(f"{path} holds no config.json; a model folder needs one beside its safetensors")
+        return path
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise FewstepError(
+            f"no model {str(name)!r}: it is neither a folder nor a bundled name ({', '.join(bundled_names()) or 'none'})"
+        )
+    return str(name)
+
+
+def load_network(
+    name: str | Path,
+    *,
+    role: RoleName | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    block_size: int | None = None,
+) -> Network:
+    """Load a bundled name, a folder (plain or PEFT adapter, which is merged) or a hub id; FewstepError if it cannot be.
+
+    `role` and `block_size` override what the checkpoint says. `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU;
+    `device="auto"` is the GPU if there is one.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    target = _device(device)
+    weights_dtype = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    source = resolve(name)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        spec = Role.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        module = _load_module(source, weights_dtype)
+    except FewstepError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise FewstepError(f"cannot load the model {str(name)!r}: {reason[:300]}") from error
+    if role is not None:
+        spec = replace(spec, name=role)
+    if block_size is not None:
+        spec = replace(spec, block_size=block_size)
+    return Network(module.to(target), spec, tokenizer, name=str(name))
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise FewstepError(f"unknown device {device!r}; try cpu or cuda") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise FewstepError("no CUDA device is available; use --device cpu")
+    return target
+
+
+def _load_module(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    if isinstance(source, Path) and (source / "adapter_config.json").exists():
+        return _load_adapter(source, dtype)
+    module, report = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            key = sorted(map(str, report[kind]))[0]
+            raise FewstepError(f"the weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, first {key}")
+    return module
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Base + adapter, merged in float32 and then cast, so that the merged weights are rounded once."""
+    from peft import PeftModel
+
+    base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    beside = folder / base_name
+    base = _load_module(beside.resolve() if beside.is_dir() else resolve(base_name), torch.float32)
+    merged: Any = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    return merged.to(dtype)
+
+
+def save_network(network: Network, folder: str | Path) -> None:
+    """Write a plain Hugging Face folder that stock `AutoModelForCausalLM` loads, our role keys in its config.json."""
+    for key, value in network.role.to_config().items():
+        setattr(network.module.config, key, value)
+    network.module.save_pretrained(folder)
+    network.tokenizer.save_pretrained(folder)
+
+
+def network_hash(network: Network) -> str:
+    """SHA-256 over names, shapes and values of the weights (as float32) and the role: which model made these trajectories."""
+    digest = hashlib.sha256(json.dumps(network.role.to_config(), sort_keys=True).encode())
+    for name, tensor in sorted(network.module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

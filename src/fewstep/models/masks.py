@@ -1,0 +1,80 @@
+"""Attention masks from integer vectors of the positions, as dense tensors and for FlexAttention.
+
+Axes: R = requests or packed rows, T = positions, Q = query rows, K = keys.
+
+One predicate serves everything that runs uncached: padded batches, packed documents, and the packed CDLM forward
+`[context | noisy response | clean response]` (arXiv 2503.09573 packs block diffusion alike), in which a noisy block sees the
+clean rows of earlier blocks and itself, and clean rows see clean rows only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+_HALF = 1 << 14
+"""Block numbers of a packed layout are below this (a causal context counts positions); documents below 2^31 / 2^15."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides visibility, for each position: integer tensors [R, T], `noisy_RT` boolean.
+
+    `document` separates packed examples; padding has a document number of its own, so that it sees and is seen by padding only.
+    """
+
+    document_RT: Tensor
+    block_RT: Tensor
+    noisy_RT: Tensor
+
+    def visible(self, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+        """Whether rows `query` = (request, position) see rows `key`; index tensors that broadcast.
+
+        A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of earlier blocks and the
+        noisy rows of its own.
+        """
+        code_RT, first_RT, last_RT, own_RT = self._codes
+        code = code_RT[key]
+        return ((code >= first_RT[query]) & (code <= last_RT[query])) | (code == own_RT[query])
+
+    @cached_property
+    def _codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rule as three comparisons of one integer a key with three a query, which is what attention kernels pay for.
+
+        Within its document's range of codes a clean row has its block's number, a noisy row the same in the upper half.
+        """
+        compact_RT = self.block_RT.clamp_max(_HALF - 1)
+        first_RT = (self.document_RT + 1) * (2 * _HALF)
+        clean_RT = first_RT + compact_RT
+        code_RT = torch.where(self.noisy_RT, clean_RT + _HALF, clean_RT)
+        last_RT = torch.where(self.noisy_RT, clean_RT - 1, clean_RT)
+        return code_RT.int(), first_RT.int(), last_RT.int(), code_RT.int()
+
+    def dense(self) -> Tensor:
+        """Boolean [R, 1, Q, K]: the reference, and what SDPA takes on a CPU."""
+        num_requests, length = self.block_RT.shape
+        request = torch.arange(num_requests, device=self.block_RT.device)[:, None, None]
+        position = torch.arange(length, device=self.block_RT.device)
+        return self.visible((request, position[None, :, None]), (request, position[None, None, :]))[:, None]
+
+    def flex(self, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
+        """The same mask for FlexAttention, empty tiles left out."""
+        num_requests, length = self.block_RT.shape
+        code_RT, first_RT, last_RT, own_RT = self._codes
+
+        def predicate(request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            code = code_RT[request, key]
+            in_past = (code >= first_RT[request, query]) & (code <= last_RT[request, query])
+            return in_past | (code == own_RT[request, query])
+
+        return create(predicate, num_requests, None, length, length, device=self.block_RT.device)
+
+
+def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
+    """Boolean [R, 1, Q, K] of a forward against cache slots (or, uncached, against its own rows)."""
+    return (slot_blocks_RK[:, None, :] <= row_blocks_RQ[:, :, None])[:, None]
+

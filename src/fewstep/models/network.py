@@ -1,0 +1,153 @@
+"""A stock causal-LM module from transformers, played in a role.
+
+Axes: R = requests, Q = rows of a forward, S = scored rows, D = hidden width, V = vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fewstep.errors import FewstepError
+from fewstep.models.cache import KVCache
+from fewstep.models.masks import cached_mask
+from fewstep.models.roles import Role
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a decoder wants scored in one forward; every `kind` has fixed shapes, so that each is one capturable graph.
+
+    `tokens_RQ`, `positions_RQ`, `blocks_RQ`: the rows. `slots_RQ`: cache slot of each row's key and value (the scratch
+    slot for inert rows); None for an uncached forward. `scored_RS`: indices into Q of the rows that stand at the
+    positions to be scored (diffusion), neighbours from left to right, or whose next token is wanted (causal).
+    """
+
+    kind: str
+    tokens_RQ: Tensor
+    positions_RQ: Tensor
+    blocks_RQ: Tensor
+    slots_RQ: Tensor | None
+    scored_RS: Tensor
+    network: str = "target"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`logits_RSV` in float32, the mask token at -inf; `hidden_RSD` the rows after the final norm that gave them."""
+
+    logits_RSV: Tensor
+    hidden_RSD: Tensor
+
+
+class Network:
+    """Weights, role and tokenizer. Nothing here decides what to decode."""
+
+    def __init__(
+        self, module: PreTrainedModel, role: Role, tokenizer: PreTrainedTokenizerBase, *, name: str = "model"
+    ) -> None:
+        self.module = module.eval()
+        self.role = role
+        self.tokenizer = tokenizer
+        self.name = name
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        mask, vocab_size = self.role.mask_token_id, self.vocab_size
+        if mask is not None and not 0 <= mask < vocab_size:
+            raise FewstepError(f"{self.name}: mask_token_id {mask} is outside the vocabulary of {vocab_size} tokens")
+        if self.tokenizer.eos_token_id is None:
+            raise FewstepError(
+                f"{self.name}: the tokenizer has no end-of-text token; set eos_token in its configuration"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.module.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.module.config.max_position_embeddings
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.eos_token_id if pad is None else pad
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def new_cache(self, num_requests: int, length: int) -> KVCache:
+        """An empty cache for positions 0 .. length - 1 of each request."""
+        return KVCache(self.module.config, num_requests, length, device=self.device, dtype=self.dtype)
+
+    def hidden(self, plan: Plan, cache: KVCache | None = None) -> Tensor:
+        """Run the backbone: rows after the final norm, [R, Q, D]."""
+        if plan.slots_RQ is None:
+            mask = cached_mask(plan.blocks_RQ, plan.blocks_RQ)
+        else:
+            if cache is None:
+                raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
+            cache.place(plan.slots_RQ, plan.blocks_RQ)
+            mask = cached_mask(plan.blocks_RQ, cache.blocks_RK)
+        return self.module.base_model(
+            input_ids=plan.tokens_RQ,
+            attention_mask=mask,
+            position_ids=plan.positions_RQ,
+            past_key_values=cache if plan.slots_RQ is not None else None,
+            use_cache=plan.slots_RQ is not None,
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; the mask token gets -inf."""
+        logits = self.module.get_output_embeddings()(hidden).float()
+        if self.role.mask_token_id is not None:
+            logits[..., self.role.mask_token_id] = float("-inf")
+        return logits
+
+    def score(self, plan: Plan, cache: KVCache | None = None) -> Scores:
+        """One forward: logits for the positions of `plan.scored_RS`.
+
+        A diffusion network with shifted logits is read one row earlier, so that the caller always names the position it
+        wants.
+        """
+        hidden_RQD = self.hidden(plan, cache)
+        if self.role.right_shift_logits and self.role.name != "autoregressive":
+            hidden_RSD = _rows_before(hidden_RQD, plan, cache)
+        else:
+            hidden_RSD = _rows(hidden_RQD, plan.scored_RS)
+        return Scores(logits_RSV=self.head(hidden_RSD), hidden_RSD=hidden_RSD)
+
+
+def _rows(hidden_RQD: Tensor, rows_RS: Tensor) -> Tensor:
+    return hidden_RQD.gather(1, rows_RS[:, :, None].expand(-1, -1, hidden_RQD.shape[-1]))
+
+
+def _rows_before(hidden_RQD: Tensor, plan: Plan, cache: KVCache | None) -> Tensor:
+    """The rows one position before the scored ones, which are neighbours, [R, S, D].
+
+    The one before the first belongs to the context or to a finished block. A cached forward has it only while that is
+    being committed, so the cache carries it from there through the steps of the block.
+    """
+    rows_RS = (plan.scored_RS - 1).clamp(min=0)  # position 0 is given, so what would score it is never read
+    hidden_RSD = _rows(hidden_RQD, rows_RS)
+    if plan.slots_RQ is not None:
+        assert cache is not None
+        slot_before_R = plan.slots_RQ.gather(1, rows_RS[:, :1])[:, 0]
+        is_here_R = (plan.scored_RS[:, 0] > 0) & (slot_before_R != cache.scratch)
+        hidden_RSD[:, 0] = cache.carry(hidden_RSD[:, 0], is_here_R)
+    return hidden_RSD

@@ -1,0 +1,107 @@
+"""Roles: how a network's rows see each other, and which row scores which token.
+
+A role is stored in a checkpoint's `config.json` and absorbed here, so that no decoder and no objective asks which family it runs.
+
+Every visibility rule of ours is one comparison of block numbers: row q sees key k when `blocks[k] <= blocks[q]`. Causal
+attention numbers each position by itself, full attention gives all positions the same number, block-causal attention one number
+per block.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+
+RoleName = Literal["autoregressive", "bidirectional", "block_causal"]
+ContextAttention = Literal["bidirectional", "block_causal", "causal"]
+
+INVISIBLE = 1 << 30
+"""Block number of padding and of unwritten cache slots: no real row sees it. A row that carries it sees everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """Attention and alignment of one set of weights. FewstepError if a field has no meaning.
+
+    `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default schedule.
+    `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores token t. A causal network's
+    rows always score the next token.
+    """
+
+    name: RoleName
+    block_size: int = 32
+    mask_token_id: int | None = None
+    right_shift_logits: bool = False
+    context_attention: ContextAttention = "bidirectional"
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(RoleName):
+            raise FewstepError(f"unknown role {self.name!r}; choose one of {', '.join(get_args(RoleName))}")
+        if self.context_attention not in get_args(ContextAttention):
+            choices = ", ".join(get_args(ContextAttention))
+            raise FewstepError(f"unknown context_attention {self.context_attention!r}; choose one of {choices}")
+        if self.block_size < 1:
+            raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
+        if self.name != "autoregressive" and self.mask_token_id is None:
+            raise FewstepError(f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json")
+
+    @property
+    def scores_next_token(self) -> bool:
+        """Whether the row at position t scores the token at t + 1."""
+        return self.name == "autoregressive" or self.right_shift_logits
+
+    def blocks(self, positions: Tensor, context_length: Tensor) -> Tensor:
+        """Block number of each position; integers that broadcast, e.g. positions [R, Q] and context_length [R, 1]."""
+        if self.name == "autoregressive":
+            return positions.expand(torch.broadcast_shapes(positions.shape, context_length.shape))
+        in_context = positions < context_length
+        response = positions - context_length
+        if self.name == "bidirectional":
+            within_response = torch.zeros_like(response)
+        else:
+            within_response = response.div(self.block_size, rounding_mode="floor")
+        match self.context_attention:
+            case "bidirectional":
+                return torch.where(in_context, 0, within_response + (self.name == "block_causal"))
+            case "causal":
+                return torch.where(in_context, positions, context_length + within_response)
+            case "block_causal":
+                absolute = positions.div(self.block_size, rounding_mode="floor")
+                if self.name == "block_causal":
+                    return absolute.expand_as(response)
+                return torch.minimum(absolute, context_length.div(self.block_size, rounding_mode="floor"))
+
+    def first_block_start(self, context_length: Tensor) -> Tensor:
+        """Position at which the first response block begins.
+
+        It is the end of the context, except with `context_attention="block_causal"`, whose blocks are absolute (SDAR): there the
+        first block also holds what is left of the context past the last whole block.
+        """
+        if self.name == "block_causal" and self.context_attention == "block_causal":
+            return context_length.div(self.block_size, rounding_mode="floor") * self.block_size
+        return context_length
+
+    def to_config(self) -> dict[str, Any]:
+        """The keys stored in a checkpoint's config.json."""
+        return {
+            "role": self.name,
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "right_shift_logits": self.right_shift_logits,
+            "context_attention": self.context_attention,
+            "is_causal": self.name == "autoregressive",
+        }
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Role":
+        """Read what `to_config` stored; a config without our keys is a plain causal model."""
+        return cls(
+            name=getattr(config, "role", "autoregressive"),
+            block_size=getattr(config, "block_size", 32),
+            mask_token_id=getattr(config, "mask_token_id", None),
+            right_shift_logits=getattr(config, "right_shift_logits", False),
+            context_attention=getattr(config, "context_attention", "bidirectional"),
+        )

@@ -1,0 +1,1 @@
+"""Trajectories, corruption, losses, objectives and the trainer."""

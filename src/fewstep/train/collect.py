@@ -1,0 +1,182 @@
+"""Collecting trajectories: prompts in fixed shards, whose bytes do not depend on who decodes them, or how often."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.loop import Record, decode
+from fewstep.decode.requests import Output, Request
+from fewstep.errors import FewstepError
+from fewstep.files import Shards
+from fewstep.models.load import network_hash
+from fewstep.models.network import Network
+from fewstep.train.trajectories import SCHEMA_VERSION, Distribution, PromptRow, ShardFiles, Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectReport:
+    """What the finished shards of one worker hold, those of earlier runs included."""
+
+    num_shards: int = 0
+    num_shards_made_now: int = 0
+    num_prompts: int = 0
+    num_records: int = 0
+    num_rejected: int = 0
+    num_positions: int = 0
+    num_forwards: int = 0
+
+    def plus(self, facts: Mapping[str, int], *, made_now: bool) -> "CollectReport":
+        """With one more shard."""
+        return replace(
+            self,
+            num_shards=self.num_shards + 1,
+            num_shards_made_now=self.num_shards_made_now + made_now,
+            num_prompts=self.num_prompts + facts["num_prompts"],
+            num_records=self.num_records + facts["num_records"],
+            num_rejected=self.num_rejected + facts["num_prompts"] - facts["num_records"],
+            num_positions=self.num_positions + facts["num_positions"],
+            num_forwards=self.num_forwards + facts["num_forwards"],
+        )
+
+
+Decode = Callable[[Sequence[PromptRow], Sequence[int]], Sequence[Output]]
+"""Rows and their seeds -> one output each, in the same order, with the distribution recorded."""
+
+
+def distribution_of(network: Network, kind: Literal["top_k", "hidden"] = "top_k", *, top_k: int = 64) -> Distribution:
+    """How to store the distributions of this network: its `top_k` best tokens, or its hidden rows in 16 bits."""
+    if kind == "hidden":
+        dtype: Literal["float16", "bfloat16"] = "bfloat16" if network.dtype == torch.bfloat16 else "float16"
+        return Distribution(kind=kind, width=network.module.config.hidden_size, dtype=dtype)
+    return Distribution(kind=kind, width=min(top_k, network.vocab_size))
+
+
+def decode_with(
+    network: Network, decoder: Decoder, *, max_new_tokens: int, batch_size: int, distribution: Distribution
+) -> Decode:
+    """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution`."""
+    hidden = distribution.kind == "hidden"
+    record = Record(hidden=hidden, top_k=None if hidden else distribution.width)
+
+    def run(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
+        requests = [
+            Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        return decode(network, requests, decoder, batch_size=batch_size, record=record)
+
+    return run
+
+
+def teacher_of(network: Network) -> Teacher:
+    """FewstepError if the network has no mask token, so that it cannot teach."""
+    if network.role.mask_token_id is None:
+        raise FewstepError(f"{network.name} has no mask token, so it has no diffusion trajectories to collect")
+    return Teacher(hash=network_hash(network), vocab_size=network.vocab_size, mask_token_id=network.role.mask_token_id)
+
+
+def row_seed(prompt_id: str, seed: int) -> int:
+    """The seed of one prompt, below 2**31: the same on every machine and whichever worker decodes it."""
+    digest = hashlib.blake2b(f"{seed}\n{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**31
+
+
+def collect(
+    decode_rows: Decode,
+    rows: Sequence[PromptRow],
+    folder: str | Path,
+    *,
+    teacher: Teacher,
+    settings: Mapping[str, Any],
+    seed: int = 0,
+    distribution: Distribution,
+    shard_size: int = 1024,
+    resume: bool = True,
+    worker: tuple[int, int] = (0, 1),
+    keep: Callable[[PromptRow, Output], bool] | None = None,
+    on_shard: Callable[[CollectReport], None] | None = None,
+) -> CollectReport:
+    """Decode `rows` and store their trajectories in `folder`; a rerun makes only the shards that are missing.
+
+    Shard s holds rows s * shard_size onwards and is decoded in one call by worker k of n if s % n == k; seeds depend
+    on the prompt's id and `seed` only, so the files do not depend on the number of workers or on interruptions.
+    `settings` says how `decode_rows` decodes and goes into the manifest: a folder begun with other rows or settings is
+    refused. `keep` rejects records (a wrong answer, say); rejections are counted in the shard and in the report. The
+    next shard is decoded while the last one is written.
+
+    FewstepError for no rows, ids that occur twice, a bad worker, other settings, or a full disk.
+    """
+    if not rows:
+        raise FewstepError("there are no prompts to collect trajectories from")
+    if shard_size < 1:
+        raise FewstepError(f"a shard holds at least one prompt, got shard_size {shard_size}; try 1024")
+    name, occurrences = Counter(row.id for row in rows).most_common(1)[0]
+    if occurrences > 1:
+        raise FewstepError(
+            f"the prompt id {name!r} occurs {occurrences} times; ids must differ, as each seeds its own noise"
+        )
+    shards = Shards.create(
+        folder,
+        num_shards=-(-len(rows) // shard_size),
+        suffix=".parquet",
+        resume=resume,
+        settings={
+            "schema_version": SCHEMA_VERSION,
+            "kind": "diffusion trajectories",
+            "teacher_hash": teacher.hash,
+            "vocab_size": teacher.vocab_size,
+            "mask_token_id": teacher.mask_token_id,
+            "distribution": {"kind": distribution.kind, "width": distribution.width, "dtype": distribution.dtype},
+            "decoding": dict(settings),
+            "seed": seed,
+            "prompts_hash": prompts_hash(rows),
+            "num_prompts": len(rows),
+            "shard_size": shard_size,
+            "filtered": keep is not None,
+        },
+    )
+    shard_files = ShardFiles(shards)
+    missing = shards.unfinished(worker)
+    report = CollectReport()
+    for index in range(worker[0], shards.num_shards, worker[1]):
+        if index not in missing:
+            report = report.plus(shard_files.facts(index), made_now=False)
+
+    def written(writing: Future[dict[str, int]]) -> None:
+        nonlocal report
+        report = report.plus(writing.result(), made_now=True)
+        if on_shard is not None:
+            on_shard(report)
+
+    # One writing thread: the next shard is decoded meanwhile. Leaving the block, also by Ctrl-C, waits for the write.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[dict[str, int]] | None = None
+        for index in missing:
+            of_shard = rows[index * shard_size : (index + 1) * shard_size]
+            outputs = decode_rows(of_shard, [row_seed(row.id, seed) for row in of_shard])
+            pairs = list(zip(of_shard, outputs, strict=True))
+            kept = [pair for pair in pairs if keep is None or keep(*pair)]
+            if writing is not None:
+                written(writing)
+            num_forwards = sum(output.num_forwards for output in outputs)
+            writing = writer.submit(shard_files.write, index, kept, num_prompts=len(pairs), num_forwards=num_forwards)
+        if writing is not None:
+            written(writing)
+    return report
+
+
+def prompts_hash(rows: Sequence[PromptRow]) -> str:
+    """sha256 over ids, prompts and reference answers, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        reference = None if row.reference_ids is None else list(map(int, row.reference_ids))
+        digest.update(json.dumps([row.id, list(map(int, row.prompt_ids)), reference]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Stops a run whose model has collapsed: a loss that is not a number or runs away, outputs that repeat or say nothing.
+
+Consistency losses have a trivial solution, the model that says one thing always. The loss falls all the same, so the
+outputs are watched: their health must stay near that of a baseline (the references, or the first evaluation).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.decode.health import Health
+from fewstep.errors import FewstepError
+
+
+class CollapseError(FewstepError):
+    """The run is stopped; the message names the statistic, its value and the limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseLimits:
+    """How far from the baseline is collapse. None switches a check off.
+
+    `repetition_rise`, `empty_rise`: shares may rise by so much. `longest_run_factor`: the longest run of one token
+    may be so many times the baseline's, and at least `longest_run_free` in any case. `entropy_share`,
+    `distinct_share`: entropy and distinct-2 may fall to this share of the baseline's. `loss_factor`: the average loss
+    may be so many times the lowest average so far, averaged over about `loss_memory` observations and not judged
+    before as many. `grace_steps`: outputs are not judged before this step (a model from scratch begins unhealthy).
+    """
+
+    repetition_rise: float | None = 0.25
+    empty_rise: float | None = 0.25
+    longest_run_factor: float | None = 4.0
+    longest_run_free: int = 16
+    entropy_share: float | None = 0.5
+    distinct_share: float | None = 0.25
+    loss_factor: float | None = 3.0
+    loss_memory: int = 50
+    grace_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("repetition_rise", "empty_rise", "entropy_share", "distinct_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise FewstepError(f"{name} is a share between 0 and 1, got {value}; None switches the check off")
+        for name in ("longest_run_factor", "loss_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 1:
+                raise FewstepError(f"{name} must exceed 1, got {value}; None switches the check off")
+        for name, least in (("longest_run_free", 0), ("loss_memory", 1), ("grace_steps", 0)):
+            if getattr(self, name) < least:
+                raise FewstepError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def check_health(baseline: Health, current: Health, limits: CollapseLimits) -> None:
+    """CollapseError naming the first statistic of `current` that left its limits around `baseline`."""
+    ceilings = {
+        "empty": None if limits.empty_rise is None else baseline.empty + limits.empty_rise,
+        "repetition": None if limits.repetition_rise is None else baseline.repetition + limits.repetition_rise,
+        "longest_run": None
+        if limits.longest_run_factor is None
+        else max(limits.longest_run_free, baseline.longest_run * limits.longest_run_factor),
+    }
+    floors = {
+        "entropy": None if limits.entropy_share is None else baseline.entropy * limits.entropy_share,
+        "distinct_2": None if limits.distinct_share is None else baseline.distinct_2 * limits.distinct_share,
+    }
+    for bounds, side, sign in ((ceilings, "above", 1), (floors, "below", -1)):
+        for name, limit in bounds.items():
+            value = getattr(current, name)
+            if limit is not None and sign * value > sign * limit:
+                raise CollapseError(
+                    f"the outputs have collapsed: {name} is {value:.4g}, {side} the limit {limit:.4g} "
+                    f"(baseline {getattr(baseline, name):.4g})"
+                )
+
+
+class CollapseMonitor:
+    """Watches one run. What it remembers goes through `state_dict`, so that a resumed run judges the same."""
+
+    def __init__(self, limits: CollapseLimits | None = None, *, baseline: Health | None = None) -> None:
+        """`baseline`: health of the references; None takes the first evaluation's."""
+        self.limits = limits or CollapseLimits()
+        self.baseline = baseline
+        self._num_losses = 0
+        self._average = 0.0
+        self._lowest: float | None = None
+
+    def observe_loss(self, loss: float, *, step: int) -> None:
+        """CollapseError if the loss is not finite, or its average is far above the lowest average so far."""
+        if not math.isfinite(loss):
+            raise CollapseError(f"the loss is {loss} at step {step}; lower the learning rate or look at the last batch")
+        self._num_losses += 1
+        weight = max(1 / self._num_losses, 1 / self.limits.loss_memory)  # a plain mean until the memory is full
+        self._average += weight * (loss - self._average)
+        if self.limits.loss_factor is None or self._num_losses < self.limits.loss_memory:
+            return
+        self._lowest = self._average if self._lowest is None else min(self._lowest, self._average)
+        if self._average > self.limits.loss_factor * abs(self._lowest):
+            raise CollapseError(
+                f"the loss has run away at step {step}: its average is {self._average:.4g}, more than "
+                f"{self.limits.loss_factor:g} times the lowest average {self._lowest:.4g}"
+            )
+
+    def observe_health(self, health: Health, *, step: int) -> None:
+        """CollapseError if the outputs left the limits around the baseline."""
+        if step < self.limits.grace_steps:
+            return
+        if self.baseline is None:
+            self.baseline = health
+            return
+        try:
+            check_health(self.baseline, health, self.limits)
+        except CollapseError as error:
+            raise CollapseError(f"at step {step} {error}") from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "baseline": None if self.baseline is None else self.baseline.to_json(),
+            "num_losses": self._num_losses,
+            "average": self._average,
+            "lowest": self._lowest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.baseline = None if state["baseline"] is None else Health(**state["baseline"])
+        self._num_losses = state["num_losses"]
+        self._average = state["average"]
+        self._lowest = state["lowest"]

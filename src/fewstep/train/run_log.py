@@ -1,0 +1,73 @@
+"""What a run says of itself: history, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+Figures = dict[str, float]
+
+
+class RunLog:
+    """A context manager. `history` is kept by every process; only the one that is `main` shows and writes it."""
+
+    def __init__(self, folder: Path, *, max_steps: int, main: bool) -> None:
+        self.history: list[Figures] = []
+        self._folder, self._max_steps, self._main = folder, max_steps, main
+        self._writer: SummaryWriter | None = None
+        console = Console(stderr=True)
+        self._on_terminal = console.is_terminal
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+            disable=not (main and self._on_terminal),
+        )
+
+    def start(self, step: int) -> None:
+        """Begin at `step`; what a killed run logged after it is no longer shown."""
+        self._task = self._bar.add_task("training", total=self._max_steps, completed=step, loss="")
+        if self._main:
+            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def figures(self, step: int, figures: Figures) -> None:
+        """Log numbers by name; several calls of one step make one line of the history."""
+        if self.history and self.history[-1]["step"] == step:
+            self.history[-1].update(figures)
+        else:
+            self.history.append({"step": step, **figures})
+        if self._writer is None:
+            return
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        if "loss" in figures:
+            self._bar.update(self._task, loss=f"loss {figures['loss']:.4f}")
+        if not self._on_terminal:
+            shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"step {step}/{self._max_steps} {shown}", flush=True)
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Log texts by name, in TensorBoard."""
+        if self._writer is not None:
+            for name, text in texts.items():
+                self._writer.add_text(name, text, step)
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,54 @@
+"""Stored trajectories as the flat tensors that the CDLM objective trains on."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.models.load import network_hash
+from fewstep.models.network import Network
+from fewstep.train.cdlm import HiddenDistributions, TopDistributions, TrajectoryTable
+from fewstep.train.examples import Examples
+from fewstep.train.trajectories import TrajectoryArrays, TrajectoryStore
+
+
+def read_table(folder: str | Path, teacher: Network) -> tuple[TrajectoryTable, Examples | None]:
+    """The trajectories in `folder`, and the reference answers stored beside them (None if there are none).
+
+    Hidden rows are read by the head of `teacher`, which must therefore not be the network in training. FewstepError for
+    a store that is damaged, unfinished, of another schema, or made by another teacher.
+    """
+    arrays = TrajectoryStore(folder, teacher_hash=network_hash(teacher)).load()
+    examples = Examples(
+        torch.from_numpy(arrays.prompt_ids),
+        torch.from_numpy(arrays.prompt_offsets),
+        torch.from_numpy(arrays.final_ids),
+        torch.from_numpy(arrays.offsets),
+    )
+    return TrajectoryTable(examples, torch.from_numpy(arrays.step_rank), _distributions(arrays, teacher)), _references(
+        arrays
+    )
+
+
+def _distributions(arrays: TrajectoryArrays, teacher: Network) -> TopDistributions | HiddenDistributions:
+    if arrays.topk_ids is None or arrays.topk_logp is None or arrays.log_tail is None:
+        return HiddenDistributions(arrays.hidden_tensor(), lambda hidden_ND: teacher.head(hidden_ND.to(teacher.dtype)))
+    return TopDistributions(
+        torch.from_numpy(arrays.topk_ids), torch.from_numpy(arrays.topk_logp), torch.from_numpy(arrays.log_tail)
+    )
+
+
+def _references(arrays: TrajectoryArrays) -> Examples | None:
+    if not arrays.has_reference.any():
+        return None
+    prompts = _rows(arrays.prompt_ids, arrays.prompt_offsets, arrays.has_reference)
+    answers = _rows(arrays.reference_ids, arrays.reference_offsets, arrays.has_reference)
+    return Examples(*prompts, *answers)
+
+
+def _rows(ids: np.ndarray, offsets: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The chosen rows of a ragged array, again as values and offsets."""
+    lengths = np.diff(offsets)
+    chosen_offsets = np.concatenate([[0], lengths[chosen].cumsum()])
+    return torch.from_numpy(ids[np.repeat(chosen, lengths)]), torch.from_numpy(chosen_offsets)

@@ -1,0 +1,498 @@
+"""The command line as a user meets it, on tiny random networks saved to folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.cli.main import main
+from fewstep.models.load import save_network
+from fewstep.models.tiny import tiny_network
+
+Run = Callable[..., "Result"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def sentence(self) -> str:
+        """The error: exit code 2, and one line that names the program."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert self.err.startswith("fewstep: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        return self.err
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of random networks: teacher, student, causal."""
+    folder = tmp_path_factory.mktemp("networks")
+    roles = {"teacher": "bidirectional", "student": "block_causal", "causal": "autoregressive"}
+    for name, role in roles.items():
+        save_network(tiny_network(role, head_scale=30.0, max_positions=1024), folder / name)  # type: ignore[arg-type]
+    return {name: str(folder / name) for name in roles}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `fewstep ARGUMENTS` in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    torch.set_num_threads(1)
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def fewstep_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *arguments],
+        stdin=options.pop("stdin", subprocess.DEVNULL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# The program itself
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    shown = run("--help")
+    assert shown.code == 0
+    for command in "demo generate infill collect train eval compare merge models doctor".split():
+        assert f" {command} " in shown.out
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "generate", "infill", "collect", "eval", "compare", "merge", "models", "doctor", "train"]
+)
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    shown = run(command, "--help")
+    assert shown.code == 0
+    assert f"fewstep {command}" in shown.out
+
+
+@pytest.mark.parametrize("command", ["diffusion", "cdlm", "sft"])
+def test_every_training_explains_itself(run: Run, command: str) -> None:
+    shown = run("train", command, "--help")
+    assert shown.code == 0
+    assert "--learning-rate" in shown.out
+    assert "--json" in shown.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out.strip() == fewstep.__version__
+
+
+def test_a_misspelt_command_is_an_error_with_a_suggestion(run: Run) -> None:
+    assert "'generate'" in run("genrate").sentence()
+    assert "'cdlm'" in run("train", "cdml").sentence()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "--treshold", "0.5"), ("eval", "--treshold", "0.5"), ("train", "sft", "--larning-rate", "1")],
+)
+def test_a_misspelt_option_is_an_error_with_a_suggestion(run: Run, arguments: tuple[str, ...]) -> None:
+    sentence = run(*arguments).sentence()
+    assert arguments[-2] in sentence
+    assert "--threshold" in sentence or "--learning-rate" in sentence
+
+
+def test_models_and_doctor_report(run: Run, tmp_path: Path) -> None:
+    assert run("models", "--json", tmp_path / "m.json").code == 0
+    assert isinstance(json.loads((tmp_path / "m.json").read_text()), list)
+    shown = run("doctor", "--json", tmp_path / "d.json")
+    assert shown.code == 0
+    report = json.loads((tmp_path / "d.json").read_text())
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["self_check"].startswith("ok")
+
+
+# generate and infill
+
+
+def test_generate_prints_what_python_returns(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    shown = run(
+        "generate", "--model", networks["student"], "2 + 2 =", "--max-new-tokens", 12, "--json", tmp_path / "r.json"
+    )
+    expected = fewstep.load(networks["student"]).generate("2 + 2 =", max_new_tokens=12)
+    assert shown.out == expected.text + "\n"
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["num_tokens"], report["num_forwards"]) == (expected.num_tokens, expected.num_forwards)
+    assert report["decoder"] == "block"
+
+
+def test_generate_takes_its_settings_from_options(run: Run, networks: dict[str, str]) -> None:
+    options = (
+        "--decoder",
+        "diffusion",
+        "--steps",
+        6,
+        "--order",
+        "entropy",
+        "--temperature",
+        0.7,
+        "--top-k",
+        8,
+        "--seed",
+        3,
+    )
+    shown = run("generate", "--model", networks["teacher"], "--max-new-tokens", 12, *options, "2 + 2 =")
+    expected = fewstep.load(networks["teacher"]).generate(
+        "2 + 2 =", max_new_tokens=12, decoder="diffusion", steps=6, order="entropy", temperature=0.7, top_k=8, seed=3
+    )
+    assert shown.out == expected.text + "\n"
+
+
+def test_generate_file_to_file(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        *({"id": name, "prompt": f"{name} = "} for name in ("a", "b", "c")),
+        {"id": 7, "prompt": "x"},
+    )
+    outputs = []
+    for batch_size in (1, 3):
+        target = tmp_path / f"out{batch_size}.jsonl"
+        shown = run(
+            "generate", "--model", networks["student"], "--max-new-tokens", 8,
+            "--input", source, "--output", target, "--batch-size", batch_size,
+        )  # fmt: skip
+        assert shown.code == 0, shown.err
+        outputs.append(read_lines(target))
+    for rows in outputs:
+        assert [row["id"] for row in rows] == ["a", "b", "c", 7]
+        assert all(set(row) == {"id", "text", "num_tokens", "num_forwards", "seconds"} for row in rows)
+    assert [row["text"] for row in outputs[0]] == [row["text"] for row in outputs[1]]
+
+
+def test_generate_reads_standard_input(networks: dict[str, str]) -> None:
+    process = fewstep_process("generate", "--model", networks["causal"], "--max-new-tokens", "4", stdin=subprocess.PIPE)
+    out, err = process.communicate("2 + 2 =\n", timeout=120)
+    assert process.returncode == 0, err
+    assert out == fewstep.load(networks["causal"]).generate("2 + 2 =", max_new_tokens=4).text + "\n"
+    assert err == ""
+
+
+def test_infill_between_and_inside(run: Run, networks: dict[str, str]) -> None:
+    between = run("infill", "--model", networks["teacher"], "--prefix", "2 +", "--suffix", "= 4", "--num-tokens", 3)
+    assert between.code == 0, between.err
+    assert between.out.startswith("2 +")
+    assert between.out.endswith("= 4\n")
+    inside = run("infill", "--model", networks["teacher"], "2 +<mask><mask><mask>= 4")
+    assert inside.out == between.out
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--decoder", "blok"], "block"),
+        (["--role", "bidirectinal"], "bidirectional"),
+        (["--order", "sideways"], "low_confidence"),
+        (["--threshold", "1.5"], "1.5"),
+        (["--threshold", "zero"], "--threshold"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "2"], "top_p"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "int3"], "int3"),
+        (["--decoder", "diffusion", "--max-new-tokens", "12", "--steps", "2"], "steps"),
+        (["--max-new-tokens", "5000"], "1024"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--decoder", "autoregressive"], "autoregressive"),
+    ],
+)
+def test_generate_refuses(run: Run, networks: dict[str, str], options: list[str], named: str) -> None:
+    assert named in run("generate", "2 + 2 =", "--model", networks["student"], *options).sentence()
+
+
+def test_a_role_that_cannot_run_a_decoder_is_refused(run: Run, networks: dict[str, str]) -> None:
+    assert "block" in run("generate", "2", "--model", networks["causal"], "--decoder", "block").sentence()
+    assert "infill" in run("infill", "--model", networks["causal"], "2<mask>3").sentence()
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_an_empty_prompt_is_refused(run: Run, networks: dict[str, str], prompt: str) -> None:
+    assert "empty" in run("generate", "--model", networks["student"], prompt).sentence()
+
+
+def test_a_prompt_longer_than_the_positions_is_refused(run: Run, networks: dict[str, str]) -> None:
+    assert "positions" in run("generate", "--model", networks["student"], "2" * 1100).sentence()
+
+
+def test_prompt_and_files_are_checked_together(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    assert "--output" in run("generate", "--input", tmp_path / "x.jsonl").sentence()
+    both = run("generate", "2", "--input", tmp_path / "x.jsonl", "--output", tmp_path / "y.jsonl")
+    assert "not both" in both.sentence()
+    missing = run("generate", "--input", tmp_path / "x.jsonl", "--output", tmp_path / "y.jsonl")
+    assert "x.jsonl" in missing.sentence()
+    assert "--num-tokens" in run("infill", "--prefix", "a", "--suffix", "b").sentence()
+
+
+@pytest.mark.parametrize(
+    "second", ['{"id": "b"}', '{"id": "a", "prompt": "x"}', '{"id": "b", "prompt": ""}', "no json"]
+)
+def test_a_bad_line_is_named_and_the_output_kept(
+    run: Run, networks: dict[str, str], tmp_path: Path, second: str
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": "a", "prompt": "x"}\n' + second + "\n")
+    target.write_text("before")
+    refused = run("generate", "--model", networks["student"], "--input", source, "--output", target)
+    assert "line 2" in refused.sentence()
+    assert target.read_text() == "before"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_missing_or_damaged_weights_are_one_sentence(run: Run, tmp_path: Path, damage: str) -> None:
+    save_network(tiny_network(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:200])
+    assert "model" in run("generate", "2", "--model", tmp_path / "model").sentence()
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "report.json" in run("models", "--json", tmp_path / "file" / "report.json").sentence()
+
+
+def test_ctrl_c_is_one_sentence_and_exit_code_130(networks: dict[str, str], tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", *({"id": i, "prompt": f"{i}"} for i in range(2000)))
+    target = tmp_path / "out.jsonl"
+    process = fewstep_process(
+        "generate", "--model", networks["student"], "--input", str(source), "--output", str(target),
+        "--max-new-tokens", "64",
+    )  # fmt: skip
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1].startswith("fewstep: interrupted")
+    assert "Traceback" not in err
+    assert not target.exists()
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    process = fewstep_process("doctor")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    process.wait(timeout=120)
+    assert err == ""
+
+
+# Teacher -> trajectories -> student -> folder, on the command line
+
+TINY_RUN = ("--max-steps", 2, "--rows", 2, "--row-length", 256, "--warmup-steps", 1)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_lines(
+        tmp_path / "rows.jsonl",
+        *({"id": str(i), "prompt": f"{i} + 2 =", "completion": f"{i + 2} is the sum"} for i in range(12)),
+    )
+
+
+def test_the_whole_way_to_a_student(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    teacher, trajectories, student, merged = (
+        tmp_path / name for name in ("teacher", "trajectories", "student", "merged")
+    )
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {networks['causal']}\nmax_steps: 1000\nlearning_rate: 1e-3\nrows: 2\nrow_length: 256\n")
+    trained = run(
+        "train", "diffusion", "--config", config, "--data", rows, "--output", teacher, "--max-steps", 2,
+        "--watch-data", rows, "--watch-num-prompts", 2, "--watch-max-new-tokens", 8, "--evaluate-every", 2,
+        "--json", tmp_path / "train.json",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "sample at step 2" in trained.err
+    assert json.loads((tmp_path / "train.json").read_text())["steps"] == 2
+    assert fewstep.load(teacher).role.name == "bidirectional"
+
+    collecting = ("collect", "--model", teacher, "--data", rows, "--max-new-tokens", 16, "--shard-size", 5)
+    for worker in ("0/2", "1/2"):
+        collected = run(*collecting, "--output", trajectories, "--worker", worker, "--json", tmp_path / "collect.json")
+        assert collected.code == 0, collected.err
+    assert json.loads((tmp_path / "collect.json").read_text())["num_shards"] == 1
+    before = {path.name: path.read_bytes() for path in trajectories.iterdir()}
+    assert run(*collecting, "--output", trajectories).code == 0
+    assert {path.name: path.read_bytes() for path in trajectories.iterdir()} == before
+    assert "max_new_tokens" in run(*collecting[:-3], 24, "--shard-size", 5, "--output", trajectories).sentence()
+
+    distilling = ("train", "cdlm", "--trajectories", trajectories, "--output", student, "--block-size", 4, *TINY_RUN)
+    assert "teacher" in run(*distilling, "--teacher", networks["teacher"]).sentence()
+    distilled = run(*distilling, "--teacher", teacher, "--lora", "--lora-rank", 4)
+    assert distilled.code == 0, distilled.err
+    assert (student / "adapter_config.json").exists()
+    assert "already" in run(*distilling, "--teacher", teacher).sentence()
+
+    assert run("merge", student, "--output", merged).code == 0
+    assert "not empty" in run("merge", student, "--output", merged).sentence()
+    assert "nothing to merge" in run("merge", merged, "--output", tmp_path / "again").sentence()
+    answers = [run("generate", "2 + 2 =", "--model", model, "--max-new-tokens", 8).out for model in (student, merged)]
+    assert answers[0] == answers[1]
+
+
+def test_a_student_from_hidden_rows(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    store = tmp_path / "hidden"
+    teacher = networks["teacher"]
+    collected = run(
+        "collect", "--model", teacher, "--data", rows, "--output", store, "--max-new-tokens", 16, "--distribution", "hidden",
+        "--threshold", 0.5,
+    )  # fmt: skip
+    assert collected.code == 0, collected.err
+    distilled = run(
+        "train", "cdlm", "--trajectories", store, "--teacher", teacher, "--output", tmp_path / "student", *TINY_RUN,
+        "--direction", "reverse", "--consistency", 1, "--later-state", "next",
+    )  # fmt: skip
+    assert distilled.code == 0, distilled.err
+    assert fewstep.load(tmp_path / "student").role.name == "block_causal"
+
+
+def test_sft_of_a_causal_model(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    trained = run(
+        "train", "sft", "--model", networks["causal"], "--data", rows, "--output", tmp_path / "out", *TINY_RUN
+    )
+    assert trained.code == 0, trained.err
+    assert fewstep.load(tmp_path / "out").role.name == "autoregressive"
+
+
+def test_training_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    base = ("train", "sft", "--model", networks["causal"], "--output", tmp_path / "out", *TINY_RUN)
+    config = tmp_path / "run.yaml"
+    assert "--data" in run(*base).sentence()
+    config.write_text("lerning_rate: 1\n")
+    assert "'learning_rate'" in run(*base, "--data", rows, "--config", config).sentence()
+    config.write_text("learning_rate: fast\n")
+    assert "learning_rate" in run(*base, "--data", rows, "--config", config).sentence()
+    config.write_text("a: [\n")
+    assert "YAML" in run(*base, "--data", rows, "--config", config).sentence()
+    assert "--learning-rate" in run(*base, "--data", rows, "--learning-rate", "fast").sentence()
+    assert "schedule" in run(*base, "--data", rows, "--schedule", "sawtooth").sentence()
+    bad = write_lines(tmp_path / "bad.jsonl", {"prompt": "a", "completion": "b"}, {"question": "a"})
+    sentence = run(*base, "--data", bad).sentence()
+    assert "bad.jsonl" in sentence
+    assert "2" in sentence
+    unanchored = ("--distillation", 0, "--denoising", 0)
+    store = (
+        "--trajectories",
+        tmp_path / "none",
+        "--teacher",
+        networks["teacher"],
+        "--output",
+        tmp_path / "out",
+        *TINY_RUN,
+    )
+    assert "collapse" in run("train", "cdlm", *store, *unanchored).sentence()
+    assert "none" in run("train", "cdlm", *store).sentence()
+    assert not (tmp_path / "out").exists()
+
+
+def test_collect_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    base = ("collect", "--data", rows, "--output", tmp_path / "t", "--max-new-tokens", 8)
+    assert "K/N" in run(*base, "--model", networks["teacher"], "--worker", "two").sentence()
+    assert "mask token" in run(*base, "--model", networks["causal"]).sentence()
+    empty = write_lines(tmp_path / "empty.jsonl", {"id": "a", "prompt": ""})
+    sentence = run("collect", "--data", empty, "--output", tmp_path / "t", "--model", networks["teacher"]).sentence()
+    assert "line 1" in sentence
+
+
+# eval, compare, demo
+
+EVAL_KEYS = set(
+    "model role decoder engine task threshold steps batch_size dtype device n accuracy accuracy_ci95 num_tokens_mean "
+    "num_forwards_mean tokens_per_forward tokens_per_forward_correct seconds_median tokens_per_second step_ms".split()
+)
+
+
+def test_eval_on_a_file_and_on_bundled_problems(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    problems = write_lines(
+        tmp_path / "sums.jsonl", *({"id": i, "question": f"{i} + 2 =", "answer": i + 2} for i in range(3))
+    )
+    report, records = tmp_path / "r.json", tmp_path / "records.jsonl"
+    base = ("eval", "--model", networks["student"], "--max-new-tokens", 8, "--json", report)
+    assert run(*base, "--data", problems, "--records", records).code == 0
+    written = json.loads(report.read_text())
+    assert set(written) == EVAL_KEYS
+    assert (written["task"], written["n"], written["threshold"]) == ("sums", 3, 0.9)
+    assert len(read_lines(records)) == 3
+    assert run(*base, "--split", "dev", "--limit", 2, "--batch-size", 2, "--no-early-stop").code == 0
+    assert json.loads(report.read_text())["task"] == "gsm-symbolic"
+
+
+def test_eval_sweep_and_plot(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    shown = run(
+        "eval", "--model", networks["teacher"], "--max-new-tokens", 16, "--limit", 2, "--batch-size", 2,
+        "--sweep-thresholds", "0.2,0.9", "--sweep-steps", "8", "--json", report, "--plot", tmp_path / "curve",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    written = json.loads(report.read_text())
+    assert [(one["threshold"], one["steps"]) for one in written] == [(0.2, None), (0.9, None), (None, 8)]
+    assert (tmp_path / "curve.png").stat().st_size > 0
+    assert (tmp_path / "curve.svg").stat().st_size > 0
+
+
+def test_eval_refuses(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    base = ("eval", "--model", networks["student"], "--limit", 2)
+    assert "--sweep-thresholds" in run(*base, "--sweep-thresholds", "0.5;0.9").sentence()
+    bad = write_lines(tmp_path / "bad.jsonl", {"id": 1, "question": "a"})
+    assert "'answer'" in run(*base, "--data", bad).sentence()
+
+
+def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    student, teacher = (f"{networks[name]},max_new_tokens=8" for name in ("student", "teacher"))
+    shown = run(
+        "compare", f"{student},threshold=0.2", f"{teacher},steps=8", "--limit", 2, "--json", tmp_path / "c.json"
+    )
+    assert shown.code == 0, shown.err
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert written["n"] == 2
+    assert (written["first"]["threshold"], written["second"]["steps"]) == (0.2, 8)
+    assert "thresold" in run("compare", f"{student},thresold=0.2", teacher).sentence()
+    assert "--threshold" in run("compare", f"{student},threshold=much", teacher).sentence()
+
+
+def test_demo_in_plain_lines(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    shown = run(
+        "demo", "--teacher", networks["teacher"], "--student", networks["student"], "--causal", networks["causal"],
+        "--num-problems", 1, "--json", tmp_path / "d.json",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "problem 1: teacher" in shown.out
+    assert "\x1b" not in shown.out
+    factors = json.loads((tmp_path / "d.json").read_text())["factors"]
+    assert factors["total"] == pytest.approx(factors["stopping"] * factors["fewer_passes"] * factors["caching"])

@@ -1,0 +1,628 @@
+"""Decoders against plain loops written here, and what must never change a result: batch, padding, time, the cache."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fewstep.decode.autoregressive import Autoregressive
+from fewstep.decode.block import Block
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.loop import Event, Loop, Record, decode, positions_needed, run_pass, stream
+from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Order, Origin, Threshold
+from fewstep.decode.requests import Output, Request
+from fewstep.decode.sampling import Sampling
+from fewstep.decode.state import NEVER, State, accept
+from fewstep.errors import FewstepError
+from fewstep.models.network import Network
+from fewstep.models.tiny import tiny_network
+
+BLOCK = 4
+TINY = 1e-6
+CONTEXTS = ("bidirectional", "causal", "block_causal")
+DREAM = {"right_shift_logits": True, "context_attention": "causal"}
+ROLES = ("autoregressive", "bidirectional", "block_causal", "shifted bidirectional", "shifted block_causal")
+
+
+def network(role: Any = "block_causal", **options: Any) -> Network:
+    """Random weights, large enough that tokens and confidences vary along a text. `role` may be a shifted one."""
+    unshifted = role.removeprefix("shifted ")
+    options = options if unshifted == role else DREAM | options
+    net = tiny_network(unshifted, block_size=BLOCK, head_scale=20, **options)
+    with torch.no_grad():
+        for weight in net.module.base_model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(10)
+    return net
+
+
+def decoder_of(net: Network, **settings: Any) -> Decoder:
+    match net.role.name:
+        case "autoregressive":
+            return Autoregressive(role=net.role, **settings)
+        case "bidirectional":
+            return Diffusion(role=net.role, **{"block_size": BLOCK, **settings})
+        case _:
+            return Block(role=net.role, **{"policy": Threshold(at_least=0.3), **settings})
+
+
+def requests(count: int = 8, **options: Any) -> list[Request]:
+    """Prompts of 1 to 22 tokens, limits of 9 to 23."""
+    return [
+        Request(
+            prompt_ids=[5 + (7 * i + 3 * j) % 50 for j in range(1 + 3 * i)], max_new_tokens=9 + 2 * i, seed=i, **options
+        )
+        for i in range(count)
+    ]
+
+
+def use_as_end_of_text(net: Network, token_id: int) -> None:
+    net.tokenizer.eos_token = net.tokenizer.convert_ids_to_tokens(token_id)
+
+
+def same(one: Output, other: Output) -> None:
+    assert one.token_ids == other.token_ids
+    assert one.num_forwards == other.num_forwards
+    assert torch.equal(one.canvas_ids_G, other.canvas_ids_G)
+    assert torch.equal(one.step_G, other.step_G)
+    torch.testing.assert_close(one.confidence_G, other.confidence_G)
+
+
+# The exact cache
+
+
+def reads(context: str, context_length: int, query: int, key: int) -> bool:
+    """Whether a position of the block-causal role reads another, in words of the design."""
+    if context == "block_causal":
+        return key // BLOCK <= query // BLOCK
+    if query < context_length:
+        return key <= query if context == "causal" else key < context_length
+    return key < context_length or (key - context_length) // BLOCK <= (query - context_length) // BLOCK
+
+
+def uncached_block_decoding(net: Network, prompt: Sequence[int], limit: int, at_least: float) -> tuple[list[int], int]:
+    """The canvas and the number of forwards: a full forward over everything for every step, and no early stop."""
+    context, mask_id = net.role.context_attention, net.role.mask_token_id
+    assert mask_id is not None
+    start = len(prompt) // BLOCK * BLOCK if context == "block_causal" else len(prompt)
+    tokens, forwards = list(prompt), 0
+    while len(tokens) < len(prompt) + limit:
+        tokens += [mask_id] * (BLOCK - (len(tokens) - start) % BLOCK)
+        while mask_id in tokens[len(prompt) :]:
+            every = range(len(tokens))
+            visible = torch.tensor([[reads(context, len(prompt), q, k) for k in every] for q in every])
+            with torch.no_grad():
+                logits = net.module(torch.tensor([tokens]), attention_mask=visible[None, None]).logits[0]
+            if net.role.right_shift_logits:
+                logits = logits.roll(1, 0)  # row p - 1 scores position p; in front of a block it is a final token's
+            logits[:, mask_id] = float("-inf")
+            best = logits.softmax(-1).max(-1)
+            opened = [p for p in every if p >= len(prompt) and tokens[p] == mask_id]
+            sure = [p for p in opened if best.values[p] >= at_least]
+            for p in sure or [max(opened, key=lambda p: float(best.values[p]))]:
+                tokens[p] = int(best.indices[p])
+            forwards += 1
+    return tokens[len(prompt) :], forwards
+
+
+@pytest.mark.parametrize("batch_size", [8, 3])
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_cached_block_decoding_equals_an_uncached_loop(context: Any, shift: bool, batch_size: int) -> None:
+    net = network(context_attention=context, right_shift_logits=shift)
+    outputs = decode(net, requests(), decoder_of(net, early_stop=False), batch_size=batch_size)
+    num_passes = set()
+    for request, output in zip(requests(), outputs, strict=True):
+        tokens, forwards = uncached_block_decoding(net, request.prompt_ids, request.max_new_tokens, 0.3)
+        assert output.canvas_ids_G.tolist() == tokens
+        assert output.num_forwards == forwards, "a fused prefill and fused commits add no pass"
+        num_passes.add(forwards / len(tokens))
+    assert min(num_passes) < 1, "some steps finalise several tokens, or the test shows little"
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_uncached_decoder_runs_a_block_causal_model_as_the_cached_one_does(context: Any, shift: bool) -> None:
+    net = network(context_attention=context, right_shift_logits=shift)
+    uncached = Diffusion(role=net.role, block_size=BLOCK, policy=Threshold(at_least=0.3))
+    for one, other in zip(decode(net, requests(), decoder_of(net)), decode(net, requests(), uncached), strict=True):
+        same(one, other)
+
+
+def test_a_shift_changes_what_a_block_causal_network_says() -> None:
+    plain, shifted = network(context_attention="causal"), network("shifted block_causal")
+    for one, other in zip(
+        decode(plain, requests(), decoder_of(plain)), decode(shifted, requests(), decoder_of(shifted)), strict=True
+    ):
+        assert one.token_ids != other.token_ids
+
+
+def test_autoregressive_decoding_equals_transformers_generate() -> None:
+    net = network("autoregressive")
+    use_as_end_of_text(net, 63)
+    outputs = decode(net, requests(), decoder_of(net), batch_size=3)
+    for request, output in zip(requests(), outputs, strict=True):
+        prompt = torch.tensor([request.prompt_ids])
+        expected = net.module.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=net.eos_token_id,
+            pad_token_id=0,
+        )
+        assert output.token_ids == expected[0, prompt.shape[1] :].tolist()
+        assert output.num_forwards == output.num_tokens
+
+
+# What must never change a result
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_batch_of_8_equals_each_alone(role: Any, temperature: float) -> None:
+    net = network(role)
+    decoder = decoder_of(net, sampling=Sampling(temperature=temperature, top_k=None if temperature == 0 else 20))
+    alone = [decode(net, [request], decoder)[0] for request in requests()]
+    for batch_size in (8, 3):
+        for one, other in zip(alone, decode(net, requests(), decoder, batch_size=batch_size), strict=True):
+            same(one, other)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("free_rows", [0, 10_000], ids=["one pass per shape", "one pass for all"])
+def test_grouping_into_passes_changes_nothing(role: Any, free_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(role)
+    expected = decode(net, requests(), decoder_of(net))
+    monkeypatch.setattr("fewstep.decode.decoder.FREE_ROWS", free_rows)
+    for one, other in zip(expected, decode(net, requests(), decoder_of(net), batch_size=5), strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_request_that_joins_late_gets_what_it_gets_early(role: Any) -> None:
+    net = network(role)
+    decoder = decoder_of(net)
+    length = max(positions_needed(decoder, request) for request in requests())
+    loop = Loop(net, decoder, num_slots=4, length=length)
+    outputs: dict[int, Output] = {}
+    for request in requests():
+        loop.submit(request)
+        for _ in range(3):
+            outputs.update(loop.step())
+    while loop.busy:
+        outputs.update(loop.step())
+    for number, request in enumerate(requests()):
+        same(outputs[number], decode(net, [request], decoder)[0])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_padding_changes_nothing(role: Any) -> None:
+    net = network(role)
+    decoder = decoder_of(net)
+    request = requests()[2]
+    loop = Loop(net, decoder, num_slots=3, length=200)
+    loop.submit(request)
+    completed: list[tuple[int, Output]] = []
+    while loop.busy:
+        completed += loop.step()
+    same(completed[0][1], decode(net, [request], decoder)[0])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_step_after_completion_changes_nothing(role: Any) -> None:
+    net = network(role)
+    decoder = decoder_of(net)
+    request = requests()[3]
+    loop = Loop(net, decoder, num_slots=1, length=positions_needed(decoder, request))
+    loop.submit(request)
+    while loop.busy:
+        loop.step()
+    width = 16 if decoder.cached else loop.length
+    cache = net.new_cache(1, loop.length)
+    with torch.no_grad():
+        after = accept(decoder, loop.state, net.score(decoder.plan(loop.state, width), cache))
+    for name, before in vars(loop.state).items():
+        assert torch.equal(before, getattr(after, name)), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_step_reads_no_value_from_the_device(role: Any, temperature: float) -> None:
+    """On fake tensors, which have shapes and no values, so that any read raises."""
+    net = network(role)
+    decoder = decoder_of(net, sampling=Sampling(temperature=temperature, top_p=0.9))
+    loop = Loop(net, decoder, num_slots=2, length=40)
+    loop.submit(requests()[1])
+    loop.step()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        state = State(**{name: mode.from_tensor(field) for name, field in vars(loop.state).items()})
+        cache = net.new_cache(2, loop.length)
+        after, scores = run_pass(net, decoder, state, cache.view(torch.arange(2), 32), 16)
+    assert isinstance(scores.logits_RSV, FakeTensor)
+    assert {name: field.shape for name, field in vars(after).items()} == {
+        name: field.shape for name, field in vars(loop.state).items()
+    }
+
+
+def test_a_cached_result_does_not_depend_on_the_limit() -> None:
+    net = network()
+    prompt = requests()[3].prompt_ids
+    long = decode(net, [Request(prompt_ids=prompt, max_new_tokens=24)], decoder_of(net))[0].token_ids
+    for limit in (1, 3, 4, 9, 23):
+        output = decode(net, [Request(prompt_ids=prompt, max_new_tokens=limit)], decoder_of(net))[0]
+        assert output.token_ids == long[:limit]
+        assert len(output.canvas_ids_G) % BLOCK == 0
+
+
+# Policies, counting, stopping
+
+
+def test_an_easily_met_threshold_finalises_a_block_per_pass() -> None:
+    net = network()
+    decoder = decoder_of(net, policy=Threshold(at_least=TINY))
+    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=12)], decoder)[0]
+    assert output.num_forwards == 3
+    assert output.step_G.tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    assert output.tokens_per_forward == 4
+
+
+def test_one_token_per_pass_when_nothing_is_confident() -> None:
+    net = tiny_network("block_causal", block_size=BLOCK)
+    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=12)], decoder_of(net, policy=Threshold()))[0]
+    assert output.num_forwards == 12
+    assert sorted(output.step_G.tolist()) == list(range(1, 13))
+
+
+def test_exact_ties_finalise_one_token_per_pass() -> None:
+    net = tiny_network("block_causal", block_size=BLOCK, head_scale=0)
+    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=8)], decoder_of(net))[0]
+    assert output.step_G.tolist() == list(range(1, 9))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("role", ["bidirectional", "block_causal"])
+def test_the_mask_token_is_never_emitted(role: Any, temperature: float) -> None:
+    net = network(role)
+    assert net.role.mask_token_id is not None
+    with torch.no_grad():  # rows that would choose the mask token nearly always
+        head = net.module.get_output_embeddings().weight
+        head[net.role.mask_token_id] = head.abs().max() * 50
+        head.abs_()
+    for output in decode(net, requests(), decoder_of(net, sampling=Sampling(temperature=temperature))):
+        assert net.role.mask_token_id not in output.token_ids
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_step"),
+    [
+        (None, [1] * 12),
+        (12, [1] * 12),
+        (3, [4, 4, 4]),
+        (4, [2, 2, 4, 4]),  # blocks of 2, 1, 1 steps
+        (5, [2, 2, 2, 2, 4]),
+        (7, [2, 1, 1, 2, 2, 2, 2]),
+        (50, [1] * 12),
+    ],
+)
+def test_steps_are_split_over_blocks_and_tokens_over_steps(steps: int | None, per_step: list[int]) -> None:
+    net = network("bidirectional")
+    policy = FixedCount() if steps is None else EvenSplit()
+    decoder = decoder_of(net, policy=policy, steps=steps, early_stop=False)
+    output = decode(net, [Request(prompt_ids=[5, 6, 7], max_new_tokens=12)], decoder)[0]
+    assert output.num_forwards == len(per_step)
+    assert output.step_G.bincount()[1:].tolist() == per_step
+    for earlier, later in ((0, 4), (4, 8)):
+        assert output.step_G[earlier : earlier + 4].max() < output.step_G[later : later + 4].min(), "left to right"
+
+
+def test_fewer_steps_than_blocks_are_refused() -> None:
+    net = network("bidirectional")
+    with pytest.raises(FewstepError, match="2 steps are fewer than the 3 blocks"):
+        decode(net, [Request(prompt_ids=[5], max_new_tokens=12)], decoder_of(net, policy=EvenSplit(), steps=2))
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random", "margin", "entropy"])
+def test_every_order_fills_the_canvas_one_token_per_step(order: Order) -> None:
+    net = network("bidirectional")
+    decoder = decoder_of(net, policy=FixedCount(order=order))
+    output = decode(net, [Request(prompt_ids=[5], max_new_tokens=8)], decoder)[0]
+    assert sorted(output.step_G.tolist()) == list(range(1, 9))
+
+
+def test_orders_differ_and_the_random_one_follows_the_seed() -> None:
+    net = network("bidirectional")
+
+    def steps(order: Order, seed: int = 0) -> list[int]:
+        request = Request(prompt_ids=[5, 9], max_new_tokens=16, seed=seed)
+        decoder = decoder_of(net, policy=FixedCount(order=order), block_size=16)
+        return decode(net, [request], decoder)[0].step_G.tolist()
+
+    assert steps("random") == steps("random")
+    assert steps("random") != steps("random", seed=1)
+    assert steps("random") != steps("low_confidence")
+
+
+def test_origin_ends_with_its_steps_and_may_finalise_none_in_one() -> None:
+    net = network("bidirectional")
+    batch = [Request(prompt_ids=[5], max_new_tokens=8, seed=seed) for seed in range(20)]
+    outputs = decode(net, batch, decoder_of(net, policy=Origin(), steps=8, early_stop=False))
+    assert all((output.step_G > 0).all() and output.num_forwards <= 8 for output in outputs)
+    assert any(0 in output.step_G.bincount()[1:].tolist() for output in outputs)
+    assert len({tuple(output.step_G.tolist()) for output in outputs}) > 10
+
+
+def test_a_threshold_replaces_the_schedule_of_the_teacher() -> None:
+    net = network("bidirectional")
+    decoder = decoder_of(net, policy=Threshold(at_least=TINY))
+    output = decode(net, [Request(prompt_ids=[5], max_new_tokens=12)], decoder)[0]
+    assert output.num_forwards == 3
+
+
+def with_common_end_of_text(role: Any) -> tuple[Network, Request, Output]:
+    """A network whose end-of-text is a token that it produces midway, and what it would give if nothing stopped it."""
+    net = network(role)
+    request = Request(prompt_ids=[5, 11, 30], max_new_tokens=22)
+    free = decode(net, [request], decoder_of(net, early_stop=False))[0]
+    ids = free.canvas_ids_G.tolist()
+    use_as_end_of_text(net, next(token for i, token in enumerate(ids) if 5 <= i < 15 and token not in ids[:i]))
+    return net, request, free
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_early_stop_cuts_the_answer_and_the_passes(role: Any) -> None:
+    net, request, free = with_common_end_of_text(role)
+    ids = free.canvas_ids_G.tolist()
+    cut = ids.index(net.eos_token_id) + 1
+
+    stopped = decode(net, [request], decoder_of(net))[0]
+    assert stopped.token_ids == ids[:cut]
+    assert stopped.num_tokens == cut
+    assert stopped.finish_reason == "stop"
+    assert stopped.num_forwards == int(free.step_G[:cut].max()), "stops in the step that finalises the last token"
+
+    whole = decode(net, [request], decoder_of(net, early_stop=False))[0]
+    assert whole.token_ids == stopped.token_ids
+    assert whole.num_forwards == int(free.step_G.max())
+    assert (whole.step_G > 0).all()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_an_answer_without_end_of_text_has_the_length_asked_for(role: Any) -> None:
+    net = network(role)
+    use_as_end_of_text(net, 63)
+    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=7)], decoder_of(net))[0]
+    assert (output.num_tokens, output.finish_reason) == (7, "length")
+
+
+def test_an_end_of_text_does_not_stop_while_something_before_it_is_open() -> None:
+    net = network("bidirectional")
+    decoder = decoder_of(net, block_size=8)
+    request = Request(prompt_ids=[5, 9, 12], max_new_tokens=8)
+    free = decode(net, [request], decoder_of(net, block_size=8, early_stop=False))[0]
+    first = int(free.step_G.argmin())
+    assert first > 0, "the first step finalises a later position"
+    use_as_end_of_text(net, int(free.canvas_ids_G[first]))
+    output = decode(net, [request], decoder)[0]
+    end = free.canvas_ids_G.tolist().index(net.eos_token_id)
+    assert output.num_forwards == int(free.step_G[: end + 1].max())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_sampling_repeats_per_seed_and_differs_between_seeds(role: Any) -> None:
+    net = network(role)
+    decoder = decoder_of(net, sampling=Sampling(temperature=2.0))
+    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=16, seed=1)
+    first, again = (decode(net, [request], decoder)[0].token_ids for _ in range(2))
+    assert first == again
+    assert decode(net, [replace(request, seed=2)], decoder)[0].token_ids != first
+
+
+def test_other_policies_run_in_the_block_decoder() -> None:
+    net = network()
+    for policy in (Factor(), FixedCount(num_tokens=3)):
+        output = decode(net, [Request(prompt_ids=[5], max_new_tokens=8)], decoder_of(net, policy=policy))[0]
+        assert output.num_tokens == 8
+    with pytest.raises(FewstepError, match="no step schedule"):
+        decoder_of(net, policy=EvenSplit())
+
+
+# Infilling
+
+
+def test_infilling_keeps_what_is_given_and_fills_the_rest() -> None:
+    net = network("bidirectional")
+    mask_id = 2
+    canvas = [mask_id, 7, mask_id, mask_id, 9, 10, 11, 12, 13, 14, mask_id]
+    output = decode(net, [Request(prompt_ids=[5, 6], canvas=canvas)], decoder_of(net))[0]
+    given = [i for i, token in enumerate(canvas) if token != mask_id]
+    assert [output.token_ids[i] for i in given] == [canvas[i] for i in given]
+    assert mask_id not in output.token_ids
+    assert output.num_tokens == output.num_forwards == 4, "the block that is all given takes no pass"
+    assert (output.step_G[given] == 0).all()
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def test_infilling_equals_a_plain_loop_over_full_attention(shift: bool) -> None:
+    net = network("bidirectional", right_shift_logits=shift)
+    canvas = [2, 7, 2, 2, 9, 10, 2, 12]
+    tokens = [5, 6, *canvas]
+    while 2 in tokens:
+        with torch.no_grad():
+            visible = torch.ones(1, 1, len(tokens), len(tokens), dtype=torch.bool)
+            logits = net.module(torch.tensor([tokens]), attention_mask=visible).logits[0]
+        logits = logits.roll(1, 0) if shift else logits
+        logits[:, 2] = float("-inf")
+        best = logits.softmax(-1).max(-1)
+        opened = [p for p, token in enumerate(tokens) if token == 2]
+        block = [p for p in opened if (p - 2) // BLOCK == (opened[0] - 2) // BLOCK]
+        position = max(block, key=lambda p: float(best.values[p]))
+        tokens[position] = int(best.indices[position])
+    assert decode(net, [Request(prompt_ids=[5, 6], canvas=canvas)], decoder_of(net))[0].token_ids == tokens[2:]
+
+
+def test_infilling_can_begin_with_the_first_token_and_ignores_an_end_of_text() -> None:
+    net = network("bidirectional")
+    canvas = [2, net.eos_token_id, 2, 8]
+    output = decode(net, [Request(prompt_ids=[], canvas=canvas)], decoder_of(net))[0]
+    assert len(output.token_ids) == 4
+    assert (output.num_tokens, output.num_forwards) == (2, 2)
+
+
+def test_infilling_and_generating_share_a_batch() -> None:
+    net = network("bidirectional")
+    mixed = [*requests(3), Request(prompt_ids=[5, 6], canvas=[2, 7, 2, 2, 9, 10, 2])]
+    for request, output in zip(mixed, decode(net, mixed, decoder_of(net)), strict=True):
+        same(output, decode(net, [request], decoder_of(net))[0])
+
+
+def test_infilling_is_refused_where_it_has_no_meaning() -> None:
+    for role in ("autoregressive", "block_causal"):
+        net = network(role)
+        with pytest.raises(FewstepError, match="cannot infill"):
+            decode(net, [Request(prompt_ids=[5], canvas=[2])], decoder_of(net))
+    net = network("bidirectional")
+    with pytest.raises(FewstepError, match="nothing to fill in"):
+        decode(net, [Request(prompt_ids=[5], canvas=[7])], decoder_of(net))
+
+
+# Records, listeners, streams
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_recorded_rows_rebuild_the_distributions(role: Any) -> None:
+    net = network(role)
+    record = Record(hidden=True, top_k=5)
+    outputs = decode(net, requests(), decoder_of(net), batch_size=3, record=record)
+    for output in outputs:
+        assert output.hidden_GD is not None
+        assert output.top_k is not None
+        kept = output.step_G > 0
+        with torch.no_grad():
+            probabilities = net.head(output.hidden_GD).softmax(-1)
+        of_token = probabilities.gather(-1, output.canvas_ids_G[:, None])[:, 0]
+        torch.testing.assert_close(of_token[kept], output.confidence_G[kept], atol=1e-5, rtol=1e-4)
+        if net.role.name != "autoregressive":
+            assert torch.equal(output.top_k.ids_GK[kept, 0], output.canvas_ids_G[kept])
+        mass = output.top_k.log_probs_GK.exp().sum(-1) + output.top_k.tail_mass_G
+        torch.testing.assert_close(mass[kept], torch.ones_like(mass[kept]))
+
+
+def test_nothing_is_recorded_unless_asked_for() -> None:
+    net = network()
+    output = decode(net, requests(1), decoder_of(net))[0]
+    assert output.hidden_GD is None
+    assert output.top_k is None
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
+def test_a_recorded_row_is_that_of_an_uncached_forward_at_that_step(shift: bool) -> None:
+    net = network("bidirectional", right_shift_logits=shift)
+    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=8)
+    output = decode(net, [request], decoder_of(net), record=Record(hidden=True))[0]
+    assert output.hidden_GD is not None
+    for position in (1, 6):
+        state = torch.where(output.step_G < output.step_G[position], output.canvas_ids_G, 2)
+        tokens = torch.cat([torch.tensor(request.prompt_ids), state])[None]
+        visible = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
+        with torch.no_grad():
+            rows = net.module.base_model(tokens, attention_mask=visible).last_hidden_state[0]
+        torch.testing.assert_close(output.hidden_GD[position], rows[3 + position - shift], atol=1e-4, rtol=1e-4)
+
+
+def test_the_row_that_scores_a_block_is_the_clean_one_before_it_in_every_step() -> None:
+    """A block that takes several steps has that row in the first of them only; the cache carries it to the others."""
+    net = network("shifted block_causal")
+    request = Request(prompt_ids=[5, 6, 7, 8, 9], max_new_tokens=12)
+    output = decode(net, [request], decoder_of(net), record=Record(hidden=True))[0]
+    assert output.hidden_GD is not None
+    for position in (0, 4, 8):
+        tokens = [*request.prompt_ids, *output.canvas_ids_G[:position].tolist()]
+        every = range(len(tokens))
+        visible = torch.tensor([[reads("causal", 5, q, k) for k in every] for q in every])
+        with torch.no_grad():
+            rows = net.module.base_model(torch.tensor([tokens]), attention_mask=visible[None, None]).last_hidden_state
+        torch.testing.assert_close(output.hidden_GD[position], rows[0, -1], atol=1e-4, rtol=1e-4)
+    late = [p for p in (0, 4, 8) if output.step_G[p] > output.step_G[p : p + 4].min()]
+    assert late, "a first position that a later step of its block finalised, or the test shows little"
+
+
+def collect(net: Network, request: Request, decoder: Decoder) -> tuple[list[Event], Output]:
+    events, iterator = [], stream(net, request, decoder)
+    while True:
+        try:
+            events.append(next(iterator))
+        except StopIteration as finished:
+            return events, finished.value
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_streamed_events_equal_the_output(role: Any) -> None:
+    net, request, _ = with_common_end_of_text(role)
+    events, output = collect(net, request, decoder_of(net))
+    same(output, decode(net, [request], decoder_of(net))[0])
+    assert [event.step for event in events] == sorted(event.step for event in events)
+    assert len({event.position for event in events}) == len(events)
+    by_position = {event.position: event for event in events}
+    assert [by_position[i].token_id for i in range(output.num_tokens)] == output.token_ids
+    assert [by_position[i].step for i in range(output.num_tokens)] == output.step_G[: output.num_tokens].tolist()
+
+
+def test_listeners_see_every_round() -> None:
+    net = network()
+    seen: list[Tensor] = []
+
+    def listen(state: State) -> None:
+        seen.append((state.step_RL > 0).sum(1))
+
+    outputs = decode(net, requests(3), decoder_of(net), listeners=[listen])
+    assert len(seen) == max(output.num_forwards for output in outputs)
+    assert all((later >= earlier).all() for earlier, later in pairwise(seen))
+
+
+def test_outputs_are_announced_as_they_complete_and_returned_in_order() -> None:
+    net = network()
+    announced: dict[int, Output] = {}
+    outputs = decode(net, requests(), decoder_of(net), batch_size=2, on_output=announced.__setitem__)
+    assert sorted(announced) == list(range(8))
+    assert list(announced) != sorted(announced), "longest first"
+    assert [announced[i] for i in range(8)] == outputs
+
+
+# Bad input
+
+
+def test_a_role_that_cannot_run_a_decoder_is_named() -> None:
+    net = network("bidirectional")
+    with pytest.raises(FewstepError, match="which the block decoder cannot run; it needs block_causal"):
+        decode(net, requests(1), Block(role=net.role))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_requests_that_cannot_run_are_refused(role: Any) -> None:
+    net = network(role, max_positions=32)
+    decoder = decoder_of(net)
+    with pytest.raises(FewstepError, match="exceed the 32 positions"):
+        decode(net, [Request(prompt_ids=[5] * 30, max_new_tokens=8)], decoder)
+    with pytest.raises(FewstepError, match="max_new_tokens must be at least 1"):
+        decode(net, [Request(prompt_ids=[5], max_new_tokens=0)], decoder)
+    with pytest.raises(FewstepError, match="batch_size"):
+        decode(net, requests(1), decoder, batch_size=0)
+    if decoder.cached:
+        with pytest.raises(FewstepError, match="prompt is empty"):
+            decode(net, [Request(prompt_ids=[], max_new_tokens=8)], decoder)
+    assert decode(net, [], decoder) == []
+
+
+def test_open_positions_are_marked_in_a_stopped_output() -> None:
+    net, request, _ = with_common_end_of_text("block_causal")
+    output = decode(net, [request], decoder_of(net))[0]
+    left_open = output.step_G == NEVER
+    assert left_open.any()
+    assert (output.canvas_ids_G[left_open] == net.role.mask_token_id).all()

@@ -1,0 +1,243 @@
+"""`LanguageModel` and its settings, as a user calls them."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.decode.loop import Record
+from fewstep.decode.policies import EvenSplit, FixedCount, Margin, Origin, Threshold
+from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.settings import GenerationSettings
+from fewstep.errors import FewstepError
+from fewstep.models.load import save_network
+from fewstep.models.roles import Role
+from fewstep.models.tiny import tiny_network
+
+BLOCK_CAUSAL = Role(name="block_causal", block_size=8, mask_token_id=2)
+BIDIRECTIONAL = Role(name="bidirectional", block_size=8, mask_token_id=2)
+AUTOREGRESSIVE = Role(name="autoregressive")
+
+
+def model(role: Any = "block_causal") -> LanguageModel:
+    net = tiny_network(role, head_scale=20)
+    with torch.no_grad():
+        for weight in net.module.base_model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(10)
+    return LanguageModel(net)
+
+
+# Generate
+
+
+@pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
+def test_the_role_picks_the_decoder(role: Any) -> None:
+    lm = model(role)
+    out = lm.generate("what is 2+2?", max_new_tokens=10)
+    assert out.num_tokens == len(out.token_ids) <= 10
+    assert out.tokens_per_forward == out.num_tokens / out.num_forwards
+    assert out.seconds > 0
+    assert out.text == lm.network.tokenizer.decode(out.token_ids, skip_special_tokens=True)
+    assert lm.decoder().name == {"bidirectional": "diffusion", "block_causal": "block"}.get(role, role)
+
+
+def test_a_list_is_answered_in_order_and_a_conversation_is_one_prompt() -> None:
+    lm = model()
+    prompts = ["a", "a longer one", "b?"]
+    outputs = lm.generate(prompts, max_new_tokens=8, batch_size=2)
+    assert [output.token_ids for output in outputs] == [
+        lm.generate(prompt, max_new_tokens=8).token_ids for prompt in prompts
+    ]
+    conversation = [{"role": "user", "content": "a"}]
+    assert lm.generate(conversation, max_new_tokens=8).token_ids == outputs[0].token_ids
+    assert lm.generate([conversation], max_new_tokens=8)[0].token_ids == outputs[0].token_ids
+    assert lm.generate([], max_new_tokens=8) == []
+
+
+def test_raw_prompts_go_without_the_template() -> None:
+    lm = model()
+    assert lm.encode("ab") == [3, *lm.encode("ab", raw=True), 4]
+
+
+def test_announced_outputs_have_their_text() -> None:
+    texts: dict[int, str] = {}
+    outputs = model().generate(
+        ["a", "b"], max_new_tokens=8, on_output=lambda index, out: texts.update({index: out.text})
+    )
+    assert [texts[0], texts[1]] == [output.text for output in outputs]
+
+
+def test_records_pass_through() -> None:
+    out = model().generate("a", max_new_tokens=8, record=Record(top_k=3))
+    assert out.hidden_GD is None
+    assert out.top_k is not None
+    assert out.top_k.ids_GK.shape == (8, 3)
+
+
+def test_load_reads_what_was_saved(tmp_path: Any) -> None:
+    lm = model()
+    save_network(lm.network, tmp_path)
+    loaded = fewstep.load(tmp_path, dtype="float32", device="cpu")
+    assert loaded.role == lm.role
+    assert loaded.generate("ab", max_new_tokens=8).token_ids == lm.generate("ab", max_new_tokens=8).token_ids
+    assert fewstep.load(tmp_path, role="bidirectional", device="cpu").decoder().name == "diffusion"
+
+
+# Stream
+
+
+@pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
+def test_a_stream_ends_with_the_output_of_generate(role: Any) -> None:
+    lm = model(role)
+    stream, growing = lm.stream("ab", max_new_tokens=16), [""]
+    assert stream.output is None
+    for event in stream:
+        assert event.text == lm.network.tokenizer.decode([event.token_id])
+        growing.append(stream.answer_text())
+    assert all(later.startswith(earlier) for earlier, later in pairwise(growing))
+    expected = lm.generate("ab", max_new_tokens=16)
+    assert stream.output is not None
+    assert stream.output.text == expected.text == growing[-1]
+    assert stream.output.num_forwards == expected.num_forwards
+
+
+# Infill
+
+
+def test_a_gap_is_filled_between_prefix_and_suffix() -> None:
+    lm = model("bidirectional")
+    out = lm.infill("ab", "yz.", num_tokens=3)
+    assert out.text.startswith("ab")
+    assert out.text.endswith("yz.")
+    assert out.num_tokens == 3
+    assert lm.role.mask_token_id not in out.token_ids
+
+
+def test_masks_inside_a_text_are_filled() -> None:
+    lm = model("bidirectional")
+    out = lm.infill(text="a<mask>c<mask><mask>f")
+    filled = lm.network.tokenizer.encode(out.text)
+    assert out.num_tokens == 3
+    assert out.text[0] == "a"
+    assert out.text[-1] == "f"
+    assert lm.role.mask_token_id not in filled
+
+
+def test_infilling_can_answer_a_prompt_and_start_with_the_gap() -> None:
+    lm = model("bidirectional")
+    out = lm.infill("", "z", num_tokens=2, prompt="what?")
+    assert out.num_tokens == 2
+    assert len(out.token_ids) == 3
+    assert lm.infill("", "z", num_tokens=2).num_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefix": "a"}, "num_tokens of at least 1"),
+        ({"text": "abc"}, "holds no mask token, which is '<mask>'"),
+        ({"text": "a<mask>", "suffix": "b"}, "either a text"),
+        ({"prefix": "a", "num_tokens": 2, "max_new_tokens": 3}, "infilling takes no max_new_tokens"),
+    ],
+)
+def test_an_infill_without_meaning_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        model("bidirectional").infill(**arguments)
+
+
+def test_only_the_bidirectional_role_infills() -> None:
+    with pytest.raises(FewstepError, match="role block_causal, which cannot infill"):
+        model().infill("a", "b", num_tokens=1)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"treshold": 0.9}, "unknown setting 'treshold'; did you mean 'threshold'"),
+        ({"decoder": "blok"}, "unknown decoder 'blok'; did you mean 'block'"),
+        ({"order": "orign"}, "unknown order 'orign'; did you mean 'origin'"),
+        ({"threshold": 1.5}, "probability in"),
+        ({"threshold": 0}, "probability in"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"threshold": 0.9, "steps": 8}, "threshold replaces steps"),
+        ({"policy": Margin(), "threshold": 0.9}, "policy replaces"),
+        ({"seed": 1 << 64}, "64 bits"),
+    ],
+)
+def test_settings_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        GenerationSettings.of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "message"),
+    [
+        (BLOCK_CAUSAL, {"steps": 8}, "the block decoder takes no steps; only diffusion can"),
+        (AUTOREGRESSIVE, {"threshold": 0.5}, "the autoregressive decoder takes no threshold"),
+        (AUTOREGRESSIVE, {"decoder": "block"}, "a causal model cannot run the block decoder"),
+        (AUTOREGRESSIVE, {"decoder": "diffusion"}, "a causal model cannot run the diffusion decoder"),
+    ],
+)
+def test_a_setting_the_decoder_does_not_take_is_refused(role: Role, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        GenerationSettings.of(**settings).decoder_for(role)
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "policy"),
+    [
+        (BLOCK_CAUSAL, {}, Threshold(at_least=0.9)),
+        (BLOCK_CAUSAL, {"threshold": 0.5}, Threshold(at_least=0.5)),
+        (BLOCK_CAUSAL, {"policy": Margin()}, Margin()),
+        (BIDIRECTIONAL, {}, FixedCount(num_tokens=1)),
+        (BIDIRECTIONAL, {"order": "margin"}, FixedCount(num_tokens=1, order="margin")),
+        (BIDIRECTIONAL, {"steps": 16, "order": "entropy"}, EvenSplit(order="entropy")),
+        (BIDIRECTIONAL, {"order": "origin"}, Origin()),
+        (BIDIRECTIONAL, {"threshold": 0.7}, Threshold(at_least=0.7)),
+        (BLOCK_CAUSAL, {"decoder": "diffusion", "threshold": 0.7}, Threshold(at_least=0.7)),
+    ],
+)
+def test_settings_make_the_policy(role: Role, settings: dict[str, Any], policy: Any) -> None:
+    assert GenerationSettings.of(**settings).decoder_for(role).policy == policy
+
+
+def test_the_block_size_is_the_roles_unless_set() -> None:
+    for role in (BLOCK_CAUSAL, BIDIRECTIONAL):
+        assert GenerationSettings().decoder_for(role).block_size == 8
+        assert GenerationSettings(block_size=4).decoder_for(role).block_size == 4
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("prompt", "raw"), [("", False), ("  \n", False), ("", True), ([], False)])
+def test_an_empty_prompt_is_refused(prompt: Any, raw: bool) -> None:
+    lm = model()
+    with pytest.raises(FewstepError, match="prompt is empty"):
+        lm.generate([prompt], raw=raw, max_new_tokens=4)
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused() -> None:
+    with pytest.raises(FewstepError, match="exceed the 256 positions"):
+        model().generate("a" * 300, max_new_tokens=4)
+
+
+def test_a_canvas_shorter_than_the_answer_is_refused() -> None:
+    with pytest.raises(FewstepError, match="exceeds the canvas"):
+        model("bidirectional").generate("a", max_new_tokens=9, canvas_length=8)
+
+
+def test_the_canvas_is_an_input_of_the_teacher() -> None:
+    out = model("bidirectional").generate("a", max_new_tokens=9, canvas_length=32, early_stop=False)
+    assert out.canvas_ids_G.shape == (32,)
+    assert out.num_forwards == 32
+    assert out.num_tokens <= 9

@@ -1,0 +1,133 @@
+"""Policies on hand-written confidences."""
+
+import pytest
+import torch
+
+from fewstep.decode.policies import (
+    EntropyBelow,
+    EvenSplit,
+    Factor,
+    FixedCount,
+    Margin,
+    Origin,
+    Policy,
+    Threshold,
+    certainty,
+)
+from fewstep.errors import FewstepError
+
+ALL = torch.ones(1, 4, dtype=torch.bool)
+POLICIES: list[Policy] = [
+    Threshold(at_least=0.9),
+    Margin(at_least=0.5),
+    EntropyBelow(nats=0.1),
+    Factor(factor=0.5),
+    FixedCount(num_tokens=1),
+    EvenSplit(),
+]
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor([values])
+
+
+def chosen(policy: Policy, certainty_RB: torch.Tensor, masked_RB: torch.Tensor = ALL) -> list[int]:
+    return policy(certainty_RB, masked_RB)[0].nonzero()[:, 0].tolist()
+
+
+def test_threshold_takes_every_masked_position_that_reaches_it() -> None:
+    masked = torch.tensor([[True, False, True, True]])
+    assert chosen(Threshold(at_least=0.9), row(0.9, 0.99, 0.89, 0.95), masked) == [0, 3]
+
+
+def test_margin_and_entropy_bounds_are_inclusive() -> None:
+    assert chosen(Margin(at_least=0.5), row(0.5, 0.4, 0.6, 0.0)) == [0, 2]
+    assert chosen(EntropyBelow(nats=0.5), row(-0.5, -0.6, -0.1, -2.0)) == [0, 2]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_ties_below_every_bound_finalise_exactly_one(policy: Policy) -> None:
+    level = -3.0 if isinstance(policy, EntropyBelow) else 0.2
+    setting = torch.tensor([[4.0]]) if policy.paced else None
+    assert policy(torch.full((1, 4), level), ALL, setting).tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, Origin()], ids=repr)
+def test_nothing_is_chosen_where_nothing_is_masked(policy: Policy) -> None:
+    masked = torch.tensor([[False] * 4, [False, False, True, False]])
+    picked = policy(torch.tensor([[0.99] * 4, [0.99, 0.99, 0.1, 0.99]]), masked, torch.ones(2, 1))
+    assert not picked[0].any()
+    assert picked[1].tolist() == [False, False, True, False]
+
+
+def test_one_setting_a_request_overrides_the_policys_own() -> None:
+    confidence = row(0.3, 0.5, 0.7, 0.95).expand(2, 4)
+    picked = Threshold(at_least=0.9)(confidence, ALL.expand(2, 4), torch.tensor([[0.6], [0.4]]))
+    assert picked.sum(-1).tolist() == [2, 3]
+
+
+def test_fixed_count_takes_the_most_certain_and_of_equals_the_earlier() -> None:
+    assert chosen(FixedCount(num_tokens=2), row(0.5, 0.9, 0.5, 0.1)) == [0, 1]
+    assert chosen(FixedCount(num_tokens=9), row(0.5, 0.9, 0.5, 0.1)) == [0, 1, 2, 3]
+
+
+def test_factor_by_hand() -> None:
+    # (n + 1)(1 - c_n) for c = 0.9, 0.8, 0.6, 0.1: 0.2, 0.6, 1.6, 4.5
+    confidence = row(0.8, 0.1, 0.9, 0.6)
+    assert chosen(Factor(factor=0.5), confidence) == [2]
+    assert chosen(Factor(factor=0.7), confidence) == [0, 2]
+    assert chosen(Factor(factor=2.0), confidence) == [0, 2, 3]
+    assert chosen(Factor(factor=0.1), confidence) == [2], "always one"
+
+
+@pytest.mark.parametrize(("masks", "steps", "counts"), [(10, 4, [3, 3, 2, 2]), (8, 4, [2] * 4), (3, 5, [1, 1, 1])])
+def test_even_split_gives_the_first_steps_the_remainder(masks: int, steps: int, counts: list[int]) -> None:
+    masked = torch.ones(1, masks, dtype=torch.bool)
+    taken = []
+    for left in range(steps, 0, -1):
+        picked = EvenSplit()(torch.rand(1, masks), masked, torch.tensor([[left]]))
+        if not masked.any():
+            break
+        taken.append(int(picked.sum()))
+        masked &= ~picked
+    assert taken == counts
+
+
+def test_origin_chooses_each_mask_with_one_over_the_steps_left_and_all_at_last() -> None:
+    noise = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
+    masked = torch.ones_like(noise, dtype=torch.bool)
+    for left in (2, 5, 10):
+        share = Origin()(noise, masked, torch.tensor([[left]])).float().mean()
+        assert abs(share - 1 / left) < 0.01
+    assert Origin()(noise, masked, torch.tensor([[1]])).all()
+
+
+def test_certainty_by_hand() -> None:
+    logits = torch.tensor([[[0.5, 0.3, 0.2]]]).log()
+    logits = torch.cat([logits, torch.full((1, 1, 1), float("-inf"))], dim=-1)
+    given = row(0.3)
+    entropy = -(0.5 * torch.tensor(0.5).log() + 0.3 * torch.tensor(0.3).log() + 0.2 * torch.tensor(0.2).log())
+    noise = row(0.123)
+    assert certainty("low_confidence", logits, given, lambda: noise) is given
+    assert certainty("random", logits, given, lambda: noise) is noise
+    torch.testing.assert_close(certainty("margin", logits, given, lambda: noise), row(0.2))
+    torch.testing.assert_close(certainty("entropy", logits, given, lambda: noise), -entropy[None, None])
+
+
+@pytest.mark.parametrize("at_least", [0.0, -0.1, 1.01, float("nan")])
+def test_a_threshold_outside_0_to_1_is_refused(at_least: float) -> None:
+    with pytest.raises(FewstepError, match="probability in"):
+        Threshold(at_least=at_least)
+    with pytest.raises(FewstepError, match="probabilities in"):
+        Margin(at_least=at_least)
+
+
+def test_other_settings_without_meaning_are_refused() -> None:
+    with pytest.raises(FewstepError, match="at least 1 token"):
+        FixedCount(num_tokens=0)
+    with pytest.raises(FewstepError, match="above 0"):
+        Factor(factor=0)
+    with pytest.raises(FewstepError, match="in nats"):
+        EntropyBelow(nats=0)
+    with pytest.raises(FewstepError, match="unknown order"):
+        EvenSplit(order="best")  # type: ignore[arg-type]
