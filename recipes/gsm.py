@@ -1,10 +1,17 @@
-"""The bundled models, from data to student: `python recipes/gsm.py STAGE`, or `torchrun --nproc-per-node 2 recipes/gsm.py STAGE` on two GPUs.
+"""The bundled models, from data to student.
 
-Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal model adapted to
-masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM). Each stage writes a folder under --runs and is skipped if that is
-complete.
+    python recipes/gsm.py STAGE                                   on a CPU or one GPU
+    torchrun --nproc-per-node 2 recipes/gsm.py STAGE              on two
+
+Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal
+model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `bundle`. Each writes a
+folder under --runs; `data` and `trajectories` skip what is there, training resumes.
 """
 
+import os
+import shutil
+from dataclasses import replace
+from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +23,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.files import write_folder_whole
-from fewstep.measure.gsm_solutions import is_correct
+from fewstep.measure.gsm_solutions import extract_answer, is_correct
 from fewstep.measure.gsm_symbolic import problems, training_rows
-from fewstep.models.load import BUNDLED, load_network
+from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
+from fewstep.models.text import decode_text
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.examples import Examples
+from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
 from fewstep.train.trainer import Evaluate, TrainSettings, train
+from fewstep.train.trajectories import PromptRow
+from fewstep.train.trajectory_table import read_table
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
@@ -37,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer")
 
 
-# --- data ----------------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 def make_part(task: tuple[int, Path]) -> None:
@@ -92,7 +105,7 @@ def data(runs: Runs = RUNS, examples: int = 3_000_000, workers: int = 32, seed: 
                 print(f"data: {done * ROWS_PER_TASK} rows", flush=True)
 
 
-# --- causal model and teacher ----------------------------------------------------------------------------------------------
+# --- causal model and teacher ---
 
 
 def fresh_network(device: str) -> Network:
@@ -111,7 +124,9 @@ def fresh_network(device: str) -> Network:
         eos_token_id=1,
         bos_token_id=3,
     )
-    return Network(LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tokenizer(), name="gsm-ar")
+    return Network(
+        LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tokenizer(), name="gsm-ar"
+    )
 
 
 def accuracy(count: int, **settings: Any) -> Evaluate:
@@ -120,7 +135,9 @@ def accuracy(count: int, **settings: Any) -> Evaluate:
 
     def evaluate(network: Network, step: int) -> dict[str, float]:
         lm = LanguageModel(network)
-        outputs = lm.generate([item.question for item in items], batch_size=count, max_new_tokens=MAX_ANSWER, **settings)
+        outputs = lm.generate(
+            [item.question for item in items], batch_size=count, max_new_tokens=MAX_ANSWER, **settings
+        )
         right = [is_correct(output.text, item.answer) for output, item in zip(outputs, items, strict=True)]
         tokens = sum(output.num_tokens for output in outputs)
         print(f"sample at step {step}: {outputs[0].text!r}", flush=True)
@@ -142,13 +159,24 @@ def gpu_settings(**values: Any) -> TrainSettings:
 
 @app.command()
 def ar(
-    runs: Runs = RUNS, steps: int = 3000, rows: int = 48, row_length: int = 2048, learning_rate: float = 2e-3, dev: int = 500
+    runs: Runs = RUNS,
+    steps: int = 3000,
+    rows: int = 48,
+    row_length: int = 2048,
+    learning_rate: float = 2e-3,
+    dev: int = 500,
 ) -> None:
     """Train the causal model from scratch."""
     network = fresh_network(device())
     objective = CausalObjective(network.role, load_examples(runs / "data"), network.eos_token_id)
     settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=200, log_every=100, evaluate_every=steps
+        max_steps=steps,
+        rows=rows,
+        row_length=row_length,
+        learning_rate=learning_rate,
+        warmup_steps=200,
+        log_every=100,
+        evaluate_every=steps,
     )
     train(network, objective, settings, runs / "gsm-ar", evaluate=accuracy(dev))
 
@@ -172,11 +200,18 @@ def teacher(
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
     network = load_network(runs / source, dtype="float32", device=device())
     role = Role(
-        name="bidirectional", block_size=BLOCK, mask_token_id=2, context_attention=context_attention, right_shift_logits=shift
+        name="bidirectional",
+        block_size=BLOCK,
+        mask_token_id=2,
+        context_attention=context_attention,
+        right_shift_logits=shift,
     )
     network = Network(network.module, role, network.tokenizer, name=name)
     objective = MaskedDiffusionObjective(
-        role, load_examples(runs / "data"), network.eos_token_id, corruption=Corruption(leftward=leftward, frontier=frontier)
+        role,
+        load_examples(runs / "data"),
+        network.eos_token_id,
+        corruption=Corruption(leftward=leftward, frontier=frontier),
     )
     settings = gpu_settings(
         max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=100, log_every=100,
@@ -185,12 +220,97 @@ def teacher(
     train(network, objective, settings, runs / name, evaluate=accuracy(dev))
 
 
+# --- trajectories and student ---
+
+
+@app.command()
+def trajectories(
+    runs: Runs = RUNS,
+    source: str = "gsm-teacher",
+    name: str = "trajectories",
+    prompts: int = 8192,
+    batch_size: int = 1024,
+    seed: int = 7,
+) -> None:
+    """Decode training problems with the teacher, one token a pass, and keep what it solves."""
+    network = load_network(runs / source, device=device())
+    tok = network.tokenizer
+    problems_and_answers = islice((row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot"), prompts)
+    rows, answers = [], {}
+    for i, row in enumerate(problems_and_answers):
+        prompt_ids, reference_ids = encode(tok, [f"<bos>{row['prompt']}<answer>", f"{row['completion']}<eos>"])
+        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
+            rows.append(PromptRow(str(i), prompt_ids, reference_ids))
+            answers[str(i)] = extract_answer(row["completion"])
+    distribution = distribution_of(network)
+    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER)
+    report = collect(
+        decode_with(network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution),
+        rows,
+        runs / name,
+        teacher=teacher_of(network),
+        settings={"steps": MAX_ANSWER, "early_stop": True, "keep": "solved"},
+        distribution=distribution,
+        seed=seed,
+        shard_size=batch_size,
+        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+        keep=lambda row, output: extract_answer(decode_text(tok, output.token_ids)) == answers[row.id],
+    )
+    print(report, flush=True)
+
+
+@app.command()
+def student(
+    runs: Runs = RUNS,
+    source: str = "gsm-teacher",
+    name: str = "gsm-student",
+    store: str = "trajectories",
+    steps: int = 400,
+    rows: int = 32,
+    row_length: int = 2048,
+    learning_rate: float = 1.5e-3,
+    rank: int = 32,
+    denoising: float = 0.1,
+    consistency: float = 0.5,
+    seed: int = 0,
+    dev: int = 500,
+) -> None:
+    """Post-train the teacher into a block-causal student with the three CDLM losses."""
+    base = load_network(runs / source, dtype="float32", device=device())
+    network = Network(base.module, replace(base.role, name="block_causal"), base.tokenizer, name=f"../{source}")
+    table, references = read_table(runs / store, teacher=base)
+    objective = CDLMObjective(
+        network.role,
+        table,
+        network.eos_token_id,
+        references=references,
+        settings=CDLMSettings(denoising=denoising, consistency=consistency),
+    )
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=30, log_every=50,
+        evaluate_every=steps, seed=seed,
+    )  # fmt: skip
+    lora = LoRASettings(rank=rank, alpha=rank) if rank else None
+    train(network, objective, settings, runs / name, lora=lora, evaluate=accuracy(dev))
+
+
+@app.command()
+def bundle(source: Path, name: str) -> None:
+    """Put a finished model among those that ship with the package: one bfloat16 file, or the adapter."""
+    target = BUNDLED / name
+    target.mkdir(exist_ok=True)
+    if (source / "adapter_config.json").exists():
+        for path in source.iterdir():
+            if path.is_file() and path.name not in ("README.md", "report.json"):
+                shutil.copy(path, target / path.name)
+    else:
+        save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
+
+
 def device() -> str:
     """This process's own GPU under torchrun."""
     if not torch.cuda.is_available():
         return "cpu"
-    import os
-
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 

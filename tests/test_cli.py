@@ -370,8 +370,8 @@ def test_a_student_from_hidden_rows(run: Run, networks: dict[str, str], rows: Pa
     store = tmp_path / "hidden"
     teacher = networks["teacher"]
     collected = run(
-        "collect", "--model", teacher, "--data", rows, "--output", store, "--max-new-tokens", 16, "--distribution", "hidden",
-        "--threshold", 0.5,
+        "collect", "--model", teacher, "--data", rows, "--output", store, "--max-new-tokens", 16,
+        "--distribution", "hidden", "--threshold", 0.5,
     )  # fmt: skip
     assert collected.code == 0, collected.err
     distilled = run(

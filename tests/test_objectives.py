@@ -1,18 +1,29 @@
-"""The packed training forward against plain unpacked ones, and losses against hand-worked numbers."""
+"""Objectives: the packed training forward against plain unpacked ones, losses against hand-worked numbers, and the
+tables and labels that the CDLM objective trains on.
+"""
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from fewstep.decode.block import Block
+from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.loop import Record, decode
+from fewstep.decode.policies import Threshold
+from fewstep.decode.requests import Request
 from fewstep.errors import FewstepError
+from fewstep.models.load import network_hash
 from fewstep.models.masks import Layout
-from fewstep.models.network import Plan
+from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train import losses
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TopDistributions, TrajectoryTable, blockwise_ranks
+from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings, TopDistributions, TrajectoryTable
+from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import later_state, stratified_uniform
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import (
@@ -23,7 +34,10 @@ from fewstep.train.objectives import (
     MaskedDiffusionObjective,
     PackedDocuments,
 )
-from fewstep.train.packing import next_fit, pack
+from fewstep.train.packing import best_fit, pack
+from fewstep.train.relabel import Labelling, label, labelled, of_student, relabel
+from fewstep.train.trajectories import PromptRow, TrajectoryStore
+from fewstep.train.trajectory_table import read_table
 
 PROMPTS = [[3, 10, 11, 4], [3, 12, 13, 14, 15, 4], [3, 9, 4]]
 ANSWERS = [[20, 21, 22, 23, 24, 1], [30, 31, 1], [40, 41, 42, 43, 44, 45, 46, 47, 48, 1]]
@@ -37,9 +51,11 @@ def examples() -> Examples:
 def batch_of(objective, num_rows=2, row_length=40, order=(0, 1, 2)) -> Batch:
     chosen = np.array(order)
     lengths = objective.segment_lengths(chosen, np.random.default_rng(0))
-    starts = next_fit(lengths.sum(1), num_rows, row_length)
+    starts = best_fit(lengths.sum(1), num_rows, row_length)
     assert len(starts) == len(order)
-    segments = torch.from_numpy(lengths)
+    in_place = starts.argsort()
+    chosen, starts = chosen[in_place], starts[in_place]
+    segments = torch.from_numpy(lengths[in_place])
     return Batch(torch.from_numpy(chosen), segments, pack(torch.from_numpy(starts), segments, num_rows, row_length))
 
 
@@ -67,10 +83,11 @@ def unpacked_logits(network, tokens: list[int], context: int) -> torch.Tensor:
     return network.module.get_output_embeddings()(hidden)[0]
 
 
-def test_next_fit_fills_rows_in_order_and_reports_how_many_it_placed():
-    assert next_fit(np.array([3, 4, 5, 9, 1]), 2, 9).tolist() == [0, 3, 9]
+def test_best_fit_takes_the_fullest_row_and_ends_at_the_first_document_without_room():
+    assert best_fit(np.array([3, 8, 4, 1, 3, 1]), 2, 9).tolist() == [0, 9, 3, 17]
+    assert best_fit(np.array([9, 9]), 3, 9).tolist() == [0, 9]
     with pytest.raises(ValueError, match="does not fit"):
-        next_fit(np.array([10]), 1, 9)
+        best_fit(np.array([10]), 1, 9)
 
 
 def test_pack_names_document_segment_and_index_of_every_position():
@@ -120,7 +137,9 @@ def test_causal_objective_is_the_mean_next_token_loss_of_the_completions(example
 
 def test_bidirectional_loss_equals_an_unpacked_forward(examples):
     network = tiny_network("bidirectional", head_scale=20)
-    objective = MaskedDiffusionObjective(network.role, examples, 1, canvas=CanvasLengths(block_size=4, weights=(0, 0, 1, 1)))
+    objective = MaskedDiffusionObjective(
+        network.role, examples, 1, canvas=CanvasLengths(block_size=4, weights=(0, 0, 1, 1))
+    )
     batch, calls = batch_of(objective, 3, 30), []
     loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(1))
     tokens, _, _, rows = calls[0]
@@ -140,7 +159,11 @@ def test_bidirectional_loss_equals_an_unpacked_forward(examples):
 def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_the_active_one(examples):
     network = tiny_network("bidirectional")
     objective = MaskedDiffusionObjective(
-        network.role, examples, 1, corruption=Corruption(leftward=1.0), canvas=CanvasLengths(block_size=4, weights=(0, 0, 1))
+        network.role,
+        examples,
+        1,
+        corruption=Corruption(leftward=1.0),
+        canvas=CanvasLengths(block_size=4, weights=(0, 0, 1)),
     )
     batch, calls = batch_of(objective, 3, 30), []
     objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(3))
@@ -163,19 +186,45 @@ def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_th
 
 
 def test_canvas_lengths_are_whole_blocks_that_hold_the_answer():
-    lengths = CanvasLengths(block_size=4, weights=(1, 1, 0, 1)).draw(np.array([1, 4, 5, 9, 16] * 50), np.random.default_rng(0))
+    lengths = CanvasLengths(block_size=4, weights=(1, 1, 0, 1)).draw(
+        np.array([1, 4, 5, 9, 16] * 50), np.random.default_rng(0)
+    )
     needed = np.array([1, 4, 5, 9, 16] * 50)
-    assert (lengths >= needed).all() and set(lengths) == {4, 8, 16}
+    assert (lengths >= needed).all()
+    assert set(lengths) == {4, 8, 16}
     with pytest.raises(FewstepError, match="exceeds the longest canvas"):
         CanvasLengths(block_size=4, weights=(1.0,)).draw(np.array([5]), np.random.default_rng(0))
 
 
-def test_blockwise_ranks_sort_within_blocks_and_count_recorded_positions():
-    ranks = np.array([3, 1, 2, 0, 5, 6, 4])
-    sorted_ranks, counts = blockwise_ranks(np.array([0, 5, 7]), ranks, block_size=4)
+def test_block_orders_sort_within_blocks_count_recorded_positions_and_keep_passes_together():
+    ranks = np.array([3, 1, 3, 0, 5, 6, 4])
+    orders = BlockOrders.of(np.array([0, 5, 7]), ranks, block_size=4)
     biggest = np.iinfo(np.int32).max
-    assert sorted_ranks.tolist() == [1, 2, 3, biggest, 5, 4, 6]
-    assert counts.tolist() == [3, 3, 3, 3, 1, 2, 2]
+    assert orders.rank_P.tolist() == [1, 3, 3, biggest, 5, 4, 6]
+    assert orders.after_P.tolist() == [1, 3, 3, 4, 1, 1, 2]
+    assert orders.count_P.tolist() == [3, 3, 3, 3, 1, 2, 2]
+
+
+def test_positions_of_one_pass_open_together_and_a_later_state_is_another_one():
+    """Ranks as a student leaves them, several tokens a pass: the states are those before each pass, and no others."""
+    network = tiny_network("block_causal")
+    ranks = [1, 3, 1, 1, 4, 4, 4, 5]
+    table = TrajectoryTable(
+        Examples.from_ids([[3, 9, 4]], [[20, 21, 22, 23, 24, 25, 26, 27]]), torch.tensor(ranks), None
+    )
+    objective = CDLMObjective(network.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
+    seen: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
+    for seed in range(300):
+        batch, calls = batch_of(objective, 1, 32, [0]), []
+        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        now, later = (call[0][0, 3:11].tolist() for call in calls)
+        for block in range(2):
+            inside = range(4 * block, 4 * block + 4)
+            hidden, hidden_later = (sum(tokens[i] == 2 for i in inside) for tokens in (now, later))
+            seen[block][hidden, hidden_later] += 1
+    # (hidden now, hidden in y*): three of four draws name the pass that finalises three tokens.
+    assert seen[0].keys() == seen[1].keys() == {(4, 1), (1, 0)}
+    assert all(0.7 < block[4, 1] / 300 < 0.8 for block in seen)
 
 
 def cdlm(network, settings, *, references=None, distributions=True):
@@ -187,7 +236,9 @@ def cdlm(network, settings, *, references=None, distributions=True):
     top = torch.from_numpy(np.stack([rng.permutation(50)[:3] for _ in range(count)]))
     probability = torch.tensor([0.6, 0.2, 0.1])
     dist = TopDistributions(top, probability.log().expand(count, 3), torch.full((count,), math.log(0.1)))
-    table = TrajectoryTable(table_examples, torch.tensor(sum(ranks, [])), dist if distributions else None)
+    table = TrajectoryTable(
+        table_examples, torch.tensor([rank for document in ranks for rank in document]), dist if distributions else None
+    )
     return CDLMObjective(network.role, table, 1, references=references, settings=settings), finals, ranks
 
 
@@ -207,15 +258,17 @@ def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later()
                 by_rank = sorted(block, key=lambda i: ranks[document][i])
                 opened = [i for i in by_rank if now[i] != 2]
                 opened_later = [i for i in by_rank if later[i] != 2]
-                assert opened == by_rank[: len(opened)] and len(opened) < len(block)
-                assert opened_later == by_rank[: len(opened_later)] and len(opened_later) > len(opened)
+                assert opened == by_rank[: len(opened)]
+                assert opened_later == by_rank[: len(opened_later)]
+                assert len(opened) < len(opened_later)
+                assert len(opened) < len(block)
                 assert all(now[i] == final[i] for i in opened)
 
 
 def test_cdlm_losses_equal_plain_sums():
     network = tiny_network("block_causal", head_scale=20)
     settings = CDLMSettings(distillation=1.0, consistency=0.5, denoising=0.0)
-    objective, finals, _ = cdlm(network, settings)
+    objective, _, _ = cdlm(network, settings)
     batch, calls = batch_of(objective), []
     loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(7))
     (tokens, positions, layout, rows), (later_tokens, _, _, later_rows) = calls
@@ -230,7 +283,7 @@ def test_cdlm_losses_equal_plain_sums():
         terms.append((p * (p.log() - q.log())).sum())
     assert_close(loss.parts["distillation"], torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
     target = forward_of(network)(later_tokens, positions, layout, later_rows).log_softmax(-1)
-    mine = {row: values for row, values in zip(rows.tolist(), logp, strict=True)}
+    mine = dict(zip(rows.tolist(), logp, strict=True))
     pairs = [(t.exp() * (t - mine[row])).sum() for row, t in zip(later_rows.tolist(), target, strict=True)]
     assert_close(loss.parts["consistency"], torch.stack(pairs).mean(), atol=1e-4, rtol=1e-4)
     assert_close(loss.total, loss.parts["distillation"] + 0.5 * loss.parts["consistency"])
@@ -265,7 +318,9 @@ def test_divergences_by_hand():
     reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
     assert_close(losses.divergence(teacher, student), torch.tensor(forward))
     assert_close(losses.divergence(teacher, student, direction="reverse"), torch.tensor(reverse))
-    stored = losses.divergence_from_top(torch.tensor([[0]]), torch.tensor([[0.75]]).log(), torch.tensor([0.25]).log(), student)
+    stored = losses.divergence_from_top(
+        torch.tensor([[0]]), torch.tensor([[0.75]]).log(), torch.tensor([0.25]).log(), student
+    )
     assert_close(stored, torch.tensor(forward))
     with pytest.raises(ValueError, match="at least one position"):
         losses.divergence(teacher[:0], student[:0])
@@ -278,3 +333,273 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
 def test_stratified_draws_cover_every_part_once():
     draws = stratified_uniform((8,), torch.Generator().manual_seed(0))
     assert sorted((draws * 8).long().tolist()) == list(range(8))
+
+
+# Awkward values in losses
+
+
+def student_logits(count: int, vocab_size: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return scale * torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the collector stores a distribution: float16, the tail formed as 1 - sum in float32."""
+    best = logits.log_softmax(-1).topk(width)
+    tail = (1 - best.values.exp().sum(-1)).clamp(min=0).log().clamp_min(-65504)
+    return best.indices, best.values.half(), tail.half()
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 30.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_stored_distribution_costs_nothing_against_itself(scale, direction):
+    logits = student_logits(50, 100, scale)
+    loss = losses.divergence_from_top(*stored(logits, 8), logits, direction=direction)
+    assert 0 <= loss < 2e-5
+
+
+def test_a_stored_distribution_approaches_the_full_divergence_from_below():
+    teacher, student = student_logits(20, 100, 4.0).double(), student_logits(20, 100, 4.0, seed=1)
+    exact = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.double().log_softmax(-1))).sum(-1).mean()
+    found = [float(losses.divergence_from_top(*stored(teacher.float(), width), student)) for width in (1, 4, 16, 100)]
+    assert found == sorted(found)
+    assert found[0] < exact
+    assert_close(torch.tensor(found[-1]).double(), exact, atol=2e-3, rtol=1e-3)
+
+
+def test_the_tail_of_a_sure_student_keeps_its_digits_and_its_gradient():
+    """A tail of e-30, far below what 1 - sum resolves in float32, against a teacher that gives it a quarter."""
+    student = torch.tensor([[30.0, 0.0, -100.0]], requires_grad=True)
+    top_logp, tail = torch.tensor([[0.75]]).log(), torch.tensor([0.25]).log()
+    loss = losses.divergence_from_top(torch.tensor([[0]]), top_logp, tail, student)
+    assert_close(loss, torch.tensor(0.75 * math.log(0.75) + 0.25 * (math.log(0.25) + 30)))
+    loss.backward()
+    assert_close(student.grad, torch.tensor([[0.25, -0.25, 0.0]]))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_an_empty_tail_is_finite_in_both_directions(direction):
+    """A teacher all of whose mass is stored (log tail -65504), and a student who puts half of his elsewhere."""
+    student = torch.zeros(1, 2, requires_grad=True)
+    loss = losses.divergence_from_top(
+        torch.tensor([[0]]), torch.zeros(1, 1), torch.tensor([-65504.0]).half(), student, direction=direction
+    )
+    expected = math.log(2) if direction == "forward" else 0.5 * math.log(0.5) + 0.5 * (math.log(0.5) + 24 * math.log(2))
+    assert_close(loss, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_a_token_that_one_rules_out_is_ruled_out_for_both(who, direction):
+    """The mask token at -inf gives no NaN: the divergence is that of the other tokens alone."""
+    teacher, student = student_logits(3, 6), student_logits(3, 6, seed=1)
+    expected = losses.divergence(teacher[:, :5], student[:, :5], direction=direction)
+    if who != "student":
+        teacher[:, 5] = -math.inf
+    if who != "teacher":
+        student[:, 5] = -math.inf
+    student.requires_grad_()
+    loss = losses.divergence(teacher, student, direction=direction)
+    assert_close(loss, expected)
+    loss.backward()
+    assert student.grad.isfinite().all()
+    assert (student.grad[:, 5] == 0).all()
+
+
+def test_temperature_softens_both_and_scales_by_its_square():
+    teacher, student = student_logits(4, 9), student_logits(4, 9, seed=1)
+    softened = losses.divergence(teacher / 2, student / 2)
+    assert_close(losses.divergence(teacher, student, temperature=2.0), 4 * softened)
+
+
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ValueError, match="unknown direction 'sideways'"):
+        losses.divergence(torch.zeros(1, 2), torch.zeros(1, 2), direction="sideways")
+
+
+def test_a_batch_with_nothing_to_score_costs_nothing_and_has_a_gradient():
+    network = tiny_network("block_causal")
+    objective, *_ = cdlm(network, CDLMSettings(denoising=0.1), references=Examples.from_ids(PROMPTS, ANSWERS))
+    objective.rank_P.zero_()
+    objective.orders.count_P.zero_()
+    loss = objective.loss(forward_of(network), batch_of(objective), torch.Generator().manual_seed(0))
+    assert {name: float(part) for name, part in loss.parts.items()} == dict.fromkeys(
+        ("distillation", "denoising", "consistency"), 0.0
+    )
+    loss.total.backward()
+
+
+# From stored trajectories to the objective
+
+
+def rows_of(prompts: list[list[int]], references: bool = True) -> list[PromptRow]:
+    return [
+        PromptRow(str(i), prompt, [*range(20, 23 + i), 1] if references and i != 1 else None)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def collected(folder, network: Network, kind="top_k", *, decoder=None, seeds=(), **changes) -> None:
+    distribution = distribution_of(network, kind, top_k=5)
+    decoder = decoder or Diffusion(role=network.role, block_size=4, canvas_length=12)
+    decode_rows = decode_with(network, decoder, max_new_tokens=10, batch_size=2, distribution=distribution)
+    collect(
+        decode_rows,
+        rows_of(PROMPTS),
+        folder,
+        teacher=teacher_of(network),
+        settings={},
+        distribution=distribution,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+def test_a_table_is_what_the_teacher_did_and_said(kind, tmp_path):
+    teacher = tiny_network("bidirectional", head_scale=20)
+    collected(tmp_path / "store", teacher, kind)
+    table, references = read_table(tmp_path / "store", teacher)
+    student = tiny_network("block_causal", head_scale=20)
+    objective = CDLMObjective(student.role, table, 1, references=references)
+    assert references is not None
+    assert len(references) == 2
+    assert references.lengths().tolist() == [[4, 4], [3, 6]]
+    decoder = Diffusion(role=teacher.role, block_size=4, canvas_length=12)
+    requests = [Request(prompt_ids=prompt, max_new_tokens=10) for prompt in PROMPTS]
+    outputs = decode(teacher, requests, decoder, record=Record(hidden=True))
+    steps = [output.step_G[: (output.step_G > 0).nonzero().max() + 1] for output in outputs]
+    assert table.rank_P.tolist() == torch.cat(steps).clamp_min(0).tolist()
+    recorded = (table.rank_P > 0).nonzero()[:, 0]
+    hidden = torch.cat([output.hidden_GD[output.step_G > 0] for output in outputs])
+    exact = teacher.head(hidden).log_softmax(-1)
+    assert table.distributions is not None
+    uniform = torch.zeros(len(recorded), 64)
+    uniform[:, 2] = -math.inf
+    found = table.distributions.divergence(recorded, uniform, "forward")
+    if kind == "hidden":
+        entropy_gap = (exact.exp() * (exact.clamp_min(-99) + math.log(63))).sum(-1).mean()
+        assert_close(found, entropy_gap, atol=2e-2, rtol=1e-2)
+        assert_close(table.distributions.divergence(recorded, exact, "reverse"), torch.tensor(0.0), atol=1e-2, rtol=0)
+    else:
+        assert found > 0
+        assert_close(table.distributions.divergence(recorded, exact, "forward"), torch.tensor(0.0), atol=1e-4, rtol=0)
+    loss = objective.loss(forward_of(student), batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(1))
+    assert loss.total.isfinite()
+
+
+def test_trajectories_of_another_teacher_are_refused(tmp_path):
+    collected(tmp_path / "store", tiny_network("bidirectional"))
+    with pytest.raises(FewstepError, match="made by another teacher"):
+        read_table(tmp_path / "store", tiny_network("bidirectional", seed=1))
+
+
+def test_given_positions_are_open_from_the_start_and_unfinished_ones_never():
+    network = tiny_network("block_causal")
+    table = TrajectoryTable(Examples.from_ids([[3, 9, 4]], [[20, 21, 2, 23]]), torch.tensor([0, 2, 0, 1]), None)
+    objective = CDLMObjective(network.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
+    seen = set()
+    for seed in range(10):
+        batch, calls = batch_of(objective, 1, 16, [0]), []
+        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        seen.add((tuple(calls[0][0][0, 3:7].tolist()), tuple((calls[0][3] - 3).tolist())))
+    assert seen == {((20, 2, 2, 2), (1, 3)), ((20, 2, 2, 23), (1,))}
+
+
+# The student's own states
+
+
+def plain_labels(teacher: Network, prompt, final, steps, canvas_length) -> dict[int, torch.Tensor]:
+    """Position -> the teacher's log-probabilities at the state before the pass that finalised it, one by one."""
+    labels = {}
+    for number in sorted({step for step in steps if step > 0}):
+        state = [token if 0 <= step < number else 2 for token, step in zip(final, steps, strict=True)]
+        state = (state + [2] * canvas_length)[:canvas_length]
+        logits = unpacked_logits(teacher, prompt + state, len(prompt)).clone()
+        if teacher.role.right_shift_logits:
+            logits = logits.roll(1, 0)
+        logits[:, 2] = -math.inf
+        for position, step in enumerate(steps):
+            if step == number:
+                labels[position] = logits[len(prompt) + position].log_softmax(-1)
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens_per_forward", "shift"),
+    [("top_k", 1, False), ("top_k", 64, False), ("top_k", 10_000, False), ("hidden", 64, False), ("top_k", 64, True)],
+)
+def test_labels_are_the_teachers_at_the_states_that_the_student_visited(kind, tokens_per_forward, shift):
+    teacher = tiny_network("bidirectional", head_scale=20, context_attention="causal", seed=1)
+    teacher.role = replace(teacher.role, right_shift_logits=shift)
+    student = tiny_network("block_causal", head_scale=20, context_attention="causal")
+    decoder = Block(role=student.role, policy=Threshold(at_least=0.2))
+    outputs = decode(student, [Request(prompt_ids=prompt, max_new_tokens=10) for prompt in PROMPTS], decoder)
+    assert any((output.step_G.bincount(minlength=2)[1:] > 1).any() for output in outputs if (output.step_G >= 0).all())
+    labelling = Labelling(
+        distribution=distribution_of(teacher, kind, top_k=5), canvas_length=20, tokens_per_forward=tokens_per_forward
+    )
+    for prompt, before, after in zip(PROMPTS, outputs, label(teacher, PROMPTS, outputs, labelling), strict=True):
+        assert after.canvas_ids_G.equal(before.canvas_ids_G)
+        labels = plain_labels(teacher, prompt, before.canvas_ids_G.tolist(), before.step_G.tolist(), 20)
+        assert labels
+        for position, expected in labels.items():
+            if kind == "hidden":
+                found = teacher.head(after.hidden_GD[position].float()).log_softmax(-1)
+                assert_close(found, expected, atol=5e-2, rtol=1e-2)
+            else:
+                best = expected.topk(5)
+                assert after.top_k.ids_GK[position].tolist() == best.indices.tolist()
+                assert_close(after.top_k.log_probs_GK[position], best.values, atol=1e-4, rtol=1e-4)
+                rest = (1 - best.values.exp().sum()).clamp(min=0)
+                assert_close(after.top_k.tail_mass_G[position], rest, atol=1e-5, rtol=0)
+
+
+def test_a_relabelled_store_trains_the_student_and_names_both(tmp_path):
+    teacher = tiny_network("bidirectional", head_scale=20, seed=1)
+    student = tiny_network("block_causal", head_scale=20)
+    decoder = Block(role=student.role, policy=Threshold(at_least=0.2))
+    collected(tmp_path / "visited", student, decoder=decoder, shard_size=2)
+    labelling = Labelling(distribution=distribution_of(teacher, top_k=5), canvas_length=16)
+    report = relabel(TrajectoryStore(tmp_path / "visited"), tmp_path / "labelled", teacher, labelling)
+    assert report.num_records == 3
+    visited, labelled_store = TrajectoryStore(tmp_path / "visited"), TrajectoryStore(tmp_path / "labelled")
+    assert labelled_store.manifest["teacher_hash"] == network_hash(teacher)
+    assert labelled_store.manifest["decoding"]["states_of"] == network_hash(student)
+    for before, after in zip(visited, labelled_store, strict=True):
+        assert before.final_ids.tolist() == after.final_ids.tolist()
+        assert before.step_rank.tolist() == after.step_rank.tolist()
+        assert before.num_forwards == after.num_forwards
+    # In one go it is the same.
+    both = labelled(
+        decode_with(student, decoder, max_new_tokens=10, batch_size=2, distribution=distribution_of(student, top_k=5)),
+        teacher,
+        labelling,
+    )
+    collect(
+        both,
+        rows_of(PROMPTS),
+        tmp_path / "at-once",
+        teacher=teacher_of(teacher),
+        settings=of_student(student),
+        distribution=labelling.distribution,
+    )
+    for one, two in zip(labelled_store, TrajectoryStore(tmp_path / "at-once"), strict=True):
+        assert (one.topk_ids == two.topk_ids).all()
+        assert (one.topk_logp == two.topk_logp).all()
+    table, references = read_table(tmp_path / "labelled", teacher)
+    assert table.of_student
+    objective = CDLMObjective(student.role, table, 1, references=references)
+    loss = objective.loss(forward_of(student), batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(0))
+    assert loss.total.isfinite()
+    with pytest.raises(FewstepError, match="direction hard would teach the student its own tokens"):
+        CDLMObjective(student.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
+
+
+def test_a_canvas_that_does_not_fit_is_refused():
+    teacher, student = tiny_network("bidirectional", max_positions=24), tiny_network("block_causal")
+    outputs = decode(student, [Request(prompt_ids=PROMPTS[0], max_new_tokens=10)], Block(role=student.role))
+    for canvas_length, sentence in ((4, "longer than the teacher's canvas of 4"), (40, "exceed the 24 positions")):
+        labelling = Labelling(distribution=distribution_of(teacher, top_k=5), canvas_length=canvas_length)
+        with pytest.raises(FewstepError, match=sentence):
+            label(teacher, PROMPTS[:1], outputs, labelling)

@@ -193,7 +193,7 @@ class Origin:
     setting: ClassVar[float] = 1.0
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return masked_RB & (certainty_RB * _number(self, setting_R1) < 1)
+        return masked_RB & ((1 - certainty_RB) * _number(self, setting_R1) < 1)
 
 
 def _check_order(order: str) -> None:

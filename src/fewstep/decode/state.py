@@ -165,6 +165,9 @@ def accept(decoder: "Decoder", state: State, scores: Scores) -> State:
         return uniform(noise_keys(~state.seed_R, positions_RS, step_R), 1)[..., 0].float()
 
     certainty_RS = certainty(policy.order, logits_RSV, confidence_RS, order_noise)
+    if scores.settled_RS is not None:
+        # Waiting cannot change these, and their neighbours are better drawn knowing them.
+        certainty_RS = certainty_RS.masked_fill(scores.settled_RS, torch.inf)
     setting_R = _steps_left(state) if policy.paced else state.setting_R
     chosen_RS = policy(certainty_RS, masked_RS, setting_R[:, None])
 

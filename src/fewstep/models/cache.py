@@ -1,6 +1,6 @@
 """A key/value cache in which every request of a batch stands at its own position.
 
-Axes: R = requests, H = key/value heads, Q = rows of this forward, K = slots, E = head width, D = hidden width.
+Axes: R = requests, H = key/value heads, Q = rows of this forward, K = slots, E = head width.
 """
 
 from copy import copy
@@ -31,7 +31,6 @@ class KVCache(Cache):
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._all_blocks = torch.full((num_requests, self.num_slots), INVISIBLE, device=device)
-        self._carried_RD = torch.zeros((num_requests, config.hidden_size), device=device, dtype=dtype)
         self._slots_RQ = torch.zeros((num_requests, 0), dtype=torch.long, device=device)
         self._request_R1 = torch.arange(num_requests, device=device)[:, None]
         self._subset: Tensor | None = None
@@ -73,14 +72,7 @@ class KVCache(Cache):
         slots_RK = slots_RK[:, : self._reach]
         return slots_RK if self._subset is None else slots_RK[self._subset]
 
-    def carry(self, rows_RD: Tensor, is_new_R: Tensor) -> Tensor:
-        """Remember one row for each request of the view, [R, D]: the given one where it is new, else the last one."""
-        requests_R = self._request_R1[:, 0]
-        rows_RD = torch.where(is_new_R[:, None], rows_RD, self._carried_RD[requests_R])
-        self._carried_RD[requests_R] = rows_RD
-        return rows_RD
-
-    def reset(self, requests_R: Tensor) -> None:  # type: ignore[override]
+    def reset(self, requests_R: Tensor) -> None:
         """Forget the requests marked True."""
         self._all_blocks.masked_fill_(requests_R[:, None], INVISIBLE)
 

@@ -38,7 +38,7 @@ def resolve(name: str | Path) -> Path | str:
         return path
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise FewstepError(
-            f"no model {str(name)!r}: it is neither a folder nor a bundled name ({', '.join(bundled_names()) or 'none'})"
+            f"no model {str(name)!r}: neither a folder nor a bundled name ({', '.join(bundled_names()) or 'none'})"
         )
     return str(name)
 
@@ -100,7 +100,9 @@ def _load_module(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             key = sorted(map(str, report[kind]))[0]
-            raise FewstepError(f"the weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, first {key}")
+            raise FewstepError(
+                f"the weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, first {key}"
+            )
     return module
 
 
@@ -124,7 +126,7 @@ def save_network(network: Network, folder: str | Path) -> None:
 
 
 def network_hash(network: Network) -> str:
-    """SHA-256 over names, shapes and values of the weights (as float32) and the role: which model made these trajectories."""
+    """SHA-256 over the role and the weights' names, shapes and values (as float32): which model made a trajectory."""
     digest = hashlib.sha256(json.dumps(network.role.to_config(), sort_keys=True).encode())
     for name, tensor in sorted(network.module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -3,8 +3,8 @@
 Axes: R = requests or packed rows, T = positions, Q = query rows, K = keys.
 
 One predicate serves everything that runs uncached: padded batches, packed documents, and the packed CDLM forward
-`[context | noisy response | clean response]` (arXiv 2503.09573 packs block diffusion alike), in which a noisy block sees the
-clean rows of earlier blocks and itself, and clean rows see clean rows only.
+`[context | noisy response | clean response]` (arXiv 2503.09573 packs block diffusion alike), in which a noisy block
+sees the clean rows of earlier blocks and itself, and clean rows see clean rows only.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-
 _HALF = 1 << 14
 """Block numbers of a packed layout are below this (a causal context counts positions); documents below 2^31 / 2^15."""
 
@@ -24,7 +23,8 @@ _HALF = 1 << 14
 class Layout:
     """What decides visibility, for each position: integer tensors [R, T], `noisy_RT` boolean.
 
-    `document` separates packed examples; padding has a document number of its own, so that it sees and is seen by padding only.
+    `document` separates packed examples; padding has a document number of its own, so that it sees and is seen by
+    padding only.
     """
 
     document_RT: Tensor
@@ -34,8 +34,8 @@ class Layout:
     def visible(self, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
         """Whether rows `query` = (request, position) see rows `key`; index tensors that broadcast.
 
-        A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of earlier blocks and the
-        noisy rows of its own.
+        A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of
+        earlier blocks and the noisy rows of its own.
         """
         code_RT, first_RT, last_RT, own_RT = self._codes
         code = code_RT[key]
@@ -43,9 +43,11 @@ class Layout:
 
     @cached_property
     def _codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rule as three comparisons of one integer a key with three a query, which is what attention kernels pay for.
+        """The rule as three comparisons of one integer a key with three a query, which is what attention kernels pay
+        for.
 
-        Within its document's range of codes a clean row has its block's number, a noisy row the same in the upper half.
+        Within its document's range of codes a clean row has its block's number, a noisy row the same in the upper
+        half.
         """
         compact_RT = self.block_RT.clamp_max(_HALF - 1)
         first_RT = (self.document_RT + 1) * (2 * _HALF)
@@ -77,4 +79,3 @@ class Layout:
 def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
     """Boolean [R, 1, Q, K] of a forward against cache slots (or, uncached, against its own rows)."""
     return (slot_blocks_RK[:, None, :] <= row_blocks_RQ[:, :, None])[:, None]
-

@@ -35,10 +35,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Scores:
-    """`logits_RSV` in float32, the mask token at -inf; `hidden_RSD` the rows after the final norm that gave them."""
+    """`logits_RSV` in float32, the mask token at -inf; `hidden_RSD` the rows after the final norm that gave them.
+
+    `settled_RS` marks positions whose row does not see their own block, so that no later pass scores them differently;
+    None if there are none. With shifted logits this is the first position of a block.
+    """
 
     logits_RSV: Tensor
     hidden_RSD: Tensor
+    settled_RS: Tensor | None = None
 
 
 class Network:
@@ -104,6 +109,8 @@ class Network:
                 raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
             cache.place(plan.slots_RQ, plan.blocks_RQ)
             mask = cached_mask(plan.blocks_RQ, cache.blocks_RK)
+        # Attention adds the mask to its scores; given as a number here, it is not converted again in every layer.
+        mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
         return self.module.base_model(
             input_ids=plan.tokens_RQ,
             attention_mask=mask,
@@ -127,27 +134,30 @@ class Network:
         """
         hidden_RQD = self.hidden(plan, cache)
         if self.role.right_shift_logits and self.role.name != "autoregressive":
-            hidden_RSD = _rows_before(hidden_RQD, plan, cache)
-        else:
-            hidden_RSD = _rows(hidden_RQD, plan.scored_RS)
-        return Scores(logits_RSV=self.head(hidden_RSD), hidden_RSD=hidden_RSD)
+            hidden_RSD = _rows_before(hidden_RQD, plan)
+            return Scores(self.head(hidden_RSD), hidden_RSD, _settled(plan))
+        hidden_RSD = _rows(hidden_RQD, plan.scored_RS)
+        return Scores(self.head(hidden_RSD), hidden_RSD)
 
 
 def _rows(hidden_RQD: Tensor, rows_RS: Tensor) -> Tensor:
     return hidden_RQD.gather(1, rows_RS[:, :, None].expand(-1, -1, hidden_RQD.shape[-1]))
 
 
-def _rows_before(hidden_RQD: Tensor, plan: Plan, cache: KVCache | None) -> Tensor:
-    """The rows one position before the scored ones, which are neighbours, [R, S, D].
+def _rows_before(hidden_RQD: Tensor, plan: Plan) -> Tensor:
+    """The rows one position before the scored ones, [R, S, D].
 
-    The one before the first belongs to the context or to a finished block. A cached forward has it only while that is
-    being committed, so the cache carries it from there through the steps of the block.
+    Position 0 is given, so what would score it is never read. In a cached forward the row before a block is present
+    only while the context or the previous block is pending. No later pass needs it: the position that it scores is
+    settled, and so final from that pass on.
     """
-    rows_RS = (plan.scored_RS - 1).clamp(min=0)  # position 0 is given, so what would score it is never read
-    hidden_RSD = _rows(hidden_RQD, rows_RS)
+    return _rows(hidden_RQD, (plan.scored_RS - 1).clamp(min=0))
+
+
+def _settled(plan: Plan) -> Tensor:
+    """Scored positions whose row, one earlier, does not see their block."""
+    before_RS = plan.blocks_RQ.gather(1, (plan.scored_RS - 1).clamp(min=0))
+    settled_RS = before_RS < plan.blocks_RQ.gather(1, plan.scored_RS)
     if plan.slots_RQ is not None:
-        assert cache is not None
-        slot_before_R = plan.slots_RQ.gather(1, rows_RS[:, :1])[:, 0]
-        is_here_R = (plan.scored_RS[:, 0] > 0) & (slot_before_R != cache.scratch)
-        hidden_RSD[:, 0] = cache.carry(hidden_RSD[:, 0], is_here_R)
-    return hidden_RSD
+        settled_RS[:, 0] = True  # scored by a row of the context or of the block being committed
+    return settled_RS

@@ -1,10 +1,11 @@
 """Roles: how a network's rows see each other, and which row scores which token.
 
-A role is stored in a checkpoint's `config.json` and absorbed here, so that no decoder and no objective asks which family it runs.
+A role is stored in a checkpoint's `config.json` and absorbed here, so that no decoder and no objective asks which
+family it runs.
 
-Every visibility rule of ours is one comparison of block numbers: row q sees key k when `blocks[k] <= blocks[q]`. Causal
-attention numbers each position by itself, full attention gives all positions the same number, block-causal attention one number
-per block.
+Every visibility rule of ours is one comparison of block numbers: row q sees key k when `blocks[k] <= blocks[q]`.
+Causal attention numbers each position by itself, full attention gives all positions the same number, block-causal
+attention one number per block.
 """
 
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ INVISIBLE = 1 << 30
 class Role:
     """Attention and alignment of one set of weights. FewstepError if a field has no meaning.
 
-    `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default schedule.
-    `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores token t. A causal network's
-    rows always score the next token.
+    `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default
+    schedule. `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores
+    token t. A causal network's rows always score the next token.
     """
 
     name: RoleName
@@ -46,7 +47,9 @@ class Role:
         if self.block_size < 1:
             raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
         if self.name != "autoregressive" and self.mask_token_id is None:
-            raise FewstepError(f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json")
+            raise FewstepError(
+                f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json"
+            )
 
     @property
     def scores_next_token(self) -> bool:
@@ -77,8 +80,8 @@ class Role:
     def first_block_start(self, context_length: Tensor) -> Tensor:
         """Position at which the first response block begins.
 
-        It is the end of the context, except with `context_attention="block_causal"`, whose blocks are absolute (SDAR): there the
-        first block also holds what is left of the context past the last whole block.
+        It is the end of the context, except with `context_attention="block_causal"`, whose blocks are absolute
+        (SDAR): there the first block also holds what is left of the context past the last whole block.
         """
         if self.name == "block_causal" and self.context_attention == "block_causal":
             return context_length.div(self.block_size, rounding_mode="floor") * self.block_size

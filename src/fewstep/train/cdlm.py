@@ -2,14 +2,14 @@
 
 Axes as in `objectives.py`; P = flat positions of all stored trajectories, K = stored top tokens, D = hidden width.
 
-States are rebuilt, not stored: after k of a block's positions were finalised, a position is open if its step rank is among the block's k
-lowest. Every block of a document draws its own state; all blocks train in one packed forward. Consistency is within the block: y* is a later
-state of the same block, scored by a second packed forward without gradient.
+States are rebuilt, not stored: before a pass, a position is open if its step rank is lower. Every block of a document
+draws its own state; all blocks train in one packed forward. Consistency is within the block: y* is a later state of the
+same block, scored by a second packed forward without gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,15 +18,8 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
-from fewstep.train.examples import Examples
-from fewstep.train.objectives import (
-    Batch,
-    Forward,
-    Loss,
-    PackedDocuments,
-    check_packable,
-    whole_blocks,
-)
+from fewstep.train.examples import Examples, fingerprint
+from fewstep.train.objectives import Batch, Forward, Loss, PackedDocuments, check_packable, whole_blocks
 
 Distillation = Literal["forward", "reverse", "hard"]
 LaterState = Literal["next", "uniform", "last"]
@@ -34,7 +27,9 @@ LaterState = Literal["next", "uniform", "last"]
 
 @dataclass(frozen=True)
 class TopDistributions:
-    """The teacher's distribution at each stored position: top-K ids and log-probabilities [P, K], log of the mass outside them [P]."""
+    """The teacher's distribution at each stored position: top-K ids and log-probabilities [P, K], log of the mass
+    outside them [P].
+    """
 
     ids_PK: Tensor
     logp_PK: Tensor
@@ -42,6 +37,9 @@ class TopDistributions:
 
     def to(self, device: torch.device) -> "TopDistributions":
         return TopDistributions(self.ids_PK.to(device), self.logp_PK.to(device), self.tail_P.to(device))
+
+    def fingerprint(self) -> str:
+        return f"top {self.ids_PK.shape[1]}: {fingerprint(self.tail_P)}"
 
     def divergence(self, at_N: Tensor, student_NV: Tensor, direction: str) -> Tensor:
         """Mean divergence in nats at the stored positions `at_N`."""
@@ -60,45 +58,71 @@ class HiddenDistributions:
     def to(self, device: torch.device) -> "HiddenDistributions":
         return HiddenDistributions(self.hidden_PD.to(device), self.head)
 
+    def fingerprint(self) -> str:
+        return f"hidden {self.hidden_PD.shape[1]}: {fingerprint(self.hidden_PD[:, 0])}"
+
     def divergence(self, at_N: Tensor, student_NV: Tensor, direction: str) -> Tensor:
         """Mean divergence in nats at the stored positions `at_N`."""
-        with torch.no_grad():
+        # Full precision also where the student trains in bfloat16.
+        with torch.no_grad(), torch.autocast(student_NV.device.type, enabled=False):
             teacher_NV = self.head(self.hidden_PD[at_N])
         return losses.divergence(teacher_NV, student_NV, direction=direction)
 
 
 @dataclass(frozen=True)
 class TrajectoryTable:
-    """Trajectories as flat tensors: prompts and final ids, and each position's step rank [P] (0 = not recorded)."""
+    """Trajectories as flat tensors: prompts and final ids, and each position's step rank [P].
+
+    Rank 0 is not recorded: a position that was given, or that was never finalised and holds the mask token.
+    `of_student`: the final ids are what the student drew, at states that it visited itself; the distributions are the
+    teacher's all the same.
+    """
 
     examples: Examples
     rank_P: Tensor
     distributions: TopDistributions | HiddenDistributions | None
+    of_student: bool = False
 
     def __post_init__(self) -> None:
         if len(self.rank_P) != len(self.examples.completion_ids):
             raise ValueError(f"{len(self.rank_P)} ranks for {len(self.examples.completion_ids)} stored positions")
 
 
-def blockwise_ranks(offsets: np.ndarray, rank_P: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each stored position p, in block b at index j: the j-th lowest rank of b, and how many positions of b were recorded.
+@dataclass(frozen=True)
+class BlockOrders:
+    """The order in which each block's positions were finalised; [P] each, for a position p at index j of its block.
 
-    Unrecorded positions (rank 0) sort last. Both results are [P].
+    `rank_P`: the j-th lowest rank of the block; unrecorded positions (rank 0) sort last. `after_P`: how many positions
+    of the block were finalised by the pass of that rank or before. `count_P`: how many were recorded at all.
     """
-    lengths = np.diff(offsets)
-    document_P = np.repeat(np.arange(len(lengths)), lengths)
-    index_P = np.arange(len(rank_P)) - np.repeat(offsets[:-1], lengths)
-    blocks_per_document = -(-int(lengths.max()) // block_size)
-    block_P = document_P * blocks_per_document + index_P // block_size
-    sortable_P = np.where(rank_P > 0, rank_P, np.iinfo(np.int32).max)
-    sorted_P = sortable_P[np.lexsort((sortable_P, block_P))]
-    count_P = np.bincount(block_P, weights=rank_P > 0).astype(np.int64)[block_P]
-    return sorted_P.astype(np.int64), count_P
+
+    rank_P: Tensor
+    after_P: Tensor
+    count_P: Tensor
+
+    @classmethod
+    def of(cls, offsets: np.ndarray, rank_P: np.ndarray, block_size: int) -> "BlockOrders":
+        """From the ranks of records that lie at `offsets`."""
+        lengths = np.diff(offsets)
+        index_P = (np.arange(len(rank_P)) - np.repeat(offsets[:-1], lengths)) % block_size
+        block_P = np.cumsum(index_P == 0) - 1
+        sortable_P = np.where(rank_P > 0, rank_P.astype(np.int64), np.iinfo(np.int32).max)
+        sorted_P = sortable_P[np.lexsort((sortable_P, block_P))]
+        is_last_P = (np.diff(sorted_P, append=-1) != 0) | (np.diff(block_P, append=-1) != 0)
+        last = np.flatnonzero(is_last_P)
+        after_P = index_P[last[np.searchsorted(last, np.arange(len(rank_P)))]] + 1
+        count_P = np.bincount(block_P, weights=rank_P > 0)[block_P]
+        return cls(*(torch.from_numpy(values.astype(np.int64)) for values in (sorted_P, after_P, count_P)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOrders":
+        return BlockOrders(function(self.rank_P), function(self.after_P), function(self.count_P))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CDLMSettings:
-    """Weights of the three losses and how each is formed. FewstepError for a consistency loss without an anchor, unless forced."""
+    """Weights of the three losses and how each is formed. FewstepError for a consistency loss without an anchor, unless
+    forced.
+    """
 
     distillation: float = 1.0
     consistency: float = 0.5
@@ -144,26 +168,37 @@ class CDLMObjective:
             raise FewstepError("the denoising loss needs reference answers; give references or set its weight to 0")
         if self.settings.distillation and self.settings.direction != "hard" and table.distributions is None:
             raise FewstepError("distillation needs the teacher's distributions, which these trajectories do not hold")
+        if self.settings.distillation and self.settings.direction == "hard" and table.of_student:
+            raise FewstepError("direction hard would teach the student its own tokens; choose forward or reverse")
         self.role = role
         self.eos_token_id = eos_token_id
         self.num_trajectories = len(table.examples)
         offsets = table.examples.completion_offsets.cpu().numpy()
-        sorted_P, count_P = blockwise_ranks(offsets, table.rank_P.cpu().numpy(), role.block_size)
-        self.examples = concatenate(table.examples, references) if self.settings.denoising and references else table.examples
+        orders = BlockOrders.of(offsets, table.rank_P.cpu().numpy(), role.block_size)
+        self.examples = (
+            concatenate(table.examples, references) if self.settings.denoising and references else table.examples
+        )
         # References follow the trajectories in the flat completions; their ranks are never read as recorded.
         self.rank_P = _padded(table.rank_P.long(), len(self.examples.completion_ids))
-        self.sorted_P = _padded(torch.from_numpy(sorted_P), len(self.examples.completion_ids))
-        self.count_P = _padded(torch.from_numpy(count_P), len(self.examples.completion_ids))
+        self.orders = orders.map(lambda values_P: _padded(values_P, len(self.examples.completion_ids)))
         self.distributions = table.distributions
         self.num_examples = len(self.examples)
         self._lengths = self.examples.lengths()
 
     def to(self, device: torch.device) -> None:
         self.examples = self.examples.to(device)
-        self.rank_P, self.sorted_P = self.rank_P.to(device), self.sorted_P.to(device)
-        self.count_P = self.count_P.to(device)
+        self.rank_P = self.rank_P.to(device)
+        self.orders = self.orders.map(lambda values_P: values_P.to(device))
         if self.distributions is not None:
             self.distributions = self.distributions.to(device)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "cdlm": asdict(self.settings),
+            "examples": self.examples.fingerprint(),
+            "ranks": fingerprint(self.rank_P),
+            "distributions": self.distributions.fingerprint() if self.distributions else None,
+        }
 
     def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         context, completion = self._lengths[examples_N].T
@@ -174,70 +209,97 @@ class CDLMObjective:
         settings, num_documents = self.settings, len(batch.examples_N)
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id)
         states = _BlockStates(self, documents, batch)
-        unit_RT, draw_U = documents.block_units(num_documents, generator)
-        cut_RT = (draw_U[unit_RT] * states.count_RT).long()
-        hidden_RT = states.hidden_after(cut_RT)
+        unit_RT, cut_U = documents.block_units(num_documents, generator)
+        state_RT = (cut_U[unit_RT] * states.count_RT).long()
+        hidden_RT = states.hidden_in(state_RT)
         distilled_RT = hidden_RT & states.recorded_RT
         _, ratio_U = documents.block_units(num_documents, generator)
         denoised_RT = corruption.random_mask(unit_RT, ratio_U, generator) & states.reference_RT & documents.is_noisy_RT
         targets, rows = documents.rows(distilled_RT | denoised_RT, batch)
-        layout = documents.layout()
-        logits = forward(
-            documents.with_masks(hidden_RT | denoised_RT), documents.positions_RT, layout, rows
-        )  # fmt: skip
+        noisy_RT = documents.with_masks(hidden_RT | denoised_RT)
+        logits = forward(noisy_RT, documents.positions_RT, documents.layout(), rows)
+
         is_distilled = distilled_RT.flatten()[targets]
         truth = documents.clean_RT.flatten()[targets]
         parts: dict[str, Tensor] = {}
         if settings.distillation:
-            student = logits[is_distilled]
-            if settings.direction == "hard":
-                parts["distillation"] = losses.cross_entropy(student, truth[is_distilled])
-            else:
-                assert self.distributions is not None
-                stored = documents.source_RT.flatten()[targets[is_distilled]]
-                parts["distillation"] = self.distributions.divergence(stored, student, settings.direction)
+            stored = documents.source_RT.flatten()[targets[is_distilled]]
+            parts["distillation"] = self._distillation(logits[is_distilled], truth[is_distilled], stored)
         if settings.denoising:
-            parts["denoising"] = losses.cross_entropy(logits[~is_distilled], truth[~is_distilled])
+            parts["denoising"] = _hard(logits[~is_distilled], truth[~is_distilled])
         if settings.consistency:
-            _, later_draw_U = documents.block_units(num_documents, generator)
-            later_RT = corruption.later_state(cut_RT, states.count_RT, settings.later_state, later_draw_U[unit_RT])
-            still_hidden_RT = states.hidden_after(later_RT)
-            shared_RT = still_hidden_RT & states.recorded_RT & (later_RT < states.count_RT)
-            shared, shared_rows = documents.rows(shared_RT, batch)
-            target = forward(
-                documents.with_masks(still_hidden_RT | denoised_RT), documents.positions_RT, layout, shared_rows, gradient=False
+            _, later_U = documents.block_units(num_documents, generator)
+            later_RT = corruption.later_state(
+                states.last_of_pass(state_RT), states.count_RT, settings.later_state, later_U[unit_RT]
             )
-            place = torch.zeros_like(distilled_RT.flatten(), dtype=torch.long)
-            place[targets] = torch.arange(len(targets), device=targets.device)
-            parts["consistency"] = losses.divergence(target, logits[place[shared]], temperature=settings.temperature)
-        total = sum((getattr(settings, name) * part for name, part in parts.items()), torch.zeros((), device=logits.device))
+            still_hidden_RT = states.hidden_in(later_RT)
+            scored_RT = still_hidden_RT & states.recorded_RT & (later_RT < states.count_RT)
+            later, later_rows = documents.rows(scored_RT, batch)
+            noisy_RT = documents.with_masks(still_hidden_RT | denoised_RT)
+            goal = forward(noisy_RT, documents.positions_RT, documents.layout(), later_rows, gradient=False)
+            # What a later state hides, this one hides too, so its logits are at hand.
+            student = logits[torch.searchsorted(targets, later)]
+            parts["consistency"] = (
+                losses.divergence(goal, student, temperature=settings.temperature) if len(later) else student.sum()
+            )
+        zero = torch.zeros((), device=logits.device)
+        total = sum((getattr(settings, name) * part for name, part in parts.items()), zero)
         return Loss(total, {name: part.detach() for name, part in parts.items()})
+
+    def _distillation(self, student_NV: Tensor, drawn_N: Tensor, stored_N: Tensor) -> Tensor:
+        """Against the distributions stored at `stored_N`, or against the tokens drawn there."""
+        if self.settings.direction == "hard":
+            return _hard(student_NV, drawn_N)
+        if not len(student_NV):
+            return student_NV.sum()
+        assert self.distributions is not None
+        return self.distributions.divergence(stored_N, student_NV, self.settings.direction)
+
+
+def _hard(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropy; without a position 0, with a gradient."""
+    return losses.cross_entropy(logits_NV, targets_N) if len(targets_N) else logits_NV.sum()
 
 
 class _BlockStates:
-    """Step ranks at packed positions, and which positions a state of the block hides."""
+    """Step ranks at packed positions, and which positions a state of the block hides.
+
+    A state is named by a position of the block's order, counted from 0: it is the one in which that position was
+    finalised. Positions of one pass share their state, so that a uniform draw weights states by the tokens that they
+    decide.
+    """
 
     def __init__(self, objective: CDLMObjective, documents: PackedDocuments, batch: Batch) -> None:
         self.reference_RT = batch.examples_N[documents.document_RT] >= objective.num_trajectories
         self._candidate_RT = documents.is_noisy_RT & ~self.reference_RT
         inside_RT = documents.inside_completion_RT & self._candidate_RT
-        self._rank_RT = torch.where(inside_RT, objective.rank_P[documents.source_RT], 0)
-        self.recorded_RT = self._rank_RT > 0
-        self.count_RT = torch.where(self._candidate_RT, objective.count_P[documents.source_RT], 0)
-        index_in_block = documents.packed.index_RT % objective.role.block_size
-        self._block_source_RT = objective.examples.completion_offsets[
-            batch.examples_N[documents.document_RT]
-        ] + (documents.packed.index_RT - index_in_block)  # fmt: skip
-        self._sorted_P = objective.sorted_P
+        rank_RT = objective.rank_P[documents.source_RT]
+        self.recorded_RT = inside_RT & (rank_RT > 0)
+        # A given position is open from the start; past the stored ones everything stays hidden.
+        self._rank_RT = torch.where(inside_RT, rank_RT, _NEVER)
+        self._orders = objective.orders
+        self.count_RT = torch.where(self._candidate_RT, self._orders.count_P[documents.source_RT], 0)
+        index_in_block_RT = documents.packed.index_RT % objective.role.block_size
+        completion_RT = objective.examples.completion_offsets[batch.examples_N[documents.document_RT]]
+        self._block_source_RT = completion_RT + documents.packed.index_RT - index_in_block_RT
 
-    def hidden_after(self, count_RT: Tensor) -> Tensor:
-        """Positions still hidden once the block's `count_RT` first-finalised positions are open; unrecorded ones always are.
+    def _at(self, state_RT: Tensor) -> Tensor:
+        return (self._block_source_RT + state_RT).clamp(0, len(self._orders.rank_P) - 1)
 
-        Positions that were finalised in one step open together.
+    def last_of_pass(self, state_RT: Tensor) -> Tensor:
+        """The last of the states that are the same as these."""
+        return torch.where(state_RT < self.count_RT, self._orders.after_P[self._at(state_RT)] - 1, state_RT)
+
+    def hidden_in(self, state_RT: Tensor) -> Tensor:
+        """Positions that are hidden in these states; in the state `count_RT` all recorded ones are open.
+
+        A position that was never finalised holds the mask token, hidden or not.
         """
-        at_RT = (self._block_source_RT + count_RT - 1).clamp(0, len(self._sorted_P) - 1)
-        cut_rank_RT = torch.where(count_RT > 0, self._sorted_P[at_RT], 0)
-        return self._candidate_RT & ~(self.recorded_RT & (self._rank_RT <= cut_rank_RT))
+        pass_RT = torch.where(state_RT < self.count_RT, self._orders.rank_P[self._at(state_RT)], _NEVER)
+        return self._candidate_RT & (self._rank_RT >= pass_RT)
+
+
+_NEVER = torch.iinfo(torch.long).max
 
 
 def concatenate(first: Examples, second: Examples) -> Examples:

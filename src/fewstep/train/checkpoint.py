@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,14 @@ class Checkpoints:
     """The folder `step-N` of each checkpoint under `folder`. A folder appears whole, then older ones are removed.
 
     accelerate saves weights, optimizer, schedule and random states; `average` the weights' moving average, if any;
-    `run` what is the same for all processes and `local` what is not, JSON objects. `fingerprint` is what must agree
-    for a checkpoint to be continued.
+    `run` what is the same for all processes and `local` what is not, JSON objects. `fingerprint`, JSON too, is what
+    must agree for a checkpoint to be continued.
     """
 
     folder: Path
     accelerator: Accelerator
     average: nn.Module | None
-    fingerprint: Callable[[], Mapping[str, Any]]
+    fingerprint: Mapping[str, Any]
 
     def save(self, step: int, run: Mapping[str, Any], local: Mapping[str, Any]) -> None:
         """To be called by all processes. FewstepError if the disk is full; the previous checkpoint is then kept."""
@@ -42,7 +42,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 if self.average is not None:
                     torch.save(self.average.state_dict(), target / AVERAGE)
-                (target / RUN).write_text(json.dumps({**run, "fingerprint": self.fingerprint()}))
+                (target / RUN).write_text(json.dumps({**run, "fingerprint": self.fingerprint}))
         if self.accelerator.is_main_process:
             for path in self.folder.iterdir():
                 if path.name != f"step-{step:08d}":  # older ones, and what killed writers left
@@ -57,7 +57,7 @@ class Checkpoints:
         if newest is None:
             return None
         run = read_json(newest / RUN)
-        difference = describe_difference(run["fingerprint"], json.loads(json.dumps(self.fingerprint())))
+        difference = describe_difference(run["fingerprint"], self.fingerprint)
         if difference:
             raise FewstepError(
                 f"{newest} is of another run ({difference}); repeat the command that made it, remove the folder, "

@@ -1,4 +1,7 @@
-"""Which response positions a training forward hides. Axes: N = documents, U = blocks of a document, T = flat positions."""
+"""Which response positions a training forward hides.
+
+Axes: N = documents, U = blocks of a document, T = flat positions.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +15,9 @@ def stratified_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Te
     count = max(1, int(torch.Size(shape).numel()))
     device = generator.device
     strata = torch.randperm(count, generator=generator, device=device)
-    return ((strata + torch.rand(count, generator=generator, device=device)) / count)[: torch.Size(shape).numel()].view(shape)
+    return ((strata + torch.rand(count, generator=generator, device=device)) / count)[: torch.Size(shape).numel()].view(
+        shape
+    )
 
 
 def random_mask(unit_T: Tensor, ratio_U: Tensor, generator: torch.Generator) -> Tensor:
@@ -21,15 +26,19 @@ def random_mask(unit_T: Tensor, ratio_U: Tensor, generator: torch.Generator) -> 
 
 
 def leftward_mask(block_T: Tensor, active_block_T: Tensor, hidden_T: Tensor) -> Tensor:
-    """The states of block-by-block decoding: blocks before the active one are open, later ones hidden, `hidden_T` within it."""
+    """The states of block-by-block decoding: blocks before the active one are open, later ones hidden, `hidden_T`
+    within it.
+    """
     return (block_T > active_block_T) | ((block_T == active_block_T) & hidden_T)
 
 
 def later_state(cut_T: Tensor, count_T: Tensor, sampler: str, draw_T: Tensor) -> Tensor:
-    """A later state y* of the same block: states are named by how many of the block's `count_T` positions are finalised.
+    """A later state y* of the same block: states are named by how many of the block's `count_T` positions are
+    finalised.
 
-    `next`: one position later; `uniform`: any later state with something still hidden, by the uniform draw `draw_T`; `last`: the last of
-    those. Where no later state hides anything the result is `count_T`. ValueError for another sampler.
+    `next`: one position later; `uniform`: any later state with something still hidden, by the uniform draw `draw_T`;
+    `last`: the last of those. Where no later state hides anything the result is `count_T`. ValueError for another
+    sampler.
     """
     last_T = count_T - 1
     match sampler:

@@ -32,7 +32,7 @@ def fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -68,22 +68,34 @@ class Examples:
     def from_ids(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> "Examples":
         """ValueError if there is nothing to learn from."""
         if not prompts or len(prompts) != len(completions):
-            raise ValueError(f"need as many completions as prompts, and at least one; got {len(prompts)}, {len(completions)}")
+            raise ValueError(
+                f"need as many completions as prompts, and at least one; got {len(prompts)}, {len(completions)}"
+            )
         return cls(*(torch.from_numpy(part) for pair in (ragged(prompts), ragged(completions)) for part in pair))
 
 
 def split_row(row: Mapping[str, Any], where: str) -> tuple[str | list[dict[str, str]], str]:
-    """Prompt and completion of one row; `where` names file and line in the error."""
+    """Prompt and completion of one row. FewstepError naming `where`, file and line, if it lacks them."""
+    prompt: Any
     if "messages" in row:
-        messages = row["messages"]
-        if len(messages) < 2 or messages[-1].get("role") != "assistant":
-            raise FewstepError(f"{where}: messages must end with one of the assistant")
-        return list(messages[:-1]), messages[-1]["content"]
-    if "prompt" in row and "completion" in row:
-        return row["prompt"], row["completion"]
-    if "text" in row:
-        return "", row["text"]
-    raise FewstepError(f"{where}: a training row needs prompt and completion, messages, or text; it has {sorted(row)}")
+        messages = list(row["messages"])
+        if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages):
+            raise FewstepError(f"{where}: every message needs role and content")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise FewstepError(f"{where}: messages must end with one of the assistant, after at least one other")
+        prompt, completion = messages[:-1], messages[-1]["content"]
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+    elif "text" in row:
+        prompt, completion = "", row["text"]
+    else:
+        has = ", ".join(map(repr, row)) or "none"
+        raise FewstepError(
+            f"{where}: a training row needs prompt and completion, messages, or text; its fields are: {has}"
+        )
+    if not isinstance(completion, str) or not isinstance(prompt, str | list):
+        raise FewstepError(f"{where}: what is to be learnt must be text, got {type(completion).__name__}")
+    return prompt, completion
 
 
 def encode_rows(
@@ -97,7 +109,7 @@ def encode_rows(
     """Tokenize rows; those over a limit are left out (FewstepError if none is left). Line numbers count from 1."""
     prompts, completions = [], []
     for line, row in enumerate(rows, start=1):
-        prompt, completion = split_row(row, f"{source}:{line}")
+        prompt, completion = split_row(row, f"{source} line {line}")
         prompt_ids = encode_prompt(tokenizer, prompt) if prompt else [_begin(tokenizer)]
         completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
         if (max_prompt and len(prompt_ids) > max_prompt) or (max_completion and len(completion_ids) > max_completion):
@@ -105,7 +117,8 @@ def encode_rows(
         prompts.append(prompt_ids)
         completions.append(completion_ids)
     if not prompts:
-        raise FewstepError(f"{source} holds no training row within {max_prompt} prompt and {max_completion} completion tokens")
+        limits = f" within {max_prompt} prompt and {max_completion} completion tokens"
+        raise FewstepError(f"{source} holds no training row{limits if max_prompt or max_completion else ''}")
     return Examples.from_ids(prompts, completions)
 
 
@@ -115,9 +128,13 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def read_training_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    """Rows of a JSONL or Parquet file."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+    """Rows of a JSONL or Parquet file. FewstepError if it cannot be read."""
+    if path.suffix != ".parquet":
+        return read_rows(path)
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
 
+    try:
         return parquet.read_table(path).to_pylist()
-    return read_rows(path)
+    except (OSError, pa.ArrowException) as error:
+        raise FewstepError(f"could not read {path}: {error}") from error

@@ -1,5 +1,6 @@
 """LoRA through PEFT, and the folders that trained models are saved to."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fewstep.errors import FewstepError
+from fewstep.files import read_json, write_json_whole
 from fewstep.models.network import Network
+
+MAX_SHARD_SIZE = "15MB"
+"""Small files, so that a small model can be kept in a repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +45,27 @@ def add_lora(network: Network, settings: LoRASettings) -> PeftModel:
     return model
 
 
-def save_trained(network: Network, trained: nn.Module, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write a plain folder, or the adapter if `trained` is a PEFT model, in `dtype`; the training copy is left as it is.
+def save_trained(network: Network, trained: nn.Module, folder: Path, *, dtype: torch.dtype, home: Path) -> None:
+    """Write into `folder`, in `dtype`, a plain model or the adapter if `trained` is a PEFT model; its weights stay as
+    they are.
 
-    An adapter's folder also holds config.json with the role, and the tokenizer, so that it is complete beside its base.
+    An adapter's folder also holds config.json with the role, and the tokenizer, so that it is complete beside its base,
+    which it names relative to `home`, where the files will lie in the end (or by its bundled name or hub id).
     """
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in trained.state_dict().items()}
     config = network.module.config
-    for key, value in {**network.role.to_config(), "use_cache": True, "dtype": dtype}.items():
+    for key, value in {**network.role.to_config(), "use_cache": True}.items():
         setattr(config, key, value)
     if isinstance(trained, PeftModel):
-        trained.peft_config["default"].base_model_name_or_path = network.name
-        trained.save_pretrained(str(folder), state_dict=state)
+        base = Path(network.name)
+        name = os.path.relpath(base.resolve(), home.resolve()) if base.is_dir() else network.name
+        trained.peft_config["default"].base_model_name_or_path = name
+        # The embeddings are never trained; asking whether they were would look for the base on the hub.
+        trained.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         config.save_pretrained(folder)
     else:
-        network.module.save_pretrained(folder, state_dict=state, max_shard_size="15MB")
+        network.module.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    # transformers writes the type of the module in training.
+    stored = read_json(folder / "config.json")
+    write_json_whole(folder / "config.json", {**stored, "dtype": str(dtype).removeprefix("torch.")})
     network.tokenizer.save_pretrained(folder)
-

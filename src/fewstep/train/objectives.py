@@ -2,8 +2,8 @@
 
 Axes: N = documents of a batch, G = segments, R = packed rows, T = positions, S = scored positions, V = vocabulary.
 
-A diffusion document is `[context | noisy response]`, and for the block-causal role `[context | noisy response | clean response]`, so
-that one forward trains all blocks (see `models.masks.Layout`).
+A diffusion document is `[context | noisy response]`, and for the block-causal role `[context | noisy response | clean
+response]`, so that one forward trains all blocks (see `models.masks.Layout`).
 """
 
 from dataclasses import asdict, dataclass
@@ -69,7 +69,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasLengths:
-    """Canvas lengths drawn independently of the answer's: a multiple of `block_size`, redrawn (rounded up) if too short.
+    """Canvas lengths drawn independently of the answer's: a multiple of `block_size`, redrawn (rounded up) if too
+    short.
 
     `weights[i]` is the relative frequency of `i + 1` blocks.
     """
@@ -139,8 +140,8 @@ class PackedDocuments:
     def rows(self, chosen_RT: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flat targets and the flat rows that score them.
 
-        With shifted logits the row is one earlier; a block's first token is then scored by the last row before the block, which
-        is a clean one.
+        With shifted logits the row is one earlier; a block's first token is then scored by the last row before the
+        block, which is a clean one.
         """
         targets = chosen_RT.flatten().nonzero()[:, 0]
         if not self.role.right_shift_logits:
@@ -157,8 +158,8 @@ def check_packable(role: Role) -> None:
     """FewstepError for a kind of attention that the packed forward does not train."""
     if role.name == "block_causal" and role.context_attention == "block_causal":
         raise FewstepError(
-            "training with context_attention=block_causal is not supported, since its first block holds a part of the context; "
-            "use bidirectional or causal"
+            "training with context_attention=block_causal is not supported, since its first block holds a part of the "
+            "context; use bidirectional or causal"
         )
 
 
@@ -195,9 +196,10 @@ class CausalObjective:
 class Corruption:
     """How a bidirectional teacher's responses are hidden.
 
-    `leftward` is the share of documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active
-    one, of which `frontier` (a share of these documents) shows the part before a random point and the rest hides positions at random.
-    All other documents hide each position with one random ratio (LLaDA, arXiv 2502.09992).
+    `leftward` is the share of documents shown as in block-by-block decoding: earlier blocks open, later ones hidden,
+    loss on the active one, of which `frontier` (a share of these documents) shows the part before a random point and
+    the rest hides positions at random. All other documents hide each position with one random ratio (LLaDA, arXiv
+    2502.09992).
 
     `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
@@ -215,7 +217,9 @@ class Corruption:
 
 
 class MaskedDiffusionObjective:
-    """Masked denoising on references: trains a bidirectional teacher, or a block-causal network (plain block diffusion)."""
+    """Masked denoising on references: trains a bidirectional teacher, or a block-causal network (plain block
+    diffusion).
+    """
 
     def __init__(
         self,

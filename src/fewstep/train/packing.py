@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 
-def next_fit(lengths_N: np.ndarray, num_rows: int, row_length: int) -> np.ndarray:
-    """Flat start positions of the leading documents that fit, in order, into `num_rows` rows of `row_length`.
+def best_fit(lengths_N: np.ndarray, num_rows: int, row_length: int) -> np.ndarray:
+    """Flat start positions of the leading documents in `num_rows` rows of `row_length`, each in the fullest with room.
 
-    The result has one entry a placed document; its length says how many were placed. ValueError if a document exceeds
-    a row.
+    The result has one entry a placed document; placing ends at the first that fits no row. ValueError if a document
+    exceeds a row.
     """
     starts: list[int] = []
-    row = used = 0
+    free = [row_length] * num_rows
     for length in lengths_N.tolist():
         if length > row_length:
             raise ValueError(f"a document of {length} tokens does not fit a row of {row_length}; use longer rows")
-        if used + length > row_length:
-            row, used = row + 1, 0
-        if row == num_rows:
+        fitting = [(space, row) for row, space in enumerate(free) if space >= length]
+        if not fitting:
             break
-        starts.append(row * row_length + used)
-        used += length
+        space, row = min(fitting)
+        starts.append((row + 1) * row_length - space)
+        free[row] = space - length
     return np.asarray(starts, dtype=np.int64)
 
 
@@ -50,7 +50,7 @@ def pack(starts_N: Tensor, segment_lengths_NG: Tensor, num_rows: int, row_length
     """Lay documents out at the flat positions `starts_N` (ascending from 0); fixed shape, no host synchronisation."""
     device = starts_N.device
     total = num_rows * row_length
-    num_documents, num_segments = segment_lengths_NG.shape
+    num_segments = segment_lengths_NG.shape[1]
     # Each document's segments, and the gap up to the next document, one after the other.
     ends_N = starts_N + segment_lengths_NG.sum(1)
     gaps_N = torch.cat([starts_N[1:], starts_N.new_full((1,), total)]) - ends_N

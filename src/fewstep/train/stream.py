@@ -7,7 +7,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.train.objectives import Batch, Objective
-from fewstep.train.packing import next_fit, pack
+from fewstep.train.packing import best_fit, pack
 
 TOKENS_PER_CANDIDATE = 128
 """Documents are drawn in portions of one for so many tokens of the batch, until they fill it."""
@@ -45,14 +45,15 @@ class BatchStream:
         rng = np.random.default_rng([self._seed, self._epoch, self._cursor, self._process[0]])
         candidates_N, lengths_NG = self._candidates(rng)
         try:
-            starts_N = next_fit(lengths_NG.sum(1), self._rows, self._row_length)
+            starts_N = best_fit(lengths_NG.sum(1), self._rows, self._row_length)
         except ValueError as error:
             raise FewstepError(f"{error} (row_length), or leave out long examples") from None
-        chosen_N, lengths_NG = candidates_N[: len(starts_N)], lengths_NG[: len(starts_N)]
+        in_place_N = starts_N.argsort()
+        chosen_N, lengths_NG = candidates_N[in_place_N], lengths_NG[in_place_N]
         self._advance(len(starts_N), int(lengths_NG.sum()))
         examples, starts, segments = (
-            torch.from_numpy(np.ascontiguousarray(part)).to(self._device, non_blocking=True)
-            for part in (chosen_N, starts_N, lengths_NG)
+            torch.from_numpy(part).to(self._device, non_blocking=True)
+            for part in (chosen_N, starts_N[in_place_N], lengths_NG)
         )
         return Batch(examples, segments, pack(starts, segments, self._rows, self._row_length))
 

@@ -497,7 +497,7 @@ class TrajectoryStore:
             part = self._files.read(shards[number])
             for name, array in arrays.items():
                 array[starts[name][number] : starts[name][number + 1]] = part[name]
-            return part["ids"]  # type: ignore[no-any-return]
+            return part["ids"]
 
         with ThreadPoolExecutor(max_workers=num_threads) as readers:
             ids = [name for part in readers.map(fill, range(len(shards))) for name in part]

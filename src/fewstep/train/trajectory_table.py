@@ -10,6 +10,7 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.cdlm import HiddenDistributions, TopDistributions, TrajectoryTable
 from fewstep.train.examples import Examples
+from fewstep.train.relabel import OF_STUDENT
 from fewstep.train.trajectories import TrajectoryArrays, TrajectoryStore
 
 
@@ -17,26 +18,38 @@ def read_table(folder: str | Path, teacher: Network) -> tuple[TrajectoryTable, E
     """The trajectories in `folder`, and the reference answers stored beside them (None if there are none).
 
     Hidden rows are read by the head of `teacher`, which must therefore not be the network in training. FewstepError for
-    a store that is damaged, unfinished, of another schema, or made by another teacher.
+    a store that is damaged, unfinished, of another schema, or made (or labelled) by another teacher.
     """
-    arrays = TrajectoryStore(folder, teacher_hash=network_hash(teacher)).load()
+    return table_from_store(TrajectoryStore(folder, teacher_hash=network_hash(teacher)), teacher)
+
+
+def table_from_store(store: TrajectoryStore, teacher: Network | None = None) -> tuple[TrajectoryTable, Examples | None]:
+    """As `read_table`, of an open store. `teacher` is needed for hidden rows only. ValueError if it is missing then."""
+    arrays = store.load()
     examples = Examples(
         torch.from_numpy(arrays.prompt_ids),
         torch.from_numpy(arrays.prompt_offsets),
         torch.from_numpy(arrays.final_ids),
         torch.from_numpy(arrays.offsets),
     )
-    return TrajectoryTable(examples, torch.from_numpy(arrays.step_rank), _distributions(arrays, teacher)), _references(
-        arrays
+    table = TrajectoryTable(
+        examples,
+        torch.from_numpy(arrays.step_rank),
+        _distributions(arrays, teacher),
+        of_student=OF_STUDENT in store.manifest["decoding"],
     )
+    return table, _references(arrays)
 
 
-def _distributions(arrays: TrajectoryArrays, teacher: Network) -> TopDistributions | HiddenDistributions:
-    if arrays.topk_ids is None or arrays.topk_logp is None or arrays.log_tail is None:
-        return HiddenDistributions(arrays.hidden_tensor(), lambda hidden_ND: teacher.head(hidden_ND.to(teacher.dtype)))
-    return TopDistributions(
-        torch.from_numpy(arrays.topk_ids), torch.from_numpy(arrays.topk_logp), torch.from_numpy(arrays.log_tail)
-    )
+def _distributions(arrays: TrajectoryArrays, teacher: Network | None) -> TopDistributions | HiddenDistributions:
+    if arrays.topk_ids is not None and arrays.topk_logp is not None and arrays.log_tail is not None:
+        return TopDistributions(
+            torch.from_numpy(arrays.topk_ids), torch.from_numpy(arrays.topk_logp), torch.from_numpy(arrays.log_tail)
+        )
+    if teacher is None:
+        raise ValueError("hidden rows are read by the teacher's head; give the teacher")
+    dtype, head = teacher.dtype, teacher.head
+    return HiddenDistributions(arrays.hidden_tensor(), lambda hidden_ND: head(hidden_ND.to(dtype)))
 
 
 def _references(arrays: TrajectoryArrays) -> Examples | None:

@@ -1,0 +1,281 @@
+"""A second round: the teacher labels the states that the student itself visits (on-policy distillation, arXiv
+2306.13649).
+
+Axes: N = states, L = positions (context, then canvas, then padding), S = scored positions of a state, G = canvas
+positions, K = stored tokens, D = hidden width.
+
+The student decodes as it will be used. For each of its passes, the teacher scores the state before the pass, as it sees
+one: the context, earlier blocks final, the block as it stood, everything after it masked up to the teacher's canvas.
+Stored at each position is the teacher's distribution when the student finalised it.
+
+Final ids stay the student's, also where the teacher's best token is another one: they are what later states were made
+of. There the stored distribution says so, and a divergence teaches it; so such a store is for distillation with the
+directions `forward` and `reverse`, and `hard` is refused (`TrajectoryTable.of_student`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.decode.requests import Output, TopK
+from fewstep.errors import FewstepError
+from fewstep.models.load import network_hash
+from fewstep.models.network import Network, Plan
+from fewstep.models.roles import INVISIBLE
+from fewstep.train.collect import CollectReport, Decode, collect, teacher_of
+from fewstep.train.trajectories import Distribution, PromptRow, Trajectory, TrajectoryStore
+
+OF_STUDENT = "states_of"
+"""Key among the decoding settings in the manifest of a relabelled store: the hash of the student that decoded."""
+
+LENGTH_BUCKET = 16
+"""Forwards are multiples of this long, so that there are few shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """How a teacher labels: what is stored, the canvas that it sees (None: the student's), and a forward's size in
+    tokens.
+    """
+
+    distribution: Distribution
+    canvas_length: int | None = None
+    tokens_per_forward: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in ("canvas_length", "tokens_per_forward"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FewstepError(f"{name} must be at least 1, got {value}")
+
+
+def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Decode:
+    """The `decode_rows` of `collect` that lets the student's `decode_rows` decode and `teacher` label what it visited.
+
+    Give `collect` the teacher as `teacher_of(teacher)`, and `of_student(student)` among its settings.
+    """
+
+    def run(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
+        return label(teacher, [row.prompt_ids for row in rows], decode_rows(rows, seeds), labelling)
+
+    return run
+
+
+def of_student(student: Network) -> dict[str, Any]:
+    """What goes into the settings of a relabelled store."""
+    return {OF_STUDENT: network_hash(student)}
+
+
+def relabel(
+    store: TrajectoryStore,
+    folder: str | Path,
+    teacher: Network,
+    labelling: Labelling,
+    *,
+    shard_size: int = 1024,
+    on_shard: Callable[[CollectReport], None] | None = None,
+) -> CollectReport:
+    """Write the student's trajectories in `store`, labelled by `teacher`, as a new store in `folder`; it resumes as
+    `collect` does.
+
+    FewstepError if the two networks do not share vocabulary and mask token.
+    """
+    of_teacher = teacher_of(teacher)
+    if (store.teacher.vocab_size, store.teacher.mask_token_id) != (of_teacher.vocab_size, of_teacher.mask_token_id):
+        raise FewstepError(f"{teacher.name} and the trajectories in {store.folder} have different vocabularies")
+    trajectories = {trajectory.id: trajectory for trajectory in store}
+    rows = [
+        PromptRow(
+            trajectory.id,
+            trajectory.prompt_ids.tolist(),
+            None if trajectory.reference_ids is None else trajectory.reference_ids.tolist(),
+        )
+        for trajectory in trajectories.values()
+    ]
+    settings = {
+        **store.manifest["decoding"],
+        OF_STUDENT: store.teacher.hash,
+        "teacher_canvas_length": labelling.canvas_length,
+    }
+
+    def stored(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
+        return [_output(trajectories[row.id]) for row in rows]
+
+    return collect(
+        labelled(stored, teacher, labelling),
+        rows,
+        folder,
+        teacher=of_teacher,
+        settings=settings,
+        distribution=labelling.distribution,
+        shard_size=shard_size,
+        on_shard=on_shard,
+    )
+
+
+def _output(trajectory: Trajectory) -> Output:
+    """A stored trajectory as the decoding that it came from, as far as labelling needs it."""
+    final_G = torch.full((trajectory.canvas_length,), trajectory.mask_token_id)
+    step_G = torch.full((trajectory.canvas_length,), -1)
+    count = len(trajectory.final_ids)
+    final_G[:count] = torch.from_numpy(trajectory.final_ids).long()
+    never = (trajectory.step_rank == 0) & (trajectory.final_ids == trajectory.mask_token_id)
+    step_G[:count] = torch.from_numpy(np.where(never, -1, trajectory.step_rank)).long()
+    return Output(
+        token_ids=trajectory.final_ids.tolist(),
+        num_tokens=count,
+        num_forwards=trajectory.num_forwards,
+        seconds=0.0,
+        finish_reason="stop",
+        canvas_ids_G=final_G,
+        step_G=step_G,
+        confidence_G=torch.zeros(trajectory.canvas_length),
+    )
+
+
+@torch.no_grad()
+def label(
+    teacher: Network, prompts: Sequence[Sequence[int]], outputs: Sequence[Output], labelling: Labelling
+) -> list[Output]:
+    """The outputs with the recorded distributions replaced by the teacher's at the same states.
+
+    FewstepError if a context and canvas exceed the teacher's positions, or a canvas is longer than the teacher's.
+    """
+    states = _States(teacher, prompts, outputs, labelling)
+    rows = _Rows(outputs, labelling.distribution)
+    for batch in states.batches():
+        scores = teacher.score(states.plan(batch))
+        chosen_NS = batch.scored_NS >= 0
+        where = (batch.record_N[:, None].expand_as(batch.scored_NS)[chosen_NS].cpu(), batch.scored_NS[chosen_NS].cpu())
+        if labelling.distribution.kind == "hidden":
+            rows.keep(where, hidden=scores.hidden_RSD[chosen_NS])
+        else:
+            log_probs = scores.logits_RSV[chosen_NS].log_softmax(-1)
+            best = log_probs.topk(labelling.distribution.width, dim=-1)
+            tail = (1 - best.values.exp().sum(-1)).clamp(min=0)
+            rows.keep(where, ids=best.indices, log_probs=best.values, tail=tail)
+    return rows.outputs()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """States to score together: record and pass of each, canvas positions that the pass finalised (-1: none)."""
+
+    record_N: Tensor
+    pass_N: Tensor
+    scored_NS: Tensor
+    length: int
+
+
+class _States:
+    """Every state that the outputs visited, in batches of similar length."""
+
+    def __init__(
+        self, teacher: Network, prompts: Sequence[Sequence[int]], outputs: Sequence[Output], labelling: Labelling
+    ) -> None:
+        self._role = teacher.role
+        self._tokens_per_forward = labelling.tokens_per_forward
+        device = teacher.device
+        canvases = [labelling.canvas_length or len(output.canvas_ids_G) for output in outputs]
+        for prompt, output, canvas in zip(prompts, outputs, canvases, strict=True):
+            if int((output.step_G >= 0).nonzero().max()) >= canvas:
+                raise FewstepError(f"an answer is longer than the teacher's canvas of {canvas}; raise canvas_length")
+            if len(prompt) + canvas > teacher.max_positions:
+                raise FewstepError(
+                    f"a prompt of {len(prompt)} tokens and a canvas of {canvas} exceed the {teacher.max_positions} "
+                    f"positions of {teacher.name}; lower canvas_length"
+                )
+        extents = [len(prompt) + canvas for prompt, canvas in zip(prompts, canvases, strict=True)]
+        length = -(-max(extents) // LENGTH_BUCKET) * LENGTH_BUCKET
+        tokens_ML = torch.full((len(outputs), length), int(self._role.mask_token_id or 0))
+        steps_ML = torch.full((len(outputs), length), -1)
+        for m, (prompt, output, extent) in enumerate(zip(prompts, outputs, extents, strict=True)):
+            kept = extent - len(prompt)
+            tokens_ML[m, : len(prompt)], steps_ML[m, : len(prompt)] = torch.tensor(list(prompt)), 0
+            canvas_ids, steps = output.canvas_ids_G[:kept], output.step_G[:kept]
+            tokens_ML[m, len(prompt) : len(prompt) + len(canvas_ids)] = canvas_ids
+            steps_ML[m, len(prompt) : len(prompt) + len(steps)] = steps
+        self._tokens_ML, self._steps_ML = tokens_ML.to(device), steps_ML.to(device)
+        self._context_M = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._extent_M = torch.tensor(extents, device=device)
+        self._visited = sorted(
+            (extents[m], m, int(number))
+            for m, output in enumerate(outputs)
+            for number in output.step_G[output.step_G > 0].unique()
+        )
+
+    def batches(self) -> list[_Batch]:
+        batches, start = [], 0
+        while start < len(self._visited):
+            # Extents ascend, so a batch is as long as its last state; the first state's is a close enough guess.
+            count = max(1, self._tokens_per_forward // self._visited[start][0])
+            chosen = self._visited[start : start + count]
+            batches.append(self._batch(chosen))
+            start += len(chosen)
+        return batches
+
+    def _batch(self, visited: Sequence[tuple[int, int, int]]) -> _Batch:
+        device = self._tokens_ML.device
+        record_N = torch.tensor([m for _, m, _ in visited], device=device)
+        pass_N = torch.tensor([number for _, _, number in visited], device=device)
+        now_NL = self._steps_ML[record_N] == pass_N[:, None]
+        width = int(now_NL.sum(1).max())
+        # The finalised positions first, in order.
+        position_NS = torch.argsort(~now_NL, dim=1, stable=True)[:, :width]
+        found_NS = now_NL.gather(1, position_NS)
+        scored_NS = torch.where(found_NS, position_NS - self._context_M[record_N][:, None], -1)
+        length = -(-visited[-1][0] // LENGTH_BUCKET) * LENGTH_BUCKET
+        return _Batch(record_N, pass_N, scored_NS, length)
+
+    def plan(self, batch: _Batch) -> Plan:
+        """The state before each pass, with what lies past the canvas inert."""
+        tokens_NL = self._tokens_ML[batch.record_N, : batch.length]
+        steps_NL = self._steps_ML[batch.record_N, : batch.length]
+        open_NL = (steps_NL < 0) | (steps_NL >= batch.pass_N[:, None])
+        positions_NL = torch.arange(batch.length, device=tokens_NL.device).expand_as(tokens_NL)
+        context_N1 = self._context_M[batch.record_N][:, None]
+        inert_NL = positions_NL >= self._extent_M[batch.record_N][:, None]
+        return Plan(
+            kind="full",
+            tokens_RQ=tokens_NL.masked_fill(open_NL, int(self._role.mask_token_id or 0)),
+            positions_RQ=positions_NL,
+            blocks_RQ=torch.where(inert_NL, INVISIBLE, self._role.blocks(positions_NL, context_N1)),
+            slots_RQ=None,
+            scored_RS=context_N1 + batch.scored_NS.clamp_min(0),
+        )
+
+
+class _Rows:
+    """The labels of all outputs, on the host."""
+
+    def __init__(self, outputs: Sequence[Output], distribution: Distribution) -> None:
+        self._outputs, self._kind = outputs, distribution.kind
+        shape = (len(outputs), max(len(output.canvas_ids_G) for output in outputs))
+        half = torch.bfloat16 if distribution.dtype == "bfloat16" else torch.float16
+        self._arrays: Mapping[str, Tensor] = (
+            {"hidden": torch.zeros((*shape, distribution.width), dtype=half)}
+            if self._kind == "hidden"
+            else {
+                "ids": torch.zeros((*shape, distribution.width), dtype=torch.long),
+                "log_probs": torch.zeros((*shape, distribution.width)),
+                "tail": torch.zeros(shape),
+            }
+        )
+
+    def keep(self, where: tuple[Tensor, Tensor], **values: Tensor) -> None:
+        for name, rows in values.items():
+            self._arrays[name][where] = rows.to("cpu", self._arrays[name].dtype)
+
+    def outputs(self) -> list[Output]:
+        return [self._labelled(m, output, len(output.canvas_ids_G)) for m, output in enumerate(self._outputs)]
+
+    def _labelled(self, m: int, output: Output, length: int) -> Output:
+        mine = {name: array[m, :length] for name, array in self._arrays.items()}
+        if self._kind == "hidden":
+            return replace(output, hidden_GD=mine["hidden"], top_k=None)
+        return replace(output, hidden_GD=None, top_k=TopK(mine["ids"], mine["log_probs"], mine["tail"]))

@@ -1,0 +1,84 @@
+"""Held-out prompts answered in the middle of training: samples to read, health to log, collapse to stop on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fewstep.decode.health import Health, measure_health
+from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel, Prompt
+from fewstep.errors import FewstepError
+from fewstep.files import read_rows, write_rows_whole
+from fewstep.models.network import Network
+from fewstep.train.monitor import CollapseMonitor
+
+
+class Samples:
+    """An `Evaluate` for the trainer: decodes `prompts` with `settings` of `LanguageModel.generate`.
+
+    All answers go to `file` (JSONL: step, prompt, text, num_tokens, num_forwards), the first `num_shown` also to the
+    log, with tokens per forward and the fields of `Health`. If there is a `monitor`, it judges the health, and the
+    trainer should have the same one.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        file: Path | None = None,
+        monitor: CollapseMonitor | None = None,
+        num_shown: int = 4,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> None:
+        """FewstepError if there is no prompt."""
+        if not prompts:
+            raise FewstepError("samples need at least one held-out prompt")
+        self._prompts = list(prompts)
+        self._file, self._monitor = file, monitor
+        self._num_shown, self._batch_size, self._settings = num_shown, batch_size, settings
+
+    def __call__(self, network: Network, step: int) -> Mapping[str, float | str]:
+        """CollapseError if the monitor finds that the answers have collapsed; they are written first."""
+        prompts: Any = self._prompts
+        outputs = LanguageModel(network).generate(prompts, batch_size=self._batch_size, **self._settings)
+        if self._file is not None:
+            self._write(self._file, outputs, step)
+        health = measure_health([output.token_ids for output in outputs], ignored_ids=[network.eos_token_id])
+        if self._monitor is not None:
+            self._monitor.observe_health(health, step=step)
+        num_tokens, num_forwards = (
+            sum(getattr(output, name) for output in outputs) for name in ("num_tokens", "num_forwards")
+        )
+        shown = zip(self._prompts[: self._num_shown], outputs, strict=False)
+        return {
+            "tokens_per_forward": num_tokens / num_forwards,
+            **{f"health/{name}": float(value) for name, value in health.to_json().items()},
+            **{f"sample/{i}": f"{_plain(prompt)}\n\n{output.text}" for i, (prompt, output) in enumerate(shown)},
+        }
+
+    def _write(self, file: Path, outputs: Sequence[Output], step: int) -> None:
+        """Add this step's answers; those of this step and later are of a run that was interrupted, and go."""
+        earlier = [row for row in read_rows(file, ["step"]) if row["step"] < step] if file.exists() else []
+        new = [
+            {
+                "step": step,
+                "prompt": prompt,
+                "text": output.text,
+                "num_tokens": output.num_tokens,
+                "num_forwards": output.num_forwards,
+            }
+            for prompt, output in zip(self._prompts, outputs, strict=True)
+        ]
+        write_rows_whole(file, [*earlier, *new])
+
+
+def health_of_references(references: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Health:
+    """What sound answers look like: the baseline of a `CollapseMonitor`. ValueError if there are none."""
+    return measure_health([tokenizer.encode(reference, add_special_tokens=False) for reference in references])
+
+
+def _plain(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

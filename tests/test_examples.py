@@ -1,0 +1,105 @@
+"""Training rows: the three forms, what is wrong with the others, and the flat tables they become."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fewstep.errors import FewstepError
+from fewstep.models.tiny import tiny_tokenizer
+from fewstep.train.examples import Examples, encode_rows, read_training_rows, split_row
+
+TOKENIZER = tiny_tokenizer()
+BOS, ANSWER, EOS = 3, 4, 1
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def prompt_of(examples: Examples, i: int) -> list[int]:
+    return examples.prompt_ids[examples.prompt_offsets[i] : examples.prompt_offsets[i + 1]].tolist()
+
+
+def completion_of(examples: Examples, i: int) -> list[int]:
+    return examples.completion_ids[examples.completion_offsets[i] : examples.completion_offsets[i + 1]].tolist()
+
+
+def test_the_three_forms_of_a_row():
+    rows = [
+        {"prompt": "1+1", "completion": "2"},
+        {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]},
+        {"text": "abc"},
+    ]
+    examples = encode_rows(rows, TOKENIZER)
+    assert prompt_of(examples, 0) == prompt_of(examples, 1) == [BOS, *ids("1+1"), ANSWER]
+    assert completion_of(examples, 0) == completion_of(examples, 1) == [*ids("2"), EOS]
+    assert prompt_of(examples, 2) == [BOS]
+    assert completion_of(examples, 2) == [*ids("abc"), EOS]
+    assert examples.lengths().tolist() == [[5, 2], [5, 2], [1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "a"}, "rows.jsonl line 2: a training row needs prompt and completion, messages, or text"),
+        ({}, "its fields are: none"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: messages must end with one of the assistant"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "needs role and content"),
+        ({"prompt": "a", "completion": 5}, "line 2: what is to be learnt must be text, got int"),
+        ({"text": None}, "must be text, got NoneType"),
+    ],
+)
+def test_a_row_that_lacks_something_is_named_by_file_and_line(row, sentence, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(FewstepError, match=sentence):
+        encode_rows(read_training_rows(path), TOKENIZER, source="rows.jsonl")
+
+
+def test_long_rows_are_left_out_and_an_empty_rest_is_an_error():
+    rows = [{"prompt": "a" * n, "completion": "b" * m} for n, m in ((2, 2), (9, 2), (2, 9))]
+    assert len(encode_rows(rows, TOKENIZER, max_prompt=8, max_completion=8)) == 1
+    with pytest.raises(FewstepError, match="rows holds no training row within 1 prompt and 1 completion tokens"):
+        encode_rows(rows, TOKENIZER, max_prompt=1, max_completion=1)
+    with pytest.raises(FewstepError, match=r"rows holds no training row$"):
+        encode_rows([], TOKENIZER)
+
+
+def test_parquet_rows_are_as_jsonl_rows(tmp_path):
+    rows = [{"prompt": "1+1", "completion": "2"}, {"prompt": "2+2", "completion": "4"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = (encode_rows(read_training_rows(tmp_path / f"rows.{kind}"), TOKENIZER) for kind in ("parquet", "jsonl"))
+    assert one.fingerprint() == two.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
+def test_a_file_that_cannot_be_read_is_named(name, tmp_path):
+    with pytest.raises(FewstepError, match=rf"could not read .*{name}"):
+        list(read_training_rows(tmp_path / name))
+    (tmp_path / "damaged.parquet").write_text("no parquet")
+    with pytest.raises(FewstepError, match=r"could not read .*damaged"):
+        read_training_rows(tmp_path / "damaged.parquet")
+
+
+def test_fingerprints_tell_data_apart():
+    one = Examples.from_ids([[1, 2], [3]], [[4], [5, 6]])
+    assert one.fingerprint() == Examples.from_ids([[1, 2], [3]], [[4], [5, 6]]).fingerprint()
+    assert one.fingerprint() != Examples.from_ids([[1], [2, 3]], [[4], [5, 6]]).fingerprint()
+    assert one.fingerprint() != Examples.from_ids([[1, 2], [3]], [[4], [5, 7]]).fingerprint()
+    assert one.to(torch.device("cpu")).fingerprint() == one.fingerprint()
+
+
+def test_no_examples_or_unequal_numbers_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        Examples.from_ids([], [])
+    with pytest.raises(ValueError, match="as many completions as prompts"):
+        Examples.from_ids([[1]], [])
+
+
+def test_a_prompt_is_split_from_the_last_answer():
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    assert split_row({"messages": turns}, "here") == (turns[:3], "a")

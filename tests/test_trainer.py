@@ -1,0 +1,500 @@
+"""The trainer on tiny networks: it learns, resumes exactly, stops loudly and leaves whole folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.health import Health
+from fewstep.errors import FewstepError
+from fewstep.files import read_rows
+from fewstep.models.load import load_network, save_network
+from fewstep.models.network import Network, Plan
+from fewstep.models.tiny import tiny_network
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.examples import Examples
+from fewstep.train.lora import LoRASettings
+from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
+from fewstep.train.samples import Samples, health_of_references
+from fewstep.train.stream import BatchStream
+from fewstep.train.trainer import TrainSettings, train
+from fewstep.train.trajectories import PromptRow
+from fewstep.train.trajectory_table import read_table
+
+SETTINGS = TrainSettings(
+    max_steps=12, rows=2, row_length=64, learning_rate=3e-3, warmup_steps=2, log_every=2, save_every=4
+)
+
+
+def counting_examples(count: int = 40, seed: int = 0) -> Examples:
+    """A prompt names a token, the answer counts upwards from it."""
+    starts = np.random.default_rng(seed).integers(10, 40, count)
+    prompts = [[3, int(start), 4] for start in starts]
+    answers = [[*range(int(start), int(start) + 3 + i % 5), 1] for i, start in enumerate(starts)]
+    return Examples.from_ids(prompts, answers)
+
+
+def objective_for(network: Network, examples: Examples | None = None) -> CausalObjective | MaskedDiffusionObjective:
+    examples = examples or counting_examples()
+    kind = CausalObjective if network.role.name == "autoregressive" else MaskedDiffusionObjective
+    return kind(network.role, examples, network.eos_token_id)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    network = load_network(folder, dtype="float32", device="cpu")
+    return dict(network.module.state_dict())
+
+
+def logits_of(network: Network) -> torch.Tensor:
+    tokens = torch.arange(10, 22)[None]
+    positions = torch.arange(12)[None]
+    plan = Plan(
+        kind="full",
+        tokens_RQ=tokens,
+        positions_RQ=positions,
+        blocks_RQ=network.role.blocks(positions, torch.tensor([[4]])),
+        slots_RQ=None,
+        scored_RS=positions,
+    )
+    with torch.no_grad():
+        return network.score(plan).logits_RSV
+
+
+# Learning
+
+
+@pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
+def test_training_lowers_the_loss(role, tmp_path):
+    network = tiny_network(role)
+    result = train(network, objective_for(network), replace(SETTINGS, max_steps=40, save_every=None), tmp_path / "out")
+    losses = [line["loss"] for line in result.history]
+    assert losses[-1] < 0.8 * losses[0]
+    assert result.real_tokens > 40 * 80
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["history"] == result.history
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "finished").exists()
+
+
+def test_two_half_batches_step_as_one_whole_batch_does(tmp_path):
+    """With documents of one length, both fill the rows, and the means over halves average to the mean."""
+    prompts = [[3, 10 + i % 30, 4] for i in range(64)]
+    examples = Examples.from_ids(prompts, [[5 + i % 50] * 4 + [1] for i in range(64)])
+    networks = []
+    for rows, accumulation in ((4, 1), (2, 2)):
+        network = tiny_network("autoregressive")
+        settings = replace(SETTINGS, max_steps=4, rows=rows, accumulation=accumulation, row_length=64, save_every=None)
+        train(network, objective_for(network, examples), settings, tmp_path / f"out{rows}")
+        networks.append(network)
+    whole, halves = (dict(network.module.state_dict()) for network in networks)
+    for name, value in whole.items():
+        assert_close(halves[name], value, atol=2e-4, rtol=0)
+
+
+def test_the_average_of_the_weights_is_what_is_saved_and_evaluated(tmp_path):
+    network = tiny_network("autoregressive")
+    seen = []
+
+    def evaluate(network: Network, step: int) -> dict[str, float]:
+        seen.append(logits_of(network))
+        return {}
+
+    settings = replace(SETTINGS, ema_decay=0.8, evaluate_every=12)
+    train(network, objective_for(network), settings, tmp_path / "out", evaluate=evaluate)
+    assert_close(logits_of(load_network(tmp_path / "out", dtype="float32", device="cpu")), seen[-1])
+    assert_close(logits_of(network), seen[-1])
+    plain = tiny_network("autoregressive")
+    train(plain, objective_for(plain), SETTINGS, tmp_path / "plain")
+    assert (logits_of(plain) - seen[-1]).abs().max() > 1e-3
+
+
+def test_a_precision_may_follow_another_in_one_process(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        network = tiny_network("autoregressive")
+        settings = replace(SETTINGS, max_steps=2, precision=precision, weights_dtype="bfloat16")
+        train(network, objective_for(network), settings, tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}")
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("top_k", "no"), ("hidden", "bf16")])
+def test_a_student_trained_on_trajectories_comes_closer_to_the_teacher(kind, precision, tmp_path):
+    teacher = tiny_network("bidirectional", head_scale=10)
+    distribution = distribution_of(teacher, kind, top_k=8)
+    decoder = Diffusion(role=teacher.role, block_size=4, canvas_length=12)
+    collect(
+        decode_with(teacher, decoder, max_new_tokens=12, batch_size=8, distribution=distribution),
+        [PromptRow(str(start), [3, start, 4], [start, start + 1, 1]) for start in range(10, 40)],
+        tmp_path / "store",
+        teacher=teacher_of(teacher),
+        settings={},
+        distribution=distribution,
+    )
+    table, references = read_table(tmp_path / "store", teacher)
+    student = tiny_network("block_causal", seed=1)
+    settings = CDLMSettings(denoising=0.05)
+    objective = CDLMObjective(student.role, table, student.eos_token_id, references=references, settings=settings)
+    result = train(
+        student, objective, replace(SETTINGS, max_steps=60, precision=precision, save_every=None), tmp_path / "out"
+    )
+    assert {"distillation", "consistency", "denoising"} <= result.history[0].keys()
+    assert result.history[-1]["distillation"] < 0.8 * result.history[0]["distillation"]
+
+
+# What is written
+
+
+def test_the_folder_loads_with_stock_transformers(tmp_path):
+    network = tiny_network("autoregressive")
+    train(network, objective_for(network), replace(SETTINGS, weights_dtype="bfloat16"), tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.dtype == torch.bfloat16
+    ids = torch.tensor([[3, 12, 4]])
+    with torch.no_grad():
+        assert_close(stock(ids).logits.float(), network.module(ids).logits, atol=0.05, rtol=0.05)
+
+
+def test_an_adapter_on_its_base_is_the_trained_network(tmp_path):
+    save_network(tiny_network("block_causal"), tmp_path / "base")
+    network = load_network(tmp_path / "base", dtype="float32", device="cpu")
+    before = logits_of(network)
+    train(network, objective_for(network), SETTINGS, tmp_path / "out", lora=LoRASettings(rank=4))
+    trained = logits_of(network)
+    assert (trained - before)[..., 3:].abs().max() > 1e-2
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 100_000
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("base", "out"):  # the pair may move
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    loaded = load_network(tmp_path / "elsewhere" / "out", dtype="float32", device="cpu")
+    assert loaded.role == network.role
+    assert_close(logits_of(loaded), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_that_holds_a_model_is_refused(tmp_path):
+    network = tiny_network("autoregressive")
+    train(network, objective_for(network), replace(SETTINGS, max_steps=1), tmp_path / "out")
+    with pytest.raises(FewstepError, match="already holds a model"):
+        train(network, objective_for(network), SETTINGS, tmp_path / "out")
+
+
+def test_a_kill_while_the_finished_files_are_moved_is_made_good(tmp_path):
+    out = tmp_path / "out"
+    (out / "finished").mkdir(parents=True)
+    (out / "finished" / "config.json").write_text("{}")
+    (out / "model.safetensors").write_text("moved already")
+    network = tiny_network("autoregressive")
+    train(network, objective_for(network), replace(SETTINGS, max_steps=1), out)
+    assert_close(logits_of(load_network(out, dtype="float32", device="cpu")), logits_of(network))
+
+
+# Interruption
+
+
+def run_adapter(output: Path, stop_at: int = 0, stop_with: int = signal.SIGKILL) -> None:
+    """One training run with everything that has a state; it sends itself a signal at that step (0: never)."""
+    network = tiny_network("block_causal")
+
+    def evaluate(network: Network, step: int) -> dict[str, float]:
+        if step == stop_at:
+            os.kill(os.getpid(), stop_with)
+        return {"probe": float(logits_of(network)[0, 0, 5])}
+
+    settings = replace(SETTINGS, accumulation=2, ema_decay=0.9, evaluate_every=1)
+    monitor = CollapseMonitor(CollapseLimits(loss_memory=2))
+    lora = LoRASettings(rank=4, dropout=0.1)
+    train(network, objective_for(network), settings, output, lora=lora, evaluate=evaluate, monitor=monitor)
+
+
+def run_plain(output: Path, stop_at: int = 0) -> None:
+    """As `run_adapter`, of all weights of a network whose embedding is its head."""
+    network = tiny_network("autoregressive")
+    network.module.config.tie_word_embeddings = True
+    network.module.tie_weights()
+
+    def evaluate(network: Network, step: int) -> dict[str, float]:
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    train(network, objective_for(network), replace(SETTINGS, evaluate_every=1), output, evaluate=evaluate)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_trainer
+test_trainer.{call}
+"""
+
+
+def script(call: str) -> str:
+    """A program that calls one of the functions of this file."""
+    return SCRIPT.format(tests=str(Path(__file__).parent), call=call)
+
+
+def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in history]
+
+
+def final_state(output: Path) -> tuple[dict[str, bytes], list[dict[str, float]]]:
+    weights = {path.name: path.read_bytes() for path in sorted(output.glob("*.safetensors"))}
+    assert weights
+    return weights, without_times(json.loads((output / "report.json").read_text())["history"])
+
+
+def checkpoints_in(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def test_killed_runs_resume_and_equal_uninterrupted_ones(tmp_path):
+    killed = {}
+    for run in (run_adapter, run_plain):
+        output = tmp_path / f"{run.__name__}-killed"
+        program = script(f"{run.__name__}(Path({str(output)!r}), 7)")
+        killed[run] = output, subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    for run, (output, process) in killed.items():
+        run(tmp_path / run.__name__)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, errors
+        assert checkpoints_in(output) == ["step-00000004"]
+        assert not (output / "config.json").exists()
+        run(output)
+        assert final_state(output) == final_state(tmp_path / run.__name__)
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_continues_exactly(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 7; a checkpoint is saved, repeat the command"):
+        run_adapter(tmp_path / "stopped", 7, signal.SIGINT)
+    assert checkpoints_in(tmp_path / "stopped") == ["step-00000007"]
+    run_adapter(tmp_path / "stopped")
+    run_adapter(tmp_path / "whole")
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
+def interrupt_at(step: int) -> Callable[[Network, int], dict[str, float]]:
+    def evaluate(network: Network, now: int) -> dict[str, float]:
+        if now == step:
+            raise RuntimeError("pulled the plug")
+        return {}
+
+    return evaluate
+
+
+def begun(output: Path, network: Network | None = None) -> None:
+    """A run in `output` that stopped at step 6 of 12, with a checkpoint of step 4."""
+    network = network or tiny_network("autoregressive")
+    settings = replace(SETTINGS, evaluate_every=1)
+    with pytest.raises(RuntimeError, match="plug"):
+        train(network, objective_for(network), settings, output, evaluate=interrupt_at(6))
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(tmp_path):
+    begun(tmp_path / "out")
+    network = tiny_network("autoregressive")
+    cases = {
+        "learning_rate is 0.003 there and 0.1 here": (replace(SETTINGS, learning_rate=0.1), None, None),
+        "examples is": (SETTINGS, counting_examples(seed=1), None),
+        "lora is": (SETTINGS, None, LoRASettings()),
+    }
+    for sentence, (settings, examples, lora) in cases.items():
+        with pytest.raises(FewstepError, match=sentence) as raised:
+            train(network, objective_for(network, examples), settings, tmp_path / "out", lora=lora)
+        assert "\n" not in str(raised.value)
+        network = tiny_network("autoregressive")
+    train(network, objective_for(network), replace(SETTINGS, save_every=3), tmp_path / "out")
+
+
+def test_a_kill_between_writing_and_removing_checkpoints_continues_the_newest(tmp_path):
+    begun(tmp_path / "out")
+    newest = tmp_path / "out/checkpoints/step-00000004"
+    (tmp_path / "out/checkpoints/step-00000002").mkdir()  # would not load
+    (tmp_path / "out/checkpoints/.step-00000008.0f.tmp").mkdir()
+    network = tiny_network("autoregressive")
+    settings = replace(SETTINGS, evaluate_every=1)
+    with pytest.raises(RuntimeError, match="plug"):
+        train(network, objective_for(network), settings, tmp_path / "out", evaluate=interrupt_at(9))
+    assert not newest.exists()
+    assert checkpoints_in(tmp_path / "out") == ["step-00000008"]
+
+
+def test_resuming_across_an_epoch_repeats_the_stream():
+    def stream() -> BatchStream:
+        return BatchStream(objective_for(tiny_network("bidirectional")), rows=1, row_length=600, seed=3)
+
+    one = stream()
+    seen, states = [], []
+    for _ in range(12):
+        states.append(one.state_dict())
+        seen.append(one.next_batch().examples_N.tolist())
+    assert max(state["epoch"] for state in states) >= 2
+    for state, expected in zip(states, seen, strict=True):
+        two = stream()
+        two.load_state_dict(state)
+        assert two.next_batch().examples_N.tolist() == expected
+
+
+def test_every_epoch_shows_every_example_once_to_one_process():
+    objective = objective_for(tiny_network("autoregressive"))
+    streams = [BatchStream(objective, rows=2, row_length=20, process=(k, 2)) for k in range(2)]
+    shown: list[int] = []
+    for stream in streams:
+        while stream.state_dict()["epoch"] == 0:
+            shown += stream.next_batch().examples_N.tolist()
+    assert sorted(shown) == list(range(40))
+
+
+def test_a_document_longer_than_a_row_is_one_clear_sentence():
+    objective = objective_for(tiny_network("autoregressive"))
+    with pytest.raises(FewstepError, match="does not fit a row of 4"):
+        BatchStream(objective, rows=2, row_length=4).next_batch()
+
+
+# Stopping
+
+
+def poison_at(step: int, network: Network) -> Callable[[Network, int], dict[str, float]]:
+    def evaluate(_: Network, now: int) -> dict[str, float]:
+        if now == step:
+            with torch.no_grad():
+                network.module.get_output_embeddings().weight.fill_(float("nan"))
+        return {}
+
+    return evaluate
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_a_checkpoint(tmp_path):
+    network = tiny_network("autoregressive")
+    settings = replace(SETTINGS, log_every=100, evaluate_every=7)
+    with pytest.raises(FewstepError, match=r"loss is nan at step 8; .*the last checkpoint is kept"):
+        train(network, objective_for(network), settings, tmp_path / "out", evaluate=poison_at(7, network))
+    assert checkpoints_in(tmp_path / "out") == ["step-00000004"]
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    begun(tmp_path / "out")
+    network = tiny_network("autoregressive")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+    with pytest.raises(FewstepError, match="disk is full"):
+        train(network, objective_for(network), replace(SETTINGS, evaluate_every=1), tmp_path / "out")
+    assert checkpoints_in(tmp_path / "out") == ["step-00000004"]
+
+
+def test_a_full_disk_at_the_end_keeps_the_checkpoint_and_a_rerun_finishes(tmp_path, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    network = tiny_network("autoregressive")
+    with monkeypatch.context() as patched:
+        patched.setattr("fewstep.train.trainer.save_trained", full)
+        with pytest.raises(FewstepError, match="disk is full"):
+            train(network, objective_for(network), SETTINGS, tmp_path / "out")
+    assert checkpoints_in(tmp_path / "out") == ["step-00000008"]
+    again, whole = tiny_network("autoregressive"), tiny_network("autoregressive")
+    train(again, objective_for(again), SETTINGS, tmp_path / "out")
+    train(whole, objective_for(whole), SETTINGS, tmp_path / "whole")
+    assert final_state(tmp_path / "out") == final_state(tmp_path / "whole")
+
+
+def test_samples_are_written_logged_and_judged(tmp_path):
+    network = tiny_network("block_causal", head_scale=20)
+    tokenizer = network.tokenizer
+    baseline = health_of_references(["the quick brown fox jumps over", "lazy dogs, 12 of them"], tokenizer)
+    monitor = CollapseMonitor(CollapseLimits(grace_steps=4), baseline=baseline)
+    samples = Samples(["what is 1+1?", "who?"], file=tmp_path / "out/samples.jsonl", monitor=monitor, max_new_tokens=12)
+    settings = replace(SETTINGS, max_steps=3, evaluate_every=1)
+    result = train(network, objective_for(network), settings, tmp_path / "out", evaluate=samples, monitor=monitor)
+    rows = list(read_rows(tmp_path / "out/samples.jsonl", ["step", "prompt", "text", "num_tokens", "num_forwards"]))
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (s, p) for s in (1, 2, 3) for p in ("what is 1+1?", "who?")
+    ]
+    assert {"health/repetition", "health/entropy", "tokens_per_forward", "loss"} <= result.history[-1].keys()
+    assert next((tmp_path / "out/logs").glob("events*")).stat().st_size > 0
+    with pytest.raises(CollapseError, match="at step 4 the outputs have collapsed"):
+        monitor.observe_health(replace(baseline, entropy=0.0), step=4)
+
+
+def test_samples_of_steps_that_are_repeated_are_replaced(tmp_path):
+    network = tiny_network("block_causal")
+    samples = Samples(["who?"], file=tmp_path / "samples.jsonl", max_new_tokens=4)
+    for step in (5, 10, 15, 10):
+        samples(network, step)
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [5, 10]
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_samples(tmp_path):
+    network = tiny_network("block_causal")
+    sound = Health(
+        num_outputs=1, mean_length=9, empty=0, repetition=0, longest_run=1, distinct_1=1, distinct_2=1, entropy=99
+    )
+    monitor = CollapseMonitor(baseline=sound)
+    samples = Samples(["who?"], file=tmp_path / "out/samples.jsonl", monitor=monitor, max_new_tokens=8)
+    settings = replace(SETTINGS, evaluate_every=5)
+    with pytest.raises(CollapseError, match="at step 5 the outputs have collapsed: "):
+        train(network, objective_for(network), settings, tmp_path / "out", evaluate=samples, monitor=monitor)
+    assert len(list(read_rows(tmp_path / "out/samples.jsonl"))) == 1
+    assert (tmp_path / "out/checkpoints/step-00000004").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_steps": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}, {"save_every": 0}, {"precision": "fp8"}]
+)
+def test_settings_are_checked(wrong):
+    with pytest.raises(FewstepError, match=next(iter(wrong))):
+        replace(SETTINGS, **wrong)
+
+
+# Two processes
+
+
+def run_two(output: Path) -> None:
+    """Run by each of two processes: a whole run, one that the main process stops, and its resumption."""
+    import torch.distributed as distributed
+
+    def run(name: str, stop_at: int = 0) -> None:
+        def evaluate(network: Network, step: int) -> dict[str, float]:
+            if step == stop_at:
+                raise FewstepError("stopped by the main process")
+            return {"probe": float(logits_of(network)[0, 0, 5])}
+
+        network = tiny_network("block_causal")
+        settings = replace(SETTINGS, max_steps=20, evaluate_every=5)
+        train(network, objective_for(network), settings, output / name, evaluate=evaluate)
+        assert distributed.get_world_size() == 2
+
+    run("whole")
+    with pytest.raises(FewstepError, match="stopped by the main process"):
+        run("stopped", stop_at=10)
+    run("stopped")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_together_stop_together_and_resume_exactly(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(script(f"run_two(Path({str(tmp_path)!r}))"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "whole/report.json").read_text())
+    assert report["processes"] == 2
+    assert report["history"][-1]["loss"] < report["history"][0]["loss"]
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
