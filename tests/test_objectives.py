@@ -124,6 +124,31 @@ def test_noisy_blocks_of_the_packed_forward_equal_unpacked_forwards(examples, co
     assert compared == 2 + 1 + 3
 
 
+def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_first_position_from_a_clean_row(examples):
+    network = tiny_network("block_causal", context_attention="causal", right_shift_logits=True, head_scale=20)
+    objective = MaskedDiffusionObjective(network.role, examples, 1, corruption=Corruption(untouched=0.3))
+    whole = 0
+    for seed in range(8):
+        batch, calls = batch_of(objective), []
+        loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        tokens = calls[0][0]
+        documents = PackedDocuments(network.role, examples, batch, 1)
+        terms = []
+        for document, prompt in enumerate(PROMPTS[i] for i in batch.examples_N):
+            here = documents.packed.document_RT == document
+            noisy = tokens[here & (documents.packed.segment_RT == 1)].tolist()
+            clean = tokens[here & (documents.packed.segment_RT == 2)].tolist()
+            for start in range(0, len(noisy), 4):
+                block = noisy[start : start + 4]
+                assert block[0] != 2 or block == [2] * 4, "the first position opens first"
+                whole += block == [2] * 4
+                rows = unpacked_logits(network, prompt + clean[:start] + block, len(prompt)).log_softmax(-1)[-5:-1]
+                scored = [j for j in range(4) if j == 0 or block[j] == 2]
+                terms += [-rows[j, clean[start + j]] for j in scored]
+        assert_close(loss.total, torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
+    assert whole
+
+
 def test_causal_objective_is_the_mean_next_token_loss_of_the_completions(examples):
     network = tiny_network("autoregressive", head_scale=20)
     objective = CausalObjective(network.role, examples, 1)
@@ -263,6 +288,24 @@ def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later()
                 assert len(opened) < len(opened_later)
                 assert len(opened) < len(block)
                 assert all(now[i] == final[i] for i in opened)
+
+
+def test_cdlm_states_with_shifted_logits_open_a_blocks_first_position_first():
+    network = tiny_network("block_causal", context_attention="causal", right_shift_logits=True)
+    objective, finals, _ = cdlm(network, CDLMSettings(denoising=0.0))
+    opened_early = 0
+    for seed in range(20):
+        batch, calls = batch_of(objective), []
+        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        documents = PackedDocuments(network.role, objective.examples, batch, 1)
+        for tokens, *_ in calls:
+            for document, final in enumerate(finals[i] for i in batch.examples_N):
+                noisy = tokens[documents.is_noisy_RT & (documents.packed.document_RT == document)].tolist()
+                for start in range(0, len(final), 4):
+                    block = noisy[start : min(start + 4, len(final))]
+                    assert block[0] != 2 or set(block) == {2}
+                    opened_early += block[0] != 2 and set(block[1:]) == {2}
+    assert opened_early, "states in which the first position is open although the teacher took it later"
 
 
 def test_cdlm_losses_equal_plain_sums():

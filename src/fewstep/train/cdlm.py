@@ -120,8 +120,11 @@ class BlockOrders:
 
 @dataclass(frozen=True, kw_only=True)
 class CDLMSettings:
-    """Weights of the three losses and how each is formed. FewstepError for a consistency loss without an anchor, unless
-    forced.
+    """Weights of the three losses and how each is formed.
+
+    A share `untouched` of the blocks is shown with nothing open, the state that decoding meets in every block; the
+    others draw their state with equal chances (as published, with `untouched` 0). FewstepError for a consistency loss
+    without an anchor, unless forced.
     """
 
     distillation: float = 1.0
@@ -130,12 +133,15 @@ class CDLMSettings:
     direction: Distillation = "forward"
     later_state: LaterState = "uniform"
     temperature: float = 1.0
+    untouched: float = 0.1
     allow_unanchored: bool = False
 
     def __post_init__(self) -> None:
         for name in ("distillation", "consistency", "denoising"):
             if getattr(self, name) < 0:
                 raise FewstepError(f"the weight of {name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.untouched <= 1:
+            raise FewstepError(f"untouched is a share of blocks between 0 and 1, got {self.untouched}")
         if self.distillation + self.consistency + self.denoising == 0:
             raise FewstepError("all three loss weights are 0; there is nothing to learn")
         if self.direction not in get_args(Distillation):
@@ -210,13 +216,14 @@ class CDLMObjective:
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id)
         states = _BlockStates(self, documents, batch)
         unit_RT, cut_U = documents.block_units(num_documents, generator)
-        state_RT = (cut_U[unit_RT] * states.count_RT).long()
+        _, whole_U = documents.block_units(num_documents, generator)
+        state_RT = torch.where((whole_U < settings.untouched)[unit_RT], 0, (cut_U[unit_RT] * states.count_RT).long())
         hidden_RT = states.hidden_in(state_RT)
-        distilled_RT = hidden_RT & states.recorded_RT
-        _, ratio_U = documents.block_units(num_documents, generator)
-        denoised_RT = corruption.random_mask(unit_RT, ratio_U, generator) & states.reference_RT & documents.is_noisy_RT
+        distilled_RT = (hidden_RT | (documents.settled_RT & ~states.reference_RT)) & states.recorded_RT
+        masked_RT, denoised_RT, _ = documents.hide_blocks(num_documents, settings.untouched, generator)
+        masked_RT, denoised_RT = masked_RT & states.reference_RT, denoised_RT & states.reference_RT
         targets, rows = documents.rows(distilled_RT | denoised_RT, batch)
-        noisy_RT = documents.with_masks(hidden_RT | denoised_RT)
+        noisy_RT = documents.with_masks(hidden_RT | masked_RT)
         logits = forward(noisy_RT, documents.positions_RT, documents.layout(), rows)
 
         is_distilled = distilled_RT.flatten()[targets]
@@ -235,7 +242,7 @@ class CDLMObjective:
             still_hidden_RT = states.hidden_in(later_RT)
             scored_RT = still_hidden_RT & states.recorded_RT & (later_RT < states.count_RT)
             later, later_rows = documents.rows(scored_RT, batch)
-            noisy_RT = documents.with_masks(still_hidden_RT | denoised_RT)
+            noisy_RT = documents.with_masks(still_hidden_RT | masked_RT)
             goal = forward(noisy_RT, documents.positions_RT, documents.layout(), later_rows, gradient=False)
             # What a later state hides, this one hides too, so its logits are at hand.
             student = logits[torch.searchsorted(targets, later)]
@@ -277,6 +284,7 @@ class _BlockStates:
         self.recorded_RT = inside_RT & (rank_RT > 0)
         # A given position is open from the start; past the stored ones everything stays hidden.
         self._rank_RT = torch.where(inside_RT, rank_RT, _NEVER)
+        self._settled_RT = documents.settled_RT
         self._orders = objective.orders
         self.count_RT = torch.where(self._candidate_RT, self._orders.count_P[documents.source_RT], 0)
         index_in_block_RT = documents.packed.index_RT % objective.role.block_size
@@ -296,7 +304,8 @@ class _BlockStates:
         A position that was never finalised holds the mask token, hidden or not.
         """
         pass_RT = torch.where(state_RT < self.count_RT, self._orders.rank_P[self._at(state_RT)], _NEVER)
-        return self._candidate_RT & (self._rank_RT >= pass_RT)
+        opened_RT = (self._rank_RT < pass_RT) | (self._settled_RT & (state_RT > 0))
+        return self._candidate_RT & ~opened_RT
 
 
 _NEVER = torch.iinfo(torch.long).max

@@ -51,8 +51,8 @@ class Forward(Protocol):
 class Objective(Protocol):
     """What the trainer needs to know. Everything random comes from the generators given.
 
-    `fingerprint` is JSON-able and differs for other data or settings. `segment_lengths` has a row an example [N, G]. A
-    batch without anything to score has the loss 0, with a gradient.
+    `fingerprint` is JSON-able and differs for other data or settings. `segment_lengths` has a row an example [N, G].
+    A batch without anything to score has the loss 0, with a gradient.
     """
 
     role: Role
@@ -110,11 +110,10 @@ class PackedDocuments:
         self.completion_lengths_RT = examples.completion_offsets[example + 1] - examples.completion_offsets[example]
         self.inside_completion_RT = ~in_context & (packed.index_RT < self.completion_lengths_RT)
         # Where a response position lies in the flat completions (its last token for positions past the end).
-        self.source_RT = examples.completion_offsets[example] + packed.index_RT.minimum(self.completion_lengths_RT - 1)
-        response = torch.where(self.inside_completion_RT, examples.completion_ids[self.source_RT], eos_token_id)
-        prompt_last = len(examples.prompt_ids) - 1
-        prompt = examples.prompt_ids[(examples.prompt_offsets[example] + packed.index_RT).clamp_max(prompt_last)]
-        self.clean_RT = torch.where(in_context, prompt, response).long()
+        self.source_RT = examples.completion_offsets[example] + packed.index_RT.minimum(self.completion_lengths_RT -
+        1) response = torch.where(self.inside_completion_RT, examples.completion_ids[self.source_RT], eos_token_id)
+        prompt_last = len(examples.prompt_ids) - 1 prompt = examples.prompt_ids[(examples.prompt_offsets[example] +
+        packed.index_RT).clamp_max(prompt_last)] self.clean_RT = torch.where(in_context, prompt, response).long()
 
     def layout(self) -> Layout:
         """Visibility by the role's block numbers; only a block-causal network has rows apart for noise."""
@@ -131,6 +130,31 @@ class PackedDocuments:
         blocks_per_document = self.packed.index_RT.shape[1] // self.role.block_size + 1
         unit_RT = self.document_RT * blocks_per_document + self.block_of_response()
         return unit_RT, corruption.stratified_uniform((num_documents * blocks_per_document,), generator)
+
+    @property
+    def settled_RT(self) -> Tensor:
+        """Noisy positions whose row, one earlier, does not see their block: decoding finalises them in its first
+        step.
+
+        So a state that has anything open in a block has these open, and since their row is a clean one, they can be
+        scored in every state.
+        """
+        shifted = self.role.right_shift_logits and self.role.name == "block_causal"
+        return self.is_noisy_RT & (self.packed.index_RT % self.role.block_size == 0) & shifted
+
+    def hide_blocks(
+        self, num_documents: int, untouched: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy positions hidden at random with a ratio for each block, those of them to score, and the ratios.
+
+        A share `untouched` of the blocks is hidden whole.
+        """
+        unit_RT, ratio_U = self.block_units(num_documents, generator)
+        _, whole_U = self.block_units(num_documents, generator)
+        whole_RT = (whole_U < untouched)[unit_RT]
+        hidden_RT = whole_RT | (corruption.random_mask(unit_RT, ratio_U, generator) & ~self.settled_RT)
+        hidden_RT = hidden_RT & self.is_noisy_RT
+        return hidden_RT, hidden_RT | self.settled_RT, torch.where(whole_RT, 1.0, ratio_U[unit_RT])
 
     def with_masks(self, hidden_RT: Tensor) -> Tensor:
         """Token ids with the mask token at hidden positions."""
@@ -194,22 +218,24 @@ class CausalObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """How a bidirectional teacher's responses are hidden.
+    """How responses are hidden.
 
-    `leftward` is the share of documents shown as in block-by-block decoding: earlier blocks open, later ones hidden,
-    loss on the active one, of which `frontier` (a share of these documents) shows the part before a random point and
-    the rest hides positions at random. All other documents hide each position with one random ratio (LLaDA, arXiv
-    2502.09992).
+    For a block-causal network every block has its own random ratio, and a share `untouched` is hidden whole, which is
+    the state that decoding meets in every block. The rest is for a bidirectional teacher: `leftward` is the share of
+    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, of
+    which `frontier` (a share of these documents) shows the part before a random point and the rest hides positions at
+    random. All other documents hide each position with one random ratio (LLaDA, arXiv 2502.09992).
 
     `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
 
     leftward: float = 0.0
     frontier: float = 0.0
+    untouched: float = 0.1
     weighting: Literal["uniform", "inverse_ratio"] = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("leftward", "frontier"):
+        for name in ("leftward", "frontier", "untouched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FewstepError(f"{name} is a share of documents between 0 and 1, got {getattr(self, name)}")
         if self.weighting not in ("uniform", "inverse_ratio"):
@@ -277,9 +303,7 @@ class MaskedDiffusionObjective:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden positions, those of them that are scored, and the mask ratio at each position."""
         if self.role.name == "block_causal":
-            unit_RT, ratio_U = documents.block_units(num_documents, generator)
-            hidden_RT = corruption.random_mask(unit_RT, ratio_U, generator) & documents.is_noisy_RT
-            return hidden_RT, hidden_RT, ratio_U[unit_RT]
+            return documents.hide_blocks(num_documents, self.corruption.untouched, generator)
         ratio_N, leftward_N, frontier_N, active_N = (
             corruption.stratified_uniform((num_documents,), generator) for _ in range(4)
         )
