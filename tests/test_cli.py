@@ -338,7 +338,8 @@ def test_the_whole_way_to_a_student(run: Run, networks: dict[str, str], rows: Pa
         "--json", tmp_path / "train.json",
     )  # fmt: skip
     assert trained.code == 0, trained.err
-    assert "sample at step 2" in trained.err
+    assert "sample/0 at step 2" in trained.err
+    assert len((teacher / "samples.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "train.json").read_text())["steps"] == 2
     assert fewstep.load(teacher).role.name == "bidirectional"
 

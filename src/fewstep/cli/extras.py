@@ -8,6 +8,7 @@ EXTRAS = {
     "train": {"accelerate": "accelerate", "pyarrow": "pyarrow", "tensorboard": "tensorboard"},
     "eval": {"matplotlib": "matplotlib"},
     "gsm": {"reasoning-gym": "reasoning_gym"},
+    "gguf": {"gguf": "gguf"},
 }
 """Extra -> distribution -> module that it installs."""
 

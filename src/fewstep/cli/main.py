@@ -16,6 +16,7 @@ from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.extras import missing_sentence
 from fewstep.cli.generate import generate
+from fewstep.cli.import_ import import_
 from fewstep.cli.infill import infill
 from fewstep.cli.merge import merge
 from fewstep.cli.models import models
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "collect": collect,
     "eval": evaluate,
     "compare": compare,
+    "import": import_,
     "merge": merge,
     "models": models,
     "doctor": doctor,
@@ -75,6 +77,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Notices about the internals of these libraries tell a user of ours nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|torch)")
     try:
+        said = ""
         code = app(args=arguments, prog_name="fewstep", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
@@ -90,10 +93,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         # The reader (`| head`) has seen enough. The interpreter's last flush must go elsewhere, or it complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as interrupt:
+        said = str(interrupt)
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _print_error("interrupted; files already finished were kept")
+        _print_error(said or "interrupted; files already finished were kept")
     return code if isinstance(code, int) else 0
 
 

@@ -3,16 +3,12 @@
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
 
 from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, with_settings
-from fewstep.decode.health import measure_health
-from fewstep.engine.language_model import LanguageModel
-from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, RoleName
@@ -21,7 +17,8 @@ from fewstep.train.examples import Examples, encode_rows, read_training_rows, sp
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CanvasLengths, CausalObjective, Corruption, MaskedDiffusionObjective, Objective
-from fewstep.train.trainer import Evaluate, TrainSettings, train
+from fewstep.train.samples import Samples
+from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectory_table import read_table
 
 app = typer.Typer(
@@ -185,13 +182,15 @@ app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 
 def _run(network: Network, objective: Objective, built: Built, json: Path | None) -> None:
     outcome: Outcome = built[Outcome]
+    monitor = CollapseMonitor(built[CollapseLimits])
     result = train(
         network,
         objective,
         built[TrainSettings],
         outcome.output,
         lora=built[LoRASettings] if outcome.lora else None,
-        evaluate=_watcher(network, built[Watch], built[CollapseLimits]),
+        evaluate=_samples(built[Watch], outcome.output / "samples.jsonl", monitor),
+        monitor=monitor,
     )
     if os.environ.get("RANK", "0") == "0":
         note(
@@ -201,25 +200,10 @@ def _run(network: Network, objective: Objective, built: Built, json: Path | None
         write_report(json, {**asdict(result), "folder": str(result.folder)})
 
 
-def _watcher(network: Network, watch: Watch, limits: CollapseLimits) -> Evaluate | None:
-    """An `evaluate` for the trainer that answers held-out prompts and stops the run if the answers have collapsed."""
+def _samples(watch: Watch, file: Path, monitor: CollapseMonitor) -> Samples | None:
+    """What answers the held-out prompts at every evaluation, if there are any."""
     if watch.data is None:
         return None
     rows = list(read_training_rows(watch.data))[: watch.num_prompts]
-    prompts: list[Any] = [split_row(row, f"{watch.data} line {line}")[0] for line, row in enumerate(rows, start=1)]
-    if not prompts:
-        raise FewstepError(f"{watch.data} holds no rows to watch")
-    monitor = CollapseMonitor(limits)
-
-    def evaluate(trained: Network, step: int) -> dict[str, float]:
-        outputs = LanguageModel(trained).generate(prompts, max_new_tokens=watch.max_new_tokens)
-        note(f"sample at step {step}: {outputs[0].text!r}")
-        health = measure_health([output.token_ids for output in outputs], ignored_ids=[trained.eos_token_id])
-        monitor.observe_health(health, step=step)
-        num_forwards = sum(output.num_forwards for output in outputs)
-        return {
-            "tokens_per_forward": sum(output.num_tokens for output in outputs) / num_forwards,
-            **health.to_json(),
-        }
-
-    return evaluate
+    prompts = [split_row(row, f"{watch.data} line {line}")[0] for line, row in enumerate(rows, start=1)]
+    return Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens)

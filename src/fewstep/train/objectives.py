@@ -110,10 +110,11 @@ class PackedDocuments:
         self.completion_lengths_RT = examples.completion_offsets[example + 1] - examples.completion_offsets[example]
         self.inside_completion_RT = ~in_context & (packed.index_RT < self.completion_lengths_RT)
         # Where a response position lies in the flat completions (its last token for positions past the end).
-        self.source_RT = examples.completion_offsets[example] + packed.index_RT.minimum(self.completion_lengths_RT -
-        1) response = torch.where(self.inside_completion_RT, examples.completion_ids[self.source_RT], eos_token_id)
-        prompt_last = len(examples.prompt_ids) - 1 prompt = examples.prompt_ids[(examples.prompt_offsets[example] +
-        packed.index_RT).clamp_max(prompt_last)] self.clean_RT = torch.where(in_context, prompt, response).long()
+        self.source_RT = examples.completion_offsets[example] + packed.index_RT.minimum(self.completion_lengths_RT - 1)
+        response = torch.where(self.inside_completion_RT, examples.completion_ids[self.source_RT], eos_token_id)
+        prompt_last = len(examples.prompt_ids) - 1
+        prompt = examples.prompt_ids[(examples.prompt_offsets[example] + packed.index_RT).clamp_max(prompt_last)]
+        self.clean_RT = torch.where(in_context, prompt, response).long()
 
     def layout(self) -> Layout:
         """Visibility by the role's block numbers; only a block-causal network has rows apart for noise."""
@@ -133,8 +134,7 @@ class PackedDocuments:
 
     @property
     def settled_RT(self) -> Tensor:
-        """Noisy positions whose row, one earlier, does not see their block: decoding finalises them in its first
-        step.
+        """Noisy positions whose row, one earlier, does not see their block: decoding's first step finalises them.
 
         So a state that has anything open in a block has these open, and since their row is a clean one, they can be
         scored in every state.

@@ -56,10 +56,13 @@ class RunLog:
             print(f"step {step}/{self._max_steps} {shown}", flush=True)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Log texts by name, in TensorBoard."""
-        if self._writer is not None:
-            for name, text in texts.items():
-                self._writer.add_text(name, text, step)
+        """Log texts by name: all to TensorBoard, the first to be read at once."""
+        if self._writer is None:
+            return
+        for name, text in texts.items():
+            self._writer.add_text(name, text, step)
+        for name in list(texts)[:1]:
+            self._bar.console.print(f"{name} at step {step}: {texts[name]}", markup=False, highlight=False)
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
