@@ -6,6 +6,7 @@ commands. A job that fails is reported (`<name>.failed` holds the traceback), an
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,24 +57,31 @@ def spread(make_jobs: Callable[[], Sequence[Job]], folder: Path, *, time_limit_s
     folder.mkdir(parents=True, exist_ok=True)
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
-    deadline_s = time.time() + (time_limit_s or float("inf"))
+    deadline_s = time.time() + (float("inf") if time_limit_s is None else time_limit_s)
     devices = visible_gpus()
     if len(devices) < 2:
         work(make_jobs(), folder, deadline_s=deadline_s)
     else:
-        shared = {**os.environ, _DEADLINE: str(deadline_s)}
-        children = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv], env={**shared, _WORKER: str(index), "CUDA_VISIBLE_DEVICES": device}
-            )
-            for index, device in enumerate(devices)
-        ]
-        for index, child in enumerate(children):
-            if child.wait():
-                print(f"the process of GPU {devices[index]} ended with code {child.returncode}", flush=True)
+        _run_again(devices, deadline_s)
     for failure in sorted(folder.glob("*.failed")):
         print(f"failed: {failure.stem}: {failure.read_text().strip().splitlines()[-1]}", flush=True)
     return True
+
+
+def _run_again(devices: Sequence[str], deadline_s: float) -> None:
+    """This same command as a worker on each device; all are ended with it, also when it is told to terminate."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for index, device in enumerate(devices):
+            own = {_WORKER: str(index), _DEADLINE: str(deadline_s), "CUDA_VISIBLE_DEVICES": device}
+            children.append(subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **own}))
+        for device, child in zip(devices, children, strict=True):
+            if child.wait():
+                print(f"the process of GPU {device} ended with code {child.returncode}", flush=True)
+    finally:
+        for child in children:
+            child.terminate()
 
 
 def visible_gpus() -> list[str]:

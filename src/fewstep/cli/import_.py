@@ -13,11 +13,16 @@ from fewstep.errors import FewstepError
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A Dream, LLaDA, SDAR, Llama, Qwen2 or Qwen3 folder, or a GGUF file.")
+        Path,
+        typer.Argument(metavar="SOURCE", help="A Dream, LLaDA, SDAR, Llama, Qwen2 or Qwen3 folder, or a GGUF file."),
     ],
     target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="The plain folder to write.")] = None,
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens per block, where the checkpoint does not say.")
+    ] = None,
+    mask_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="The mask token of a causal model that is to become a diffusion teacher."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare logits with a plain forward of the source, in float32.")
@@ -25,7 +30,9 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     random_weights: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE", help="Import nothing: write random weights of a shape, such as dream-7b, to TARGET."),
+        typer.Option(
+            metavar="SHAPE", help="Import nothing: write random weights of a shape, such as dream-7b, to TARGET."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of random weights: bfloat16 (default), float16 or float32.")
@@ -35,8 +42,10 @@ def import_(
 ) -> None:
     """Imports a checkpoint of another family as a plain folder that stock transformers loads."""
     if random_weights is not None:
-        if target is not None or block_size is not None or check:
-            raise FewstepError("--random-weights SHAPE takes one folder to write, and neither --block-size nor --check")
+        if target is not None or block_size is not None or mask_token is not None or check:
+            raise FewstepError(
+                "--random-weights SHAPE takes one folder to write, and no --block-size, --mask-token or --check"
+            )
         _write_random(random_weights, source, dtype or "bfloat16", seed or 0, overwrite, json)
         return
     if target is None:
@@ -45,7 +54,9 @@ def import_(
         raise FewstepError("--dtype and --seed belong to --random-weights; an import keeps the numbers as they are")
     from fewstep.models.importers.convert import import_checkpoint
 
-    imported = import_checkpoint(source, target, block_size=block_size, check=check, overwrite=overwrite)
+    imported = import_checkpoint(
+        source, target, block_size=block_size, mask_token=mask_token, check=check, overwrite=overwrite
+    )
     write_report(json, {"source": str(source), **asdict(imported), "target": str(target)})
     checked = "" if imported.difference is None else f"; logits differ by at most {imported.difference:.1e}"
     note(

@@ -109,9 +109,30 @@ class PolicyOptions:
     ] = None
     order: Annotated[
         str | None,
-        typer.Option(help="low_confidence, random, margin, entropy or origin.", rich_help_panel=_DECODING),
+        typer.Option(
+            "--order",
+            "--remasking",
+            help="low_confidence, random, margin, entropy or origin.",
+            rich_help_panel=_DECODING,
+        ),
     ] = None
-    block_size: Annotated[int | None, typer.Option(help="Tokens per block.", rich_help_panel=_DECODING)] = None
+    alg: Annotated[
+        str | None,
+        typer.Option(
+            help="Dream's sampler: origin, maskgit_plus, topk_margin or entropy, in place of an order.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
+    eps: Annotated[
+        float | None, typer.Option(help="Time of the last step of Dream's sampler (0.001).", rich_help_panel=_DECODING)
+    ] = None
+    cfg_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance of the diffusion decoder (0).", rich_help_panel=_DECODING),
+    ] = None
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", "--block-length", help="Tokens per block.", rich_help_panel=_DECODING)
+    ] = None
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, takes the most probable token.", rich_help_panel=_DECODING)
     ] = None
@@ -133,7 +154,10 @@ class PolicyOptions:
 class DecodingOptions(PolicyOptions):
     """The same, and how long the answer may be."""
 
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most new tokens (256).", rich_help_panel=_DECODING)] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "--gen-length", help="Most new tokens (256).", rich_help_panel=_DECODING),
+    ] = None
     canvas_length: Annotated[
         int | None,
         typer.Option(help="Canvas of the diffusion decoder; by default --max-new-tokens.", rich_help_panel=_DECODING),

@@ -23,6 +23,7 @@ class Autoregressive:
     name: ClassVar[str] = "autoregressive"
     roles: ClassVar[tuple[RoleName, ...]] = ("autoregressive",)
     cached: ClassVar[bool] = True
+    guided: ClassVar[bool] = False
     block_size: ClassVar[int] = 1
     policy: ClassVar[Policy] = ONE_PER_STEP
 

@@ -27,6 +27,7 @@ class Block:
     name: ClassVar[str] = "block"
     roles: ClassVar[tuple[RoleName, ...]] = ("block_causal",)
     cached: ClassVar[bool] = True
+    guided: ClassVar[bool] = False
 
     role: Role
     policy: Policy = CONFIDENT

@@ -41,6 +41,9 @@ class Decoder(Protocol):
     def policy(self) -> Policy: ...
     @property
     def sampling(self) -> Sampling: ...
+    @property
+    def guided(self) -> bool:
+        """Whether logits come from two forwards, so that no hidden row gives them."""
 
     def canvas(self, request: Request) -> Canvas:
         """The room for new tokens. FewstepError if the request cannot be decoded so."""

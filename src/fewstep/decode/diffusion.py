@@ -17,7 +17,7 @@ from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
 from fewstep.decode.state import State
 from fewstep.errors import FewstepError
-from fewstep.models.network import Plan
+from fewstep.models.network import Guidance, Plan
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 LENGTH_BUCKET = 16
@@ -31,7 +31,8 @@ class Diffusion:
     They matter to paced policies only (`EvenSplit`, `Origin`). A block whose masks are all final before its steps are
     over gives up the rest: no pass is made that can finalise nothing. `canvas_length`: the room that the network sees,
     by default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A
-    block-causal network is decoded as its role says, without the cache.
+    block-causal network is decoded as its role says, without the cache. `cfg_scale` above 0 guides by the network's
+    answer to a context that is masked out, like LLaDA's; a pass then has twice the rows.
     """
 
     name: ClassVar[str] = "diffusion"
@@ -45,12 +46,19 @@ class Diffusion:
     canvas_length: int | None = None
     sampling: Sampling = GREEDY
     early_stop: bool = True
+    cfg_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.cfg_scale < float("inf"):
+            raise FewstepError(f"cfg_scale must be 0 (no guidance) or more, got {self.cfg_scale}")
         if self.role.name == "block_causal" and self.block_size != self.role.block_size:
             raise FewstepError(
                 f"the attention has blocks of {self.role.block_size}, so the schedule cannot have {self.block_size}"
             )
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg_scale > 0
 
     def canvas(self, request: Request) -> Canvas:
         canvas = self._fresh_canvas(request) if request.canvas is None else self._given_canvas(request.canvas)
@@ -98,4 +106,10 @@ class Diffusion:
             blocks_RQ=torch.where(inert_RQ, INVISIBLE, self.role.blocks(positions_RQ, state.context_length_R[:, None])),
             slots_RQ=None,
             scored_RS=state.front_R[:, None] + torch.arange(self.block_size, device=device),
+            guidance=self._guidance(state, tokens_RQ) if self.guided else None,
         )
+
+    def _guidance(self, state: State, tokens_RQ: Tensor) -> Guidance:
+        """The same tokens, whatever was given masked."""
+        given_RQ = state.step_RL[:, : tokens_RQ.shape[1]] == 0
+        return Guidance(tokens_RQ.masked_fill(given_RQ, self._mask_token_id), self.cfg_scale)

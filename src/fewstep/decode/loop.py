@@ -102,6 +102,8 @@ class Loop:
                 f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
                 f"it needs {' or '.join(decoder.roles)}"
             )
+        if record is not None and decoder.guided:
+            raise FewstepError("with cfg_scale no hidden row gives a token's distribution; record without it")
         self.network = network
         self.decoder = decoder
         # With the cache's scratch slot a multiple of the bucket, as attention kernels like it.

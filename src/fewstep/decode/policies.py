@@ -3,9 +3,9 @@
 Axes: R = requests, B = positions of a block, V = vocabulary.
 
 A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, setting_R1) -> chosen_RB`. It chooses masked
-positions only, at least one for every request that has any (`Origin` alone may choose none), and exactly one when
-nothing is certain enough, also on ties. Its one number is checked when it is built and handed over as a tensor at call
-time, so that a captured step serves every setting. `setting_R1=None` uses the policy's own number.
+positions only, at least one for every request that has any (`Origin` and `DreamSchedule` may choose none), and exactly
+one when nothing is certain enough, also on ties. Its one number is checked when it is built and handed over as a tensor
+at call time, so that a captured step serves every setting. `setting_R1=None` uses the policy's own number.
 
 What "certain" means is the policy's `order`: see `certainty`.
 """
@@ -194,6 +194,54 @@ class Origin:
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
         return masked_RB & ((1 - certainty_RB) * _number(self, setting_R1) < 1)
+
+
+DreamAlg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+"""Dream's names for the order in which masks become tokens."""
+
+_DREAM_ORDERS: dict[DreamAlg, Order] = {
+    "origin": "random",
+    "maskgit_plus": "low_confidence",
+    "topk_margin": "margin",
+    "entropy": "entropy",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamSchedule:
+    """Dream's own sampler, over a single block of `num_steps` steps. arXiv 2508.15487.
+
+    Times are evenly spaced from 1 to `eps`, and a step from time t to s finalises the share 1 - s/t of the masks: the
+    best ones, rounded down, or with `origin` each mask on its own with that probability; the last step takes all. A
+    step may choose nothing, as published. Its setting is the number of steps left, this one included.
+    """
+
+    alg: DreamAlg = "origin"
+    num_steps: int
+    eps: float = 1e-3
+    paced: ClassVar[bool] = True
+    setting: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.alg not in get_args(DreamAlg):
+            raise FewstepError(f"unknown alg {self.alg!r}; choose one of {', '.join(get_args(DreamAlg))}")
+        if self.num_steps < 1:
+            raise FewstepError(f"steps must be at least 1, got {self.num_steps}")
+        if not 0 <= self.eps < 1:
+            raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
+
+    @property
+    def order(self) -> Order:
+        return _DREAM_ORDERS[self.alg]
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+        # With n of N steps left t = eps + (1 - eps) n / N and s = eps + (1 - eps) (n - 1) / N.
+        left_R1 = torch.as_tensor(_number(self, setting_R1), device=certainty_RB.device)
+        share_R1 = 1 / (left_R1 + self.num_steps * self.eps / (1 - self.eps))
+        share_R1 = torch.where(left_R1 <= 1, 1.0, share_R1)
+        if self.alg == "origin":
+            return masked_RB & (certainty_RB > 1 - share_R1)
+        return _best((masked_RB.sum(-1, keepdim=True) * share_R1).floor(), certainty_RB, masked_RB)
 
 
 def _check_order(order: str) -> None:

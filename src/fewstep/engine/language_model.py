@@ -141,12 +141,14 @@ class LanguageModel:
 
         `prompt` is what the text answers, through the chat template unless `raw`. The output's `text` is the whole
         text filled in, its `token_ids` the canvas from the first mask on (with a prompt, the whole text), of which
-        `num_tokens` are new. Settings are those of the diffusion decoder, less `max_new_tokens`, `canvas_length` and
-        `early_stop`.
+        `num_tokens` are new. Settings are those of the diffusion decoder, less `max_new_tokens`, `canvas_length`,
+        `early_stop` and `alg`.
         """
         for name in ("max_new_tokens", "canvas_length", "early_stop"):
             if name in settings:
                 raise FewstepError(f"infilling takes no {name}: what is open is given by the gap or the mask tokens")
+        if "alg" in settings:
+            raise FewstepError("infilling takes no alg, whose schedule is that of an empty canvas; set an order")
         chosen = GenerationSettings.of(**settings)
         if self.role.name != "bidirectional":
             raise FewstepError(

@@ -9,7 +9,7 @@ from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.policies import EvenSplit, FixedCount, Order, Origin, Policy, Threshold
+from fewstep.decode.policies import DreamAlg, DreamSchedule, EvenSplit, FixedCount, Order, Origin, Policy, Threshold
 from fewstep.decode.sampling import Sampling
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role, RoleName
@@ -21,10 +21,13 @@ DEFAULT_DECODER: dict[RoleName, str] = {
 }
 ORDERS = (*get_args(Order), "origin")
 
+ALIASES = {"gen_length": "max_new_tokens", "block_length": "block_size", "remasking": "order"}
+"""LLaDA's names of settings -> ours."""
+
 # The settings that not every decoder takes; the others hold for all.
 _SPECIAL_SETTINGS = {
     "autoregressive": set[str](),
-    "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length"},
+    "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length", "alg", "eps", "cfg_scale"},
     "block": {"threshold", "policy", "block_size"},
 }
 
@@ -36,7 +39,9 @@ class GenerationSettings:
     `decoder`: by default the role's. `threshold`: probability from which tokens are finalised, by default 0.9 for
     `block` and none for `diffusion`, which then takes `steps` over the whole canvas (by default one per token) in the
     given `order`. `policy` replaces threshold, steps and order. `canvas_length` (diffusion): by default
-    `max_new_tokens` in whole blocks. `early_stop=False` runs all passes of the canvas. Temperature 0 is argmax.
+    `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of `order`, over the canvas as
+    a single block, with the last step at time `eps` (by default 0.001); see `DreamSchedule`. `early_stop=False` runs
+    all passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
     """
 
     decoder: str | None = None
@@ -52,6 +57,9 @@ class GenerationSettings:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    alg: DreamAlg | None = None
+    eps: float | None = None
+    cfg_scale: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choice("decoder", self.decoder, _SPECIAL_SETTINGS)
@@ -66,13 +74,29 @@ class GenerationSettings:
             raise FewstepError("a policy replaces threshold, steps and order; set one or the other")
         if self.threshold is not None and (self.steps is not None or self.order != "low_confidence"):
             raise FewstepError("a threshold replaces steps and order; set one or the other")
+        if self.alg is not None:
+            taken = {"threshold": None, "policy": None, "order": "low_confidence", "block_size": None}
+            for name, default in taken.items():
+                if getattr(self, name) != default:
+                    raise FewstepError(f"alg is Dream's own sampler, which takes no {name}; set one or the other")
+            self._dream_schedule()
+        elif self.eps is not None:
+            raise FewstepError("eps belongs to Dream's sampler; set alg with it")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise FewstepError(f"the seed must fit in 64 bits, got {self.seed}")
         self.sampling  # noqa: B018  (checked when built)
 
     @classmethod
     def of(cls, **options: Any) -> "GenerationSettings":
-        """From names as a user gives them; FewstepError naming the closest setting for an unknown one."""
+        """From names as a user gives them, ALIASES among them.
+
+        FewstepError naming the closest setting for an unknown one, or if a setting is given under two names.
+        """
+        for alias, name in ALIASES.items():
+            if alias in options:
+                if name in options:
+                    raise FewstepError(f"{alias} is another name of {name}; give one of them")
+                options[name] = options.pop(alias)
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -108,15 +132,26 @@ class GenerationSettings:
             case _:
                 return Diffusion(
                     role=role,
-                    block_size=self.block_size or role.block_size,
+                    block_size=self.block_size or (role.block_size if self.alg is None else self._canvas_room()),
                     policy=self.policy or self._diffusion_policy(),
                     steps=self.steps,
                     canvas_length=self.canvas_length,
+                    cfg_scale=self.cfg_scale,
                     sampling=self.sampling,
                     early_stop=self.early_stop,
                 )
 
+    def _canvas_room(self) -> int:
+        return self.canvas_length or self.max_new_tokens
+
+    def _dream_schedule(self) -> DreamSchedule:
+        assert self.alg is not None
+        eps = DreamSchedule.eps if self.eps is None else self.eps
+        return DreamSchedule(alg=self.alg, num_steps=self.steps or self._canvas_room(), eps=eps)
+
     def _diffusion_policy(self) -> Policy:
+        if self.alg is not None:
+            return self._dream_schedule()
         if self.threshold is not None:
             return Threshold(at_least=self.threshold)
         if self.order == "origin":

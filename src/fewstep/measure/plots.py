@@ -9,6 +9,8 @@ from fewstep.files import write_whole
 
 _MARKERS = "osD^vP*X"
 _FORMATS = ("png", "svg")
+_NUM_COLOURS = 10  # of matplotlib's cycle
+_MOST_INSIDE = 5  # curves whose legend finds room among them
 
 
 def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, *, title: str = "") -> list[Path]:
@@ -24,7 +26,8 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
         from matplotlib.figure import Figure
     except ImportError:
         raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    height = 4.5 if len(series) <= _MOST_INSIDE else 4.5 + 0.1 * len(series)
+    figure = Figure(figsize=(7, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (name, reports) in enumerate(series.items()):
@@ -42,6 +45,7 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
             label=name,
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=5,
+            linestyle="-" if index < _NUM_COLOURS else "--",
             linewidth=1.5,
             capsize=2.5,
             elinewidth=0.8,
@@ -51,7 +55,10 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
     axes.set_title(title)
     axes.set_xlim(left=0)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(frameon=False)
+    if len(series) > _MOST_INSIDE:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    else:
+        axes.legend(frameon=False)
     return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
 
 

@@ -3,7 +3,7 @@
 Axes: R = requests, Q = rows of a forward, S = scored rows, D = hidden width, V = vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,24 @@ from fewstep.models.roles import Role
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, arXiv 2207.12598: the same rows once more, what they answer hidden in `tokens_RQ`.
+
+    The logits are u + (1 + scale) (c - u), from c with the condition and u without; LLaDA calls it `cfg_scale`.
+    """
+
+    tokens_RQ: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a decoder wants scored in one forward; every `kind` has fixed shapes, so that each is one capturable graph.
 
     `tokens_RQ`, `positions_RQ`, `blocks_RQ`: the rows. `slots_RQ`: cache slot of each row's key and value (the scratch
     slot for inert rows); None for an uncached forward. `scored_RS`: indices into Q of the rows that stand at the
     positions to be scored (diffusion), neighbours from left to right, or whose next token is wanted (causal).
+    `guidance`: for uncached forwards only; its rows join the same forward.
     """
 
     kind: str
@@ -31,6 +43,7 @@ class Plan:
     slots_RQ: Tensor | None
     scored_RS: Tensor
     network: str = "target"
+    guidance: Guidance | None = None
 
 
 @dataclass(frozen=True)
@@ -130,14 +143,38 @@ class Network:
         """One forward: logits for the positions of `plan.scored_RS`.
 
         A diffusion network with shifted logits is read one row earlier, so that the caller always names the position it
-        wants.
+        wants. With guidance the hidden rows are those of the condition alone.
         """
+        if plan.guidance is not None:
+            return self._guided(plan, plan.guidance)
         hidden_RQD = self.hidden(plan, cache)
         if self.role.right_shift_logits and self.role.name != "autoregressive":
             hidden_RSD = _rows_before(hidden_RQD, plan)
             return Scores(self.head(hidden_RSD), hidden_RSD, _settled(plan))
         hidden_RSD = _rows(hidden_RQD, plan.scored_RS)
         return Scores(self.head(hidden_RSD), hidden_RSD)
+
+    def _guided(self, plan: Plan, guidance: Guidance) -> Scores:
+        scores = self.score(_with_guidance(plan, guidance))
+        with_RSV, without_RSV = scores.logits_RSV.chunk(2)
+        logits_RSV = without_RSV + (1 + guidance.scale) * (with_RSV - without_RSV)
+        if self.role.mask_token_id is not None:
+            logits_RSV[..., self.role.mask_token_id] = float("-inf")
+        settled_RS = None if scores.settled_RS is None else scores.settled_RS.chunk(2)[0]
+        return Scores(logits_RSV, scores.hidden_RSD.chunk(2)[0], settled_RS)
+
+
+def _with_guidance(plan: Plan, guidance: Guidance) -> Plan:
+    """The rows of both, requests with the condition first."""
+    assert plan.slots_RQ is None, "a cache holds the rows of the condition only"
+    return replace(
+        plan,
+        tokens_RQ=torch.cat([plan.tokens_RQ, guidance.tokens_RQ]),
+        positions_RQ=plan.positions_RQ.repeat(2, 1),
+        blocks_RQ=plan.blocks_RQ.repeat(2, 1),
+        scored_RS=plan.scored_RS.repeat(2, 1),
+        guidance=None,
+    )
 
 
 def _rows(hidden_RQD: Tensor, rows_RS: Tensor) -> Tensor:

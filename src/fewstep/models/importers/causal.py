@@ -54,7 +54,9 @@ def forward(config: Config, weights: Weights, tokens_T: Tensor, block_size: int 
         x_TD = x_TD + plain.linear(y_TD, weights(f"{output}.weight"), weights(f"{output}.bias"))
 
         y_TD = plain.rms_norm(x_TD, _given(weights, f"{prefix}.post_attention_layernorm.weight"), epsilon)
-        x_TD = x_TD + plain.gated(y_TD, *(weights(f"{prefix}.mlp.{name}_proj.weight") for name in ("gate", "up", "down")))
+        x_TD = x_TD + plain.gated(
+            y_TD, *(weights(f"{prefix}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        )
 
     x_TD = plain.rms_norm(x_TD, _given(weights, "model.norm.weight"), epsilon)
     tied = config.get("tie_word_embeddings", False)

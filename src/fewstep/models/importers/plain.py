@@ -59,9 +59,7 @@ def rotate_halves(x_THE: Tensor, angles_TF: Tensor) -> Tensor:
     """Turn the pairs (f, f + E/2) by their angles."""
     cos_T1F, sin_T1F = angles_TF.cos()[:, None], angles_TF.sin()[:, None]
     first_THF, second_THF = x_THE.chunk(2, dim=-1)
-    return torch.cat(
-        [first_THF * cos_T1F - second_THF * sin_T1F, second_THF * cos_T1F + first_THF * sin_T1F], dim=-1
-    )
+    return torch.cat([first_THF * cos_T1F - second_THF * sin_T1F, second_THF * cos_T1F + first_THF * sin_T1F], dim=-1)
 
 
 def rotate_neighbours(x_THE: Tensor, angles_TF: Tensor) -> Tensor:

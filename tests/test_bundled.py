@@ -1,0 +1,51 @@
+"""The models that ship with the package: complete, and as good as a sample of development problems can tell."""
+
+import pytest
+
+import fewstep
+from fewstep.engine.language_model import LanguageModel
+from fewstep.measure.gsm_solutions import is_correct
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.models.load import BUNDLED, bundled_names, load_network
+from fewstep.models.text import encode_prompt
+
+MODELS = ("gsm-ar", "gsm-student", "gsm-teacher")
+
+
+def test_these_models_are_bundled_with_their_cards() -> None:
+    assert tuple(bundled_names()) == MODELS
+    for name in MODELS:
+        assert (BUNDLED / name / "README.md").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_question_becomes_a_prompt_alike_for_all_models(name: str) -> None:
+    tokenizer = load_network(name).tokenizer
+    ids = encode_prompt(tokenizer, "What is 12 + 7?")
+    assert tokenizer.decode(ids) == "<bos>What is 12 + 7?<answer>"
+    assert tokenizer.mask_token_id == 2
+    assert tokenizer.eos_token_id == 1
+
+
+@pytest.mark.parametrize(("name", "right", "tokens_per_forward"), [("gsm-ar", 20, 1.0), ("gsm-student", 12, 5.0)])
+def test_they_solve_most_of_a_sample_in_few_passes(name: str, right: int, tokens_per_forward: float) -> None:
+    lm, items = fewstep.load(name), problems("dev", 24)
+    outputs = lm.generate([item.question for item in items], batch_size=24)
+    solved = sum(is_correct(output.text, item.answer) for output, item in zip(outputs, items, strict=True))
+    assert solved >= right
+    assert sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs) >= tokens_per_forward
+
+
+def test_the_students_cache_changes_nothing() -> None:
+    lm = LanguageModel(load_network("gsm-student"))
+    questions = [item.question for item in problems("dev", 3)]
+    cached = lm.generate(questions, max_new_tokens=64)
+    uncached = lm.generate(questions, max_new_tokens=64, decoder="diffusion", threshold=0.9)
+    for one, other in zip(cached, uncached, strict=True):
+        assert one.token_ids == other.token_ids
+
+
+def test_the_teacher_answers_one_token_a_pass() -> None:
+    output = fewstep.load("gsm-teacher").generate(problems("dev", 3)[2].question, max_new_tokens=32)
+    assert output.num_forwards >= output.num_tokens
+    assert output.text

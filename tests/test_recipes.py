@@ -1,0 +1,284 @@
+"""The recipes at toy size: tiny random networks go the whole way from jobs to tables, plots and cards."""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel
+from fewstep.measure.evaluate import Record, Report, evaluate
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.models.load import load_network, save_network
+from fewstep.models.tiny import tiny_network
+from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.trajectories import PromptRow
+
+CANVAS = 16
+NUM_PROMPTS = 12
+
+
+def recipe(name: str) -> ModuleType:
+    folder = str(Path(__file__).parents[1] / "recipes")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def jobs() -> ModuleType:
+    return recipe("jobs")
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    return recipe("gsm_ablation")
+
+
+@pytest.fixture(scope="module")
+def measure() -> ModuleType:
+    return recipe("gsm_measure")
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ar and teacher with random weights, and the teacher's trajectories."""
+    folder = tmp_path_factory.mktemp("toys")
+    shape: dict[str, Any] = {
+        "hidden": 16,
+        "layers": 1,
+        "block_size": 8,
+        "max_positions": 1024,
+        "context_attention": "causal",
+    }
+    save_network(tiny_network("autoregressive", **shape), folder / "ar")
+    save_network(tiny_network("bidirectional", right_shift_logits=True, head_scale=30, **shape), folder / "teacher")
+    teacher = load_network(folder / "teacher")
+    rows = [PromptRow(str(i), [3, 5 + i, 6, 4], [7, 8 + i, 9, 1]) for i in range(NUM_PROMPTS)]
+    distribution = distribution_of(teacher, top_k=8)
+    decoder = LanguageModel(teacher).decoder(max_new_tokens=CANVAS, early_stop=False)
+    decoding = decode_with(teacher, decoder, max_new_tokens=CANVAS, batch_size=NUM_PROMPTS, distribution=distribution)
+
+    def with_an_end(rows: Sequence[PromptRow], seeds: Sequence[int]) -> list[Output]:
+        outputs = decoding(rows, seeds)
+        for output in outputs:
+            output.canvas_ids_G[CANVAS - 4] = teacher.eos_token_id
+        return list(outputs)
+
+    collect(
+        with_an_end,
+        rows,
+        folder / "trajectories",
+        teacher=teacher_of(teacher),
+        settings={"steps": CANVAS},
+        distribution=distribution,
+    )
+    return folder
+
+
+def failing() -> dict[str, Any]:
+    raise RuntimeError("out of luck")
+
+
+def test_a_failing_job_is_reported_and_the_others_are_done_once(jobs: ModuleType, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def job(name: str, *needs: str) -> Any:
+        return jobs.Job(name=name, run=lambda: {"number": len(calls), "name": calls.append(name)}, needs=needs)
+
+    listed = [job("late", "early"), jobs.Job(name="bad", run=failing), job("orphan", "bad"), job("early")]
+    jobs.work(listed, tmp_path)
+    jobs.work(listed, tmp_path)
+    assert calls == ["early", "late"]
+    assert sorted(jobs.results(tmp_path)) == ["early", "late"]
+    assert "out of luck" in (tmp_path / "bad.failed").read_text()
+
+
+def test_no_job_is_begun_after_the_deadline_and_a_failed_one_is_tried_again(jobs: ModuleType, tmp_path: Path) -> None:
+    good = [jobs.Job(name="bad", run=lambda: {"now": "good"})]
+    jobs.work(good, tmp_path, deadline_s=0)
+    assert not jobs.results(tmp_path)
+    (tmp_path / "bad.failed").write_text("an earlier error")
+    assert jobs.spread(lambda: good, tmp_path)
+    assert jobs.results(tmp_path)["bad"]["now"] == "good"
+
+
+def test_a_job_that_another_process_holds_is_left_to_it(jobs: ModuleType, tmp_path: Path) -> None:
+    with jobs._claimed(tmp_path / "lock") as mine, jobs._claimed(tmp_path / "lock") as too:
+        assert mine
+        assert not too
+
+
+# --- ablation ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
+    ablation: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    settings: dict[str, Any] = {
+        "results_folder": results, "runs": runs, "teacher": str(toys / "teacher"), "store": toys / "trajectories",
+        "threshold": [0.5, 0.9], "teacher_steps": [4], "seeds": 2, "dev": 3, "steps": 2, "rows": 2, "row_length": 128,
+        "rank": 2, "max_new_tokens": CANVAS, "batch_size": 16,
+    }  # fmt: skip
+    ablation.run(**settings)
+    assert not list((results / "ablation").glob("*.failed"))
+    rows = json.loads((results / "ablation.json").read_text())
+    trained = [row for row in rows if row["variant"] in ablation.VARIANTS]
+    assert sorted({(row["variant"], row["seed"], row["threshold"]) for row in trained}) == sorted(
+        (variant, seed, threshold) for variant in ablation.VARIANTS for seed in (0, 1) for threshold in (0.5, 0.9)
+    )
+    promised = {"accuracy", "accuracy_ci95", "tokens_per_forward", "tokens_per_forward_correct", "step_ms", "n"}
+    assert all(promised <= row.keys() and len(row["correct"]) == 3 for row in rows)
+    tokens = [row["training_tokens"] for row in trained]
+    assert min(tokens) > 0.8 * 2 * 2 * 128  # rows are packed almost full, whatever the variant
+    before = {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
+    monkeypatch.setattr(ablation.Study, "variant", failing)
+    ablation.run(**settings)
+    assert before == {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
+    ablation.report(results, threshold=0.9)
+    text = (results / "ablation.md").read_text()
+    assert all(variant.title in text for variant in ablation.VARIANTS.values())
+    assert (results / "ablation.png").exists()
+    assert (results / "ablation.svg").exists()
+
+
+def test_teacher_text_ends_with_its_end_of_text_and_holds_no_mask(ablation: ModuleType) -> None:
+    examples = ablation.Examples.from_ids([[3], [4], [5]], [[7, 1, 9], [7, 8, 9], [7, 2, 1]])
+    kept = ablation.cut_after(examples, eos_token_id=1, mask_token_id=2)
+    assert kept.prompt_ids.tolist() == [3]
+    assert kept.completion_ids.tolist() == [7, 1]
+
+
+def test_an_interval_over_seeds_and_problems_adds_both_variances(ablation: ModuleType) -> None:
+    same_seeds = np.array([[1, 0, 1, 0], [1, 0, 1, 0]])
+    clusters = [0, 1, 2, 3]
+    interval = ablation.crossed_interval(same_seeds, clusters)
+    standard_error = math.sqrt(4 / 3 * 4 * 0.25 / 16)
+    assert interval.high - interval.estimate == pytest.approx(3.182 * standard_error, rel=0.01)  # t with 3 degrees
+    seeds_only = ablation.crossed_interval(np.array([[1, 1], [0, 0]]), [0, 1])
+    assert seeds_only.high - seeds_only.estimate == pytest.approx(12.706 * math.sqrt(0.5 / 2), rel=0.01)  # 1 degree
+    assert ablation.exceeds(ablation.crossed_interval(np.full((2, 3), 1), [0, 1, 2]))
+
+
+def test_accuracy_at_a_speed_is_interpolated_for_each_seed(ablation: ModuleType) -> None:
+    def setting(speeds: list[float], marks: list[list[int]]) -> Any:
+        return ablation.Setting(np.array(speeds), np.array(speeds), np.array(marks))
+
+    settings = {0.8: setting([4.0, 4.0], [[0, 0], [0, 1]]), 0.9: setting([2.0, 2.5], [[1, 0], [1, 1]])}
+    found = ablation.at_speed(settings, 3.0)
+    assert found[0].tolist() == [0.5, 0.0]
+    assert found[1] == pytest.approx([2 / 3, 1.0])
+    assert ablation.at_speed(settings, 2.2) is None
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def report_of(model: str, marks: str, forwards: int, threshold: float | None = None, ids: str = "abcd") -> Report:
+    records = [
+        Record(id=name, template=i % 2, answer="1", text="", correct=mark == "1", num_tokens=12, num_forwards=forwards,
+               seconds=1.0, finish_reason="stop")
+        for i, (name, mark) in enumerate(zip(ids, marks, strict=True))
+    ]  # fmt: skip
+    return Report(
+        model=model, role="", decoder="", engine="off", task="", threshold=threshold, steps=None, batch_size=1,
+        dtype="", device="", records=records, wall_seconds=1.0, step_ms=1.0,
+    )  # fmt: skip
+
+
+def test_the_fastest_threshold_that_is_good_enough_is_chosen(measure: ModuleType) -> None:
+    dev = {
+        "teacher": report_of("t", "1100", 12),
+        "student-0.8": report_of("s", "1000", 2, 0.8),
+        "student-0.9": report_of("s", "0110", 3, 0.9),
+        "student-0.99": report_of("s", "1111", 6, 0.99),
+    }
+    assert measure.choose_threshold(dev, slack=0.0) == 0.9
+    assert measure.choose_threshold(dev, slack=0.25) == 0.8
+    assert (
+        measure.choose_threshold({**dev, "teacher": replace(dev["teacher"], records=dev["student-0.99"].records)}, 0.0)
+        == 0.99
+    )
+
+
+def test_the_teacher_with_the_students_passes_has_no_fewer(measure: ModuleType) -> None:
+    found = {f"teacher-steps-{steps}": report_of("t", "1111", steps) for steps in (2, 4, 8)}
+    assert measure.with_same_passes(found, report_of("s", "1111", 3)) == "teacher-steps-4"
+    assert measure.with_same_passes(found, report_of("s", "1111", 9)) is None
+
+
+def test_all_figures_reach_the_cards(
+    measure: ModuleType, ablation: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, bundled = tmp_path / "results", tmp_path / "bundled"
+    for name in ("ar", "teacher"):
+        save_network(load_network(toys / name), bundled / f"gsm-{name}")
+    material = ablation.Material(str(bundled / "gsm-teacher"), toys / "trajectories", tmp_path)
+    budget = ablation.Budget(steps=4, rows=2, row_length=128, rank=2)
+    budget.train(material, ablation.VARIANTS["7"], 0, bundled / "gsm-student")
+    models = {
+        "ar": str(bundled / "gsm-ar"),
+        "teacher": str(bundled / "gsm-teacher"),
+        "student": str(bundled / "gsm-student"),
+    }
+
+    monkeypatch.setattr(sys, "argv", ["gsm_measure.py", "accuracy"])
+    measure.accuracy(
+        results, **models, test=5, heldout=2, dev=3, published=2, threshold=[0.5, 0.9], teacher_steps=[4],
+        max_new_tokens=CANVAS, shard=2, batch_size=4, problem_folder=tmp_path,
+    )  # fmt: skip
+    assert not list((results / "accuracy").glob("*.failed"))
+    found = json.loads((results / "accuracy.json").read_text())
+    rows = {(row["set"], row["contender"]): row for row in found["rows"]}
+    assert rows["test", "teacher"]["n"] == 5
+    whole = evaluate(LanguageModel(load_network(models["teacher"])), problems("test", 5), max_new_tokens=CANVAS)
+    assert rows["test", "teacher"]["num_forwards_mean"] == whole.to_json()["num_forwards_mean"]
+    assert found["chosen_threshold"] in (0.5, 0.9)
+    assert {row["n"] for row in found["without_stopping"]} == {2}
+    student = f"student-{found['chosen_threshold']}"
+    assert ("test", student, "teacher") in {(row["set"], row["first"], row["second"]) for row in found["comparisons"]}
+
+    measure.timing(results, **models, num=2, max_new_tokens=CANVAS)
+    timed = json.loads((results / "timing-cpu.json").read_text())
+    factors = timed["factors"]
+    assert factors["total"] == pytest.approx(factors["stopping"] * factors["caching"] * factors["fewer_passes"])
+
+    measure.throughput(
+        results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=128, matmul_size=64
+    )
+    trained = json.loads((results / "throughput.json").read_text())
+    assert not trained["failed"]
+    assert all(row["share_of_matmul_rate"] > 0 for row in trained["rows"])
+
+    measure.cards(results, bundled=bundled, student_report=bundled / "gsm-student" / "report.json")
+    card = (bundled / "gsm-student" / "README.md").read_text()
+    report = json.loads((bundled / "gsm-student" / "report.json").read_text())
+    assert f"{report['real_tokens']:,}" in card
+    assert f"stopping {factors['stopping']:.2f}" in card
+    assert "LoRA, rank 2" in card
+    assert "(accuracy.png)" in card
+    assert (bundled / "gsm-student" / "accuracy.png").exists()
+    assert "license: apache-2.0" in (bundled / "gsm-ar" / "README.md").read_text()
+
+
+def test_operations_are_counted_by_the_formula(measure: ModuleType) -> None:
+    network = tiny_network("autoregressive", hidden=16, layers=2)
+    examples = measure.Examples.from_ids([[3, 5, 6]], [[7, 8, 1]])
+    objective = measure.CausalObjective(network.role, examples, network.eos_token_id)
+    work = measure.count_work(
+        objective, network.vocab_size, rows=1, row_length=8, device=torch.device("cpu"), batches=2
+    )
+    assert (work.real_tokens, work.scored, work.visible_keys) == (12, 6, 2 * 21)  # 1 + 2 + ... + 6 keys
+    weights = sum(parameter.numel() for parameter in network.module.parameters()) - 2 * 64 * 16
+    expected = 6 * weights + 6 * 64 * 16 * 0.5 + 12 * 2 * 16 * 3.5
+    assert measure.flops_per_token(network, work) == pytest.approx(expected)
