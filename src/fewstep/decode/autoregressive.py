@@ -10,9 +10,9 @@ from fewstep.decode.decoder import cached_plan, grouped_passes, open_canvas
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State
+from fewstep.decode.state import State, accept
 from fewstep.errors import FewstepError
-from fewstep.models.network import Plan
+from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import Role, RoleName
 
 
@@ -38,6 +38,9 @@ class Autoregressive:
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
         return grouped_passes(pending_R, shapes=(1,), active=0)
+
+    def accept(self, state: State, scores: Scores) -> State:
+        return accept(self, state, scores)
 
     def plan(self, state: State, width: int) -> Plan:
         return cached_plan("decode" if width == 1 else "prefill", state, self.role, width=width, active=0)

@@ -14,9 +14,9 @@ from fewstep.decode.decoder import cached_plan, canvas_length, grouped_passes, o
 from fewstep.decode.policies import CONFIDENT, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State
+from fewstep.decode.state import State, accept
 from fewstep.errors import FewstepError
-from fewstep.models.network import Plan
+from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import Role, RoleName
 
 
@@ -51,6 +51,9 @@ class Block:
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
         return grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size)
+
+    def accept(self, state: State, scores: Scores) -> State:
+        return accept(self, state, scores)
 
     def plan(self, state: State, width: int) -> Plan:
         kind = {0: "denoise", self.block_size: "commit"}.get(width, "prefill")

@@ -13,7 +13,7 @@ from fewstep.decode.policies import Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.state import State
-from fewstep.models.network import Plan
+from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 FREE_ROWS = 128
@@ -24,9 +24,9 @@ PREFILL_BUCKET = 16
 
 
 class Decoder(Protocol):
-    """Lays requests out and groups them into passes, on the host; `plan` only computes with tensors.
+    """Lays requests out and groups them into passes, on the host; `plan` and `accept` only compute with tensors.
 
-    A step is `plan`, one forward, `state.accept`.
+    A step is `plan`, one forward, `accept`.
     """
 
     name: ClassVar[str]
@@ -56,6 +56,9 @@ class Decoder(Protocol):
 
     def plan(self, state: State, width: int) -> Plan:
         """What to score in a pass of this width."""
+
+    def accept(self, state: State, scores: Scores) -> State:
+        """The state after the pass; `decode.state.accept` is the rule of all decoders that finalise what they draw."""
 
 
 def whole_blocks(count: int, block_size: int) -> int:

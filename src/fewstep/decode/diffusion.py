@@ -15,9 +15,9 @@ from fewstep.decode.decoder import canvas_length, first_block_start, open_canvas
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State
+from fewstep.decode.state import State, accept
 from fewstep.errors import FewstepError
-from fewstep.models.network import Guidance, Plan
+from fewstep.models.network import Guidance, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 LENGTH_BUCKET = 16
@@ -93,6 +93,9 @@ class Diffusion:
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield torch.arange(len(extent_R)), whole_blocks(int(extent_R.max()), LENGTH_BUCKET)
+
+    def accept(self, state: State, scores: Scores) -> State:
+        return accept(self, state, scores)
 
     def plan(self, state: State, width: int) -> Plan:
         device = state.tokens_RL.device

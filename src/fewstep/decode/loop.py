@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.decode.decoder import Decoder, first_block_start, whole_blocks
 from fewstep.decode.requests import Canvas, Output, Request, TopK
-from fewstep.decode.state import NEVER, State, accept, begin, free_slots
+from fewstep.decode.state import NEVER, State, begin, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores
@@ -57,7 +57,7 @@ def run_pass(
     """One step of all requests in `state`: the seam where a captured engine replays the same calls as one graph."""
     plan = decoder.plan(state, width)
     scores = network.score(plan, cache)
-    return accept(decoder, state, scores), scores
+    return decoder.accept(state, scores), scores
 
 
 @dataclass(frozen=True)

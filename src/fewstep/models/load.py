@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -66,17 +66,17 @@ def load_network(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         spec = Role.from_config(config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        module = _load_module(source, weights_dtype)
+        module = _load_module(source, weights_dtype).to(target)
     except FewstepError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise FewstepError(f"cannot load the model {str(name)!r}: {reason[:300]}") from error
     if role is not None:
         spec = replace(spec, name=role)
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
-    return Network(module.to(target), spec, tokenizer, name=str(name))
+    return Network(module, spec, tokenizer, name=str(name))
 
 
 def _device(device: str) -> torch.device:
@@ -108,13 +108,22 @@ def _load_module(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Base + adapter, merged in float32 and then cast, so that the merged weights are rounded once."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        raise FewstepError(f"{folder} holds an adapter_config.json but no {weights.name}; copy the file beside it")
     base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     beside = folder / base_name
     base = _load_module(beside.resolve() if beside.is_dir() else resolve(base_name), torch.float32)
-    merged: Any = PeftModel.from_pretrained(base, folder).merge_and_unload()
-    return merged.to(dtype)
+    model: Any = PeftModel.from_pretrained(base, folder)
+    with safe_open(weights, framework="pt") as stored:
+        different = sorted(set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    if different:
+        raise FewstepError(
+            f"{weights} does not fit its adapter_config.json: missing or left over, first {different[0]}"
+        )
+    return model.merge_and_unload().to(dtype)
 
 
 def save_network(network: Network, folder: str | Path) -> None:
@@ -126,9 +135,12 @@ def save_network(network: Network, folder: str | Path) -> None:
 
 
 def network_hash(network: Network) -> str:
-    """SHA-256 over the role and the weights' names, shapes and values (as float32): which model made a trajectory."""
+    """SHA-256 over the role and the weights' names, shapes and values: which model made a trajectory.
+
+    Values are rounded to bfloat16, so that a model has one hash in whatever precision it was loaded.
+    """
     digest = hashlib.sha256(json.dumps(network.role.to_config(), sort_keys=True).encode())
     for name, tensor in sorted(network.module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

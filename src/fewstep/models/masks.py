@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-_HALF = 1 << 14
-"""Block numbers of a packed layout are below this (a causal context counts positions); documents below 2^31 / 2^15."""
+MAX_ROW_LENGTH = 1 << 14
+"""Of packed rows: block numbers, which with a causal context count positions, stay below this."""
+
+_HALF = MAX_ROW_LENGTH
 
 
 @dataclass(frozen=True)

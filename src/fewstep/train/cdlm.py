@@ -140,6 +140,8 @@ class CDLMSettings:
         for name in ("distillation", "consistency", "denoising"):
             if getattr(self, name) < 0:
                 raise FewstepError(f"the weight of {name} must not be negative, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise FewstepError(f"temperature must be above 0, got {self.temperature}; try 1")
         if not 0 <= self.untouched <= 1:
             raise FewstepError(f"untouched is a share of blocks between 0 and 1, got {self.untouched}")
         if self.distillation + self.consistency + self.denoising == 0:

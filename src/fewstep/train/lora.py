@@ -27,6 +27,8 @@ class LoRASettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise FewstepError(f"LoRA rank must be at least 1, got {self.rank}; try 32")
+        if not self.alpha > 0:
+            raise FewstepError(f"LoRA alpha must be above 0, got {self.alpha}; try the rank")
         if not 0 <= self.dropout < 1:
             raise FewstepError(f"LoRA dropout is a share below 1, got {self.dropout}")
 

@@ -78,6 +78,10 @@ class CanvasLengths:
     block_size: int = 32
     weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.25, 0.15, 0.1, 0.05, 0.15)
 
+    def __post_init__(self) -> None:
+        if min(self.weights, default=-1.0) < 0 or not sum(self.weights) > 0:
+            raise FewstepError(f"canvas weights are frequencies, not negative and not all 0, got {self.weights}")
+
     def draw(self, needed_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """At least `needed_N` tokens each: the distribution conditioned on being long enough."""
         chance = np.asarray(self.weights) / np.sum(self.weights)

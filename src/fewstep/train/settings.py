@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewstep.errors import FewstepError
+from fewstep.models.masks import MAX_ROW_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Settings of a run, checked when built.
 
-    `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps. None
-    for `save_every` or `evaluate_every` means never before the end.
+    `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps. A
+    checkpoint is saved `save_every` steps (None: only on Ctrl-C). With `evaluate_every` the network is evaluated so
+    often and at the end; with None it is not.
     """
 
     max_steps: int
@@ -30,7 +32,7 @@ class TrainSettings:
     compiled: bool = False
     seed: int = 0
     log_every: int = 20
-    save_every: int | None = None
+    save_every: int | None = 500
     evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +46,10 @@ class TrainSettings:
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise FewstepError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.row_length > MAX_ROW_LENGTH:
+            raise FewstepError(f"row_length is at most {MAX_ROW_LENGTH}, got {self.row_length}; use more rows")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise FewstepError(f"betas lie between 0 and 1, got {self.betas}; try 0.9 0.95")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise FewstepError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}; try 0.999")
         for name, choices in (
