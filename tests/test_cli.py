@@ -211,6 +211,16 @@ def test_infill_between_and_inside(run: Run, networks: dict[str, str]) -> None:
     assert inside.out == between.out
 
 
+def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_path: Path) -> None:
+    save_network(tiny_network("bidirectional", right_shift_logits=True), tmp_path / "dream")
+    base = ("infill", "--model", tmp_path / "dream")
+    assert "--prefix or --prompt" in run(*base, "--suffix", "= 4", "--num-tokens", 2).sentence()
+    assert "--prefix or --prompt" in run(*base, "<mask>= 4").sentence()
+    for fine in (("2<mask>= 4",), ("--suffix", "= 4", "--num-tokens", 2, "--prompt", "2")):
+        shown = run(*base, *fine)
+        assert shown.code == 0, shown.err
+
+
 # Bad input
 
 
@@ -274,6 +284,24 @@ def test_a_bad_line_is_named_and_the_output_kept(
     assert target.read_text() == "before"
 
 
+def test_a_prompt_that_is_too_long_is_found_before_decoding(
+    run: Run, networks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("fewstep.engine.language_model.decode", never)
+    source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "2"}, {"id": "late", "prompt": "2" * 1100})
+    base = ("generate", "--model", networks["student"], "--input", source, "--output", tmp_path / "out.jsonl")
+    sentence = run(*base, "--max-new-tokens", 8).sentence()
+    assert "prompt 'late'" in sentence
+    assert "1024 positions" in sentence
+    write_lines(source, {"id": "a", "prompt": "2"}, {"id": "odd", "prompt": ["2"]})
+    sentence = run(*base).sentence()
+    assert "prompt 'odd'" in sentence
+    assert "role and content" in sentence
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_missing_or_damaged_weights_are_one_sentence(run: Run, tmp_path: Path, damage: str) -> None:
     save_network(tiny_network(), tmp_path / "model")
@@ -301,6 +329,33 @@ def test_ctrl_c_is_one_sentence_and_exit_code_130(networks: dict[str, str], tmp_
     assert err.strip().splitlines()[-1].startswith("fewstep: interrupted")
     assert "Traceback" not in err
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "sentence", ["interrupted at step 7; a checkpoint is saved, repeat the command to continue", ""]
+)
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_an_interrupt_keeps_its_own_sentence(
+    run: Run,
+    networks: dict[str, str],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    sentence: str,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt(*[sentence] if sentence else [])
+
+    model = ("--model", networks["causal"])
+    if command == "train":
+        monkeypatch.setattr("fewstep.cli.training.train", interrupted)
+        stopped = run("train", "sft", *model, "--data", rows, "--output", tmp_path / "out", *TINY_RUN)
+    else:
+        monkeypatch.setattr("fewstep.load", interrupted)
+        stopped = run("generate", "2", *model)
+    assert stopped.code == 130
+    assert stopped.err == f"fewstep: {sentence or 'interrupted; files already finished were kept'}\n"
 
 
 def test_a_closed_pipe_is_quiet() -> None:
@@ -422,9 +477,60 @@ def test_training_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_precision_no_is_the_choice_and_no_boolean(
+    run: Run, networks: dict[str, str], rows: Path, tmp_path: Path
+) -> None:
+    base = ("train", "sft", "--model", networks["causal"], "--data", rows, *TINY_RUN)
+    given = run(*base, "--output", tmp_path / "option", "--precision", "no")
+    assert given.code == 0, given.err
+    config = tmp_path / "run.yaml"
+    config.write_text("precision: no\n")
+    read = run(*base, "--output", tmp_path / "file", "--config", config)
+    assert read.code == 0, read.err
+    assert "no|bf16" in run(*base, "--output", tmp_path / "x", "--precision", "off").sentence()
+    config.write_text("precision: yes\n")
+    assert "no|bf16" in run(*base, "--output", tmp_path / "x", "--config", config).sentence()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--lora-rank", "4"], "--lora-rank has no effect without --lora\n"),
+        (["--watch-num-prompts", "4"], "--watch-num-prompts has no effect without --watch-data\n"),
+        (["--watch-data", "rows.jsonl"], "--watch-data has no effect without --evaluate-every\n"),
+        (["--role", "block_causal", "--leftward", "0.5"], "--leftward has no effect with --role block_causal\n"),
+        (["--role", "block_causal", "--frontier", "0.5"], "--frontier has no effect with --role block_causal\n"),
+        (["--role", "block_causal", "--canvas-weights", "[1]"], "--canvas-weights has no effect with"),
+        (["--untouched", "0.5"], "--untouched has no effect with --role bidirectional\n"),
+        (["--watch-num-prompts", "0"], "watch_num_prompts must be at least 1, got 0"),
+        (["--block-size", "0"], "block_size must be at least 1, got 0"),
+        (["--max-prompt", "0"], "max_prompt must be at least 1, got 0"),
+        (["--max-completion", "0"], "max_completion must be at least 1, got 0"),
+    ],
+)
+def test_what_training_would_not_use_is_refused(
+    run: Run, networks: dict[str, str], rows: Path, tmp_path: Path, options: list[str], named: str
+) -> None:
+    base = ("train", "diffusion", "--model", networks["causal"], "--data", rows, "--output", tmp_path / "out")
+    assert named in run(*base, *TINY_RUN, *options).sentence()
+
+
+def test_what_a_run_file_sets_and_nothing_uses_is_refused(run: Run, rows: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: none\ndata: {rows}\noutput: {tmp_path / 'out'}\nlora_alpha: 8\nwatch_data: null\n")
+    for command in ("sft", "diffusion"):
+        assert "--lora-alpha has no effect" in run("train", command, "--config", config, *TINY_RUN).sentence()
+
+
 def test_collect_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
     base = ("collect", "--data", rows, "--output", tmp_path / "t", "--max-new-tokens", 8)
-    assert "K/N" in run(*base, "--model", networks["teacher"], "--worker", "two").sentence()
+    for worker in ("two", "0/0", "2/2"):
+        assert "K/N" in run(*base, "--model", networks["teacher"], "--worker", worker).sentence()
+    assert "--top" in run(*base, "--model", networks["teacher"], "--distribution", "hidden", "--top", 4).sentence()
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"prompt": "a"}\n\n{"prompt": 5}\n')
+    sentence = run("collect", "--data", odd, "--output", tmp_path / "t", "--model", networks["teacher"]).sentence()
+    assert "line 3: the prompt must be text" in sentence
     assert "mask token" in run(*base, "--model", networks["causal"]).sentence()
     empty = write_lines(tmp_path / "empty.jsonl", {"id": "a", "prompt": ""})
     sentence = run("collect", "--data", empty, "--output", tmp_path / "t", "--model", networks["teacher"]).sentence()
@@ -472,6 +578,8 @@ def test_eval_refuses(run: Run, networks: dict[str, str], tmp_path: Path) -> Non
     assert "--sweep-thresholds" in run(*base, "--sweep-thresholds", "0.5;0.9").sentence()
     bad = write_lines(tmp_path / "bad.jsonl", {"id": 1, "question": "a"})
     assert "'answer'" in run(*base, "--data", bad).sentence()
+    write_lines(bad, {"id": 1, "question": "a", "answer": "nan"})
+    assert "give a number" in run(*base, "--data", bad).sentence()
 
 
 def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:

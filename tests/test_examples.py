@@ -9,7 +9,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.models.tiny import tiny_tokenizer
-from fewstep.train.examples import Examples, encode_rows, read_training_rows, split_row
+from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
 
 TOKENIZER = tiny_tokenizer()
 BOS, ANSWER, EOS = 3, 4, 1
@@ -33,7 +33,7 @@ def test_the_three_forms_of_a_row():
         {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]},
         {"text": "abc"},
     ]
-    examples = encode_rows(rows, TOKENIZER)
+    examples = encode_rows(enumerate(rows, start=1), TOKENIZER)
     assert prompt_of(examples, 0) == prompt_of(examples, 1) == [BOS, *ids("1+1"), ANSWER]
     assert completion_of(examples, 0) == completion_of(examples, 1) == [*ids("2"), EOS]
     assert prompt_of(examples, 2) == [BOS]
@@ -50,20 +50,43 @@ def test_the_three_forms_of_a_row():
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "needs role and content"),
         ({"prompt": "a", "completion": 5}, "line 2: what is to be learnt must be text, got int"),
         ({"text": None}, "must be text, got NoneType"),
+        ({"messages": None}, "line 2: messages must be a list, got NoneType"),
+        ({"prompt": 5, "completion": "a"}, "line 2: the prompt must be text or a list of messages, got int"),
+        ({"prompt": ["a"], "completion": "a"}, "line 2: every message needs role and content as text, got 'a'"),
     ],
 )
 def test_a_row_that_lacks_something_is_named_by_file_and_line(row, sentence, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(FewstepError, match=sentence):
-        encode_rows(read_training_rows(path), TOKENIZER, source="rows.jsonl")
+        encode_rows(numbered_training_rows(path), TOKENIZER, source="rows.jsonl")
+
+
+def test_blank_lines_count(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n\n\n{"text": 5}\n')
+    with pytest.raises(FewstepError, match="line 4: what is to be learnt"):
+        encode_rows(numbered_training_rows(path), TOKENIZER)
+
+
+def test_what_the_chat_template_refuses_is_one_sentence():
+    tokenizer = tiny_tokenizer()
+    rows = [(3, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"})]
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(FewstepError, match=r"rows line 3: the model's chat template refuses .*: roles must alternate"):
+        encode_rows(rows, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(FewstepError, match="rows line 3: this model has no chat template"):
+        encode_rows(rows, tokenizer)
 
 
 def test_long_rows_are_left_out_and_an_empty_rest_is_an_error():
-    rows = [{"prompt": "a" * n, "completion": "b" * m} for n, m in ((2, 2), (9, 2), (2, 9))]
+    rows = [(line, {"prompt": "a" * n, "completion": "b" * m}) for line, (n, m) in enumerate(((2, 2), (9, 2), (2, 9)))]
     assert len(encode_rows(rows, TOKENIZER, max_prompt=8, max_completion=8)) == 1
     with pytest.raises(FewstepError, match="rows holds no training row within 1 prompt and 1 completion tokens"):
         encode_rows(rows, TOKENIZER, max_prompt=1, max_completion=1)
+    with pytest.raises(FewstepError, match=r"rows holds no training row within 0 prompt tokens$"):
+        encode_rows(rows, TOKENIZER, max_prompt=0)
     with pytest.raises(FewstepError, match=r"rows holds no training row$"):
         encode_rows([], TOKENIZER)
 
@@ -72,17 +95,19 @@ def test_parquet_rows_are_as_jsonl_rows(tmp_path):
     rows = [{"prompt": "1+1", "completion": "2"}, {"prompt": "2+2", "completion": "4"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two = (encode_rows(read_training_rows(tmp_path / f"rows.{kind}"), TOKENIZER) for kind in ("parquet", "jsonl"))
+    one, two = (
+        encode_rows(numbered_training_rows(tmp_path / f"rows.{kind}"), TOKENIZER) for kind in ("parquet", "jsonl")
+    )
     assert one.fingerprint() == two.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
 def test_a_file_that_cannot_be_read_is_named(name, tmp_path):
     with pytest.raises(FewstepError, match=rf"could not read .*{name}"):
-        list(read_training_rows(tmp_path / name))
+        list(numbered_training_rows(tmp_path / name))
     (tmp_path / "damaged.parquet").write_text("no parquet")
     with pytest.raises(FewstepError, match=r"could not read .*damaged"):
-        read_training_rows(tmp_path / "damaged.parquet")
+        numbered_training_rows(tmp_path / "damaged.parquet")
 
 
 def test_fingerprints_tell_data_apart():

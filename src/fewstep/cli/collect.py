@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.train.trajectories import PromptRow
 
+TOP = 64
+
 
 def collect(
     model: TeacherOptions,
@@ -26,7 +28,7 @@ def collect(
     distribution: Annotated[
         Literal["top_k", "hidden"], typer.Option(help="What is kept of the teacher's distributions.")
     ] = "top_k",
-    top: Annotated[int, typer.Option(min=1, help="Tokens kept of each distribution.")] = 64,
+    top: Annotated[int | None, typer.Option(min=1, help=f"Tokens kept of each distribution ({TOP}).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a shard.")] = 1024,
     worker: Annotated[
@@ -36,6 +38,8 @@ def collect(
 ) -> None:
     """Records a teacher's decoding trajectories as Parquet shards that resume."""
     worker_of = _parse_worker(worker)
+    if top is not None and distribution == "hidden":
+        raise FewstepError("--top has no effect with --distribution hidden, which keeps no tokens; leave one out")
     from fewstep.engine.settings import GenerationSettings
     from fewstep.train.collect import collect as collect_shards
     from fewstep.train.collect import decode_with, distribution_of, teacher_of
@@ -43,7 +47,7 @@ def collect(
     settings = GenerationSettings.of(**decoding.given())
     lm = model.load_model()
     rows = _read_rows(data, lm)
-    kept = distribution_of(lm.network, distribution, top_k=top)
+    kept = distribution_of(lm.network, distribution, top_k=TOP if top is None else top)
     described = {name: value for name, value in asdict(settings).items() if name not in ("seed", "policy")}
     num_shards = len(range(worker_of[0], -(-len(rows) // shard_size), worker_of[1]))
     with progress_bar("collecting shards", num_shards) as advance:
@@ -74,18 +78,18 @@ def collect(
 
 def _parse_worker(text: str) -> tuple[int, int]:
     k, slash, n = text.partition("/")
-    if not (slash and k.isdigit() and n.isdigit()):
-        raise FewstepError(f"--worker is K/N, such as 0/2 and 1/2 for two workers; got {text!r}")
+    if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise FewstepError(f"--worker is K/N, K below N, such as 0/2 and 1/2 for two workers; got {text!r}")
     return int(k), int(n)
 
 
 def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
     """Prompts of a training file, by the template of the teacher, with the completion as the reference answer."""
-    from fewstep.train.examples import read_training_rows
+    from fewstep.train.examples import numbered_training_rows
     from fewstep.train.trajectories import PromptRow
 
     rows = []
-    for line, row in enumerate(read_training_rows(path), start=1):
+    for line, row in numbered_training_rows(path):
         where = f"{path} line {line}"
         prompt, completion = _split(row, where)
         try:

@@ -44,6 +44,7 @@ def generate(
     if input_file is not None and output_file is not None:
         prompts = _read_prompts(input_file)
         lm = model.load_model()
+        _check_lengths(lm, prompts, input_file, raw=raw, **decoding.given())
         outputs = _complete_all(lm, list(prompts.values()), batch_size=batch_size, raw=raw, **decoding.given())
         _write_outputs(output_file, dict(zip(prompts, outputs, strict=True)))
     else:
@@ -81,6 +82,25 @@ def _read_prompts(path: Path) -> dict[Any, Any]:
     if not prompts:
         raise FewstepError(f"{path} holds no prompts")
     return prompts
+
+
+def _check_lengths(lm: "LanguageModel", prompts: dict[Any, Any], path: Path, *, raw: bool, **settings: Any) -> None:
+    """FewstepError naming the first prompt that the model cannot take, before any is decoded."""
+    from fewstep.decode.requests import Request
+    from fewstep.engine.settings import GenerationSettings
+
+    decoder, most = lm.decoder(**settings), GenerationSettings.of(**settings).max_new_tokens
+    for name, prompt in prompts.items():
+        try:
+            prompt_ids = lm.encode(prompt, raw=raw)
+        except FewstepError as error:
+            raise FewstepError(f"{path}, prompt {name!r}: {error}") from None
+        num_new = len(decoder.canvas(Request(prompt_ids=prompt_ids, max_new_tokens=most)).tokens)
+        if len(prompt_ids) + num_new > lm.network.max_positions:
+            raise FewstepError(
+                f"{path}, prompt {name!r}: its {len(prompt_ids)} tokens and {num_new} new ones exceed the "
+                f"{lm.network.max_positions} positions of {lm.network.name}; shorten one of them"
+            )
 
 
 def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "Output":

@@ -1,7 +1,7 @@
 """`fewstep infill`: fill a gap between two texts, or the mask tokens inside one."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,9 @@ from fewstep.cli.generate import describe, summary
 from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
 from fewstep.cli.report import note, write_report
 from fewstep.errors import FewstepError
+
+if TYPE_CHECKING:
+    from fewstep.engine.language_model import LanguageModel
 
 
 def infill(
@@ -32,6 +35,12 @@ def infill(
     if text is None and num_tokens is None:
         raise FewstepError("--num-tokens is missing: how many tokens is the gap between --prefix and --suffix?")
     lm = model.load_model()
+    shifted = lm.role.name == "bidirectional" and lm.role.right_shift_logits
+    if shifted and prompt is None and _begins_open(lm, prefix, text):
+        raise FewstepError(
+            f"{lm.network.name} scores a token from the one before it, so the gap cannot come first; "
+            "give --prefix or --prompt"
+        )
     gap: dict[str, Any] = {"text": text} if text is not None else {"num_tokens": num_tokens}
     output = lm.infill(prefix or "", suffix or "", prompt=prompt, raw=raw, **gap, **decoding.given())
     print(output.text)
@@ -39,3 +48,10 @@ def infill(
     if sys.stdout.isatty():
         note(describe(report))
     write_report(json, report)
+
+
+def _begins_open(lm: "LanguageModel", prefix: str | None, text: str | None) -> bool:
+    """Whether nothing stands before the first token to be filled in."""
+    if text is None or lm.role.mask_token_id is None:
+        return not prefix
+    return text.startswith(str(lm.network.tokenizer.convert_ids_to_tokens(lm.role.mask_token_id)))

@@ -18,14 +18,12 @@ from fewstep.cli.extras import missing_sentence
 from fewstep.cli.generate import generate
 from fewstep.cli.import_ import import_
 from fewstep.cli.infill import infill
+from fewstep.cli.interruption import INTERRUPTED, InterruptionError
 from fewstep.cli.merge import merge
 from fewstep.cli.models import models
 from fewstep.cli.options import with_option_groups
 from fewstep.cli.train import FORWARD_EVERYTHING, train
 from fewstep.errors import FewstepError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
 
 app = typer.Typer(
     name="fewstep",
@@ -77,7 +75,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Notices about the internals of these libraries tell a user of ours nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|torch)")
     try:
-        said = ""
         code = app(args=arguments, prog_name="fewstep", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
@@ -93,11 +90,13 @@ def _run(arguments: Sequence[str] | None) -> int:
         # The reader (`| head`) has seen enough. The interpreter's last flush must go elsewhere, or it complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, typer.Abort) as interrupt:
-        said = str(interrupt)
+    except InterruptionError as interruption:
+        _print_error(str(interruption))
+        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _print_error(said or "interrupted; files already finished were kept")
+        _print_error("interrupted; files already finished were kept")
     return code if isinstance(code, int) else 0
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
+from fewstep.cli.interruption import spoken_interrupts
+
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.measure.gsm_symbolic import Problem
@@ -187,7 +189,8 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     def flat(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        command(**values)
+        with spoken_interrupts():
+            command(**values)
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

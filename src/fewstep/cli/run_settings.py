@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,14 +15,29 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.options import Json
 from fewstep.errors import FewstepError
 
 Groups = Mapping[type, str]
 """Settings class -> prefix of its options' names."""
 
-Built = dict[type, Any]
-"""Settings class -> its instance."""
+_SPELLINGS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+"""What YAML 1.1 reads as a boolean."""
+
+
+class Built(dict[type, Any]):
+    """Settings class -> its instance; `given` names the settings that an option or the run file set."""
+
+    def __init__(self, instances: Mapping[type, Any], given: Collection[str]) -> None:
+        super().__init__(instances)
+        self.given = given
+
+    def refuse(self, names: Iterable[str], because: str) -> None:
+        """FewstepError if one of these settings was given, since nothing would read it."""
+        for name in names:
+            if name in self.given:
+                raise FewstepError(f"{_option(name)} has no effect {because}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Setting:
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return _option(self.name)
 
     @property
     def default(self) -> Any:
@@ -74,6 +89,10 @@ class Setting:
         return f"Default: {self.default}." if self.default is not None else "Not set by default."
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def settings_of(groups: Groups) -> dict[str, Setting]:
     """Name -> setting, over all fields that the groups' constructors take. No two may have the same name."""
     found: dict[str, Setting] = {}
@@ -100,10 +119,11 @@ def build_settings(groups: Groups, config: Path | None, given: Mapping[str, Any]
     missing = [setting for name, setting in known.items() if setting.default is MISSING and name not in values]
     if missing:
         raise FewstepError(f"{missing[0].option} is missing; give it as an option or in --config")
-    return {
+    instances = {
         group: group(**{s.field.name: values[name] for name, s in known.items() if s.group is group and name in values})
         for group in groups
     }
+    return Built(instances, [name for name, value in values.items() if value is not None])
 
 
 def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -123,15 +143,31 @@ def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise FewstepError(f"{path} has an unknown key {key!r}; {hint}")
-    return {key: known[key].read(value, f"{key} in {path}") for key, value in content.items()}
+    return {key: known[key].read(_spelt(value, known[key].type), f"{key} in {path}") for key, value in content.items()}
+
+
+def _spelt(value: Any, wanted: Any) -> Any:
+    """A run file's value; a boolean as the choice that YAML took for it, such as `no`, where a choice is wanted."""
+    if not isinstance(value, bool):
+        return value
+    choices = _choices(wanted)
+    return next((text for text in _SPELLINGS[value] if text in choices), value)
+
+
+def _choices(wanted: Any) -> list[str]:
+    """The texts to choose from in a Literal, or in one that may be None."""
+    literals = [one for one in (wanted, *get_args(wanted)) if get_origin(one) is Literal]
+    return [choice for literal in literals for choice in get_args(literal) if isinstance(choice, str)]
 
 
 def _parse(value: Any, wanted: Any) -> Any:
-    """Text of an option as the value it spells; text stays text where text is wanted."""
+    """Text of an option as the value it spells; text stays text where text or a choice is wanted."""
     import yaml
 
     if not isinstance(value, str) or wanted in (str, Path) or str in get_args(wanted) or Path in get_args(wanted):
         return value
+    if value in _choices(wanted) or get_origin(wanted) is Literal:
+        return value  # YAML reads the choice `no` as False
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
@@ -166,7 +202,8 @@ def with_settings(command: Callable[[Built, Path | None], None], groups: Groups)
 
     @functools.wraps(command)
     def flat(*, config: Path | None, json: Path | None, **given: Any) -> None:
-        command(build_settings(groups, config, given), json)
+        with spoken_interrupts():
+            command(build_settings(groups, config, given), json)
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

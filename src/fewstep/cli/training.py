@@ -2,18 +2,20 @@
 
 import os
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import typer
 
 from fewstep.cli.report import note, write_report
-from fewstep.cli.run_settings import Built, Groups, with_settings
+from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
+from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, RoleName
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.examples import Examples, encode_rows, read_training_rows, split_row
+from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CanvasLengths, CausalObjective, Corruption, MaskedDiffusionObjective, Objective
@@ -51,7 +53,7 @@ class NetworkSettings:
         wanted = replace(
             own,
             name=role or own.name,
-            block_size=self.block_size or own.block_size,
+            block_size=own.block_size if self.block_size is None else self.block_size,
             context_attention=self.context_attention or own.context_attention,
             mask_token_id=network.tokenizer.mask_token_id if own.mask_token_id is None else own.mask_token_id,
         )
@@ -89,10 +91,16 @@ class Data:
     max_prompt: int | None = None
     max_completion: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_prompt", "max_completion"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise FewstepError(f"{name} must be at least 1, got {limit}; leave it out for no limit")
+
     def read(self, network: Network) -> Examples:
         """As token ids. FewstepError naming file and line of a row that lacks a field."""
         return encode_rows(
-            read_training_rows(self.data),
+            numbered_training_rows(self.data),
             network.tokenizer,
             source=str(self.data),
             max_prompt=self.max_prompt,
@@ -123,6 +131,11 @@ class Watch:
     num_prompts: int = 32
     max_new_tokens: int = 256
 
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise FewstepError(f"watch_{name} must be at least 1, got {getattr(self, name)}")
+
 
 RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
 
@@ -133,6 +146,11 @@ RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "wa
 def diffusion(built: Built, json: Path | None) -> None:
     """A masked-diffusion teacher (or, with --role block_causal, plain block diffusion)."""
     start: TeacherStart = built[TeacherStart]
+    _refuse_unused(built)
+    if start.role == "block_causal":
+        built.refuse(("leftward", "frontier", "canvas_weights"), "with --role block_causal")
+    elif start.role == "bidirectional":
+        built.refuse(("untouched",), "with --role bidirectional")
     network = start.load(start.model, start.role)
     objective = MaskedDiffusionObjective(
         network.role,
@@ -147,6 +165,7 @@ def diffusion(built: Built, json: Path | None) -> None:
 def cdlm(built: Built, json: Path | None) -> None:
     """A block-causal student, from a teacher's trajectories (CDLM, arXiv 2511.19269)."""
     start: StudentStart = built[StudentStart]
+    _refuse_unused(built)
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)
     network = start.load(start.model or start.teacher, "block_causal")
@@ -160,6 +179,7 @@ def cdlm(built: Built, json: Path | None) -> None:
 def sft(built: Built, json: Path | None) -> None:
     """Supervised fine-tuning of a causal model or a block-causal student, in the role it has."""
     start: Start = built[Start]
+    _refuse_unused(built)
     network = start.load(start.model)
     examples = built[Data].read(network)
     objective: Objective
@@ -178,6 +198,16 @@ app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 
 
 # What they share
+
+
+def _refuse_unused(built: Built) -> None:
+    """FewstepError for an option that nothing would read, before anything is loaded."""
+    if not built[Outcome].lora:
+        built.refuse(settings_of({LoRASettings: "lora_"}), "without --lora")
+    if built[Watch].data is None:
+        built.refuse(settings_of({Watch: "watch_"}), "without --watch-data")
+    if built[TrainSettings].evaluate_every is None:
+        built.refuse(("watch_data",), "without --evaluate-every")
 
 
 def _run(network: Network, objective: Objective, built: Built, json: Path | None) -> None:
@@ -204,6 +234,6 @@ def _samples(watch: Watch, file: Path, monitor: CollapseMonitor) -> Samples | No
     """What answers the held-out prompts at every evaluation, if there are any."""
     if watch.data is None:
         return None
-    rows = list(read_training_rows(watch.data))[: watch.num_prompts]
-    prompts = [split_row(row, f"{watch.data} line {line}")[0] for line, row in enumerate(rows, start=1)]
+    rows = islice(numbered_training_rows(watch.data), watch.num_prompts)
+    prompts = [split_row(row, f"{watch.data} line {line}")[0] for line, row in rows]
     return Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens)

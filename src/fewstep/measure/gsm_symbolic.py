@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -78,16 +79,19 @@ def read_problems(path: Path, split: str | None = None) -> list[Problem]:
     found = []
     for row in read_rows(path, required=("id", "question", "answer")):
         answer = str(row["answer"]).replace(",", "").strip()
-        try:
-            float(answer)
-        except ValueError:
-            raise FewstepError(
-                f"{path}: the answer of problem {row['id']!r} is {row['answer']!r}; give a number."
-            ) from None
+        if not _is_number(answer):
+            raise FewstepError(f"{path}: the answer of problem {row['id']!r} is {row['answer']!r}; give a number.")
         found.append(Problem(str(row["id"]), str(row["question"]), answer, row.get("template"), split))
     if not found:
         raise FewstepError(f"{path} holds no problems; give lines with id, question and answer.")
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def write_problem_files(folder: Path) -> None:

@@ -1,8 +1,11 @@
 """Prompts to token ids and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from fewstep.errors import FewstepError
 
 Message = dict[str, str]
 
@@ -12,14 +15,30 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt: through the chat template, unless `raw` is set or the tokenizer has none.
 
-    A string stands for one user message; a list of messages has `role` and `content` each.
+    A string stands for one user message; a list of messages has `role` and `content` each. FewstepError if it is
+    neither, or if the template refuses the messages.
     """
     if isinstance(prompt, str):
         if raw or not tokenizer.chat_template:
             return tokenizer.encode(prompt)
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    _check_messages(prompt)
+    if not tokenizer.chat_template:
+        raise FewstepError("this model has no chat template for messages; give the prompt as text")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise FewstepError(f"the model's chat template refuses the messages: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_messages(prompt: object) -> None:
+    if not isinstance(prompt, Sequence):
+        raise FewstepError(f"the prompt must be text or a list of messages, got {type(prompt).__name__}")
+    for message in prompt:
+        fields = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+            raise FewstepError(f"every message needs role and content as text, got {message!r}")
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows
+from fewstep.files import numbered_rows
 from fewstep.models.text import encode_prompt
 
 
@@ -78,7 +78,9 @@ def split_row(row: Mapping[str, Any], where: str) -> tuple[str | list[dict[str, 
     """Prompt and completion of one row. FewstepError naming `where`, file and line, if it lacks them."""
     prompt: Any
     if "messages" in row:
-        messages = list(row["messages"])
+        messages = row["messages"]
+        if not isinstance(messages, list):
+            raise FewstepError(f"{where}: messages must be a list, got {type(messages).__name__}")
         if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages):
             raise FewstepError(f"{where}: every message needs role and content")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -93,33 +95,51 @@ def split_row(row: Mapping[str, Any], where: str) -> tuple[str | list[dict[str, 
         raise FewstepError(
             f"{where}: a training row needs prompt and completion, messages, or text; its fields are: {has}"
         )
-    if not isinstance(completion, str) or not isinstance(prompt, str | list):
+    if not isinstance(prompt, str | list):
+        raise FewstepError(f"{where}: the prompt must be text or a list of messages, got {type(prompt).__name__}")
+    if not isinstance(completion, str):
         raise FewstepError(f"{where}: what is to be learnt must be text, got {type(completion).__name__}")
     return prompt, completion
 
 
 def encode_rows(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "rows",
     max_prompt: int | None = None,
     max_completion: int | None = None,
 ) -> Examples:
-    """Tokenize rows; those over a limit are left out (FewstepError if none is left). Line numbers count from 1."""
+    """Tokenize rows that come with their line numbers; those over a limit are left out.
+
+    FewstepError if none is left, or naming `source` and line for a row that cannot be encoded.
+    """
     prompts, completions = [], []
-    for line, row in enumerate(rows, start=1):
-        prompt, completion = split_row(row, f"{source} line {line}")
-        prompt_ids = encode_prompt(tokenizer, prompt) if prompt else [_begin(tokenizer)]
+    for line, row in rows:
+        where = f"{source} line {line}"
+        prompt, completion = split_row(row, where)
+        try:
+            prompt_ids = encode_prompt(tokenizer, prompt) if prompt else [_begin(tokenizer)]
+        except FewstepError as error:
+            raise FewstepError(f"{where}: {error}") from None
         completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
-        if (max_prompt and len(prompt_ids) > max_prompt) or (max_completion and len(completion_ids) > max_completion):
+        if _exceeds(prompt_ids, max_prompt) or _exceeds(completion_ids, max_completion):
             continue
         prompts.append(prompt_ids)
         completions.append(completion_ids)
     if not prompts:
-        limits = f" within {max_prompt} prompt and {max_completion} completion tokens"
-        raise FewstepError(f"{source} holds no training row{limits if max_prompt or max_completion else ''}")
+        limits = [
+            f"{limit} {part}"
+            for limit, part in ((max_prompt, "prompt"), (max_completion, "completion"))
+            if limit is not None
+        ]
+        within = f" within {' and '.join(limits)} tokens" if limits else ""
+        raise FewstepError(f"{source} holds no training row{within}")
     return Examples.from_ids(prompts, completions)
+
+
+def _exceeds(ids: Sequence[int], limit: int | None) -> bool:
+    return limit is not None and len(ids) > limit
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -127,14 +147,14 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if begin is None else begin
 
 
-def read_training_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    """Rows of a JSONL or Parquet file. FewstepError if it cannot be read."""
+def numbered_training_rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """Rows of a JSONL or Parquet file with their line numbers, from 1. FewstepError if it cannot be read."""
     if path.suffix != ".parquet":
-        return read_rows(path)
+        return numbered_rows(path)
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        return enumerate(parquet.read_table(path).to_pylist(), start=1)
     except (OSError, pa.ArrowException) as error:
         raise FewstepError(f"could not read {path}: {error}") from error
