@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 from fewstep.models.masks import Layout, cached_mask
 from fewstep.models.roles import INVISIBLE, Role
@@ -24,6 +25,14 @@ def test_layout_is_the_rule_spelt_out():
                 else:
                     expected = bool(block[row, key] <= block[row, query])
                 assert mask[row, query, key] == expected
+
+
+def test_the_mask_for_flex_attention_is_the_dense_one():
+    torch.manual_seed(1)
+    document = torch.randint(-1, 3, (2, 30)).sort(-1).values
+    layout = Layout(document, torch.randint(0, 5, (2, 30)), torch.rand(2, 30) < 0.4)
+    mask = create_mask(layout.flex().mask_mod, 2, None, 30, 30, device="cpu")
+    assert torch.equal(mask, layout.dense())
 
 
 def test_invisible_slots_are_seen_by_inert_rows_only():

@@ -33,20 +33,9 @@ class Layout:
     block_RT: Tensor
     noisy_RT: Tensor
 
-    def visible(self, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
-        """Whether rows `query` = (request, position) see rows `key`; index tensors that broadcast.
-
-        A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of
-        earlier blocks and the noisy rows of its own.
-        """
-        code_RT, first_RT, last_RT, own_RT = self._codes
-        code = code_RT[key]
-        return ((code >= first_RT[query]) & (code <= last_RT[query])) | (code == own_RT[query])
-
     @cached_property
-    def _codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rule as three comparisons of one integer a key with three a query, which is what attention kernels pay
-        for.
+    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's code, and the first and last code of the clean rows that it sees: what `_sees` compares.
 
         Within its document's range of codes a clean row has its block's number, a noisy row the same in the upper
         half.
@@ -56,26 +45,36 @@ class Layout:
         clean_RT = first_RT + compact_RT
         code_RT = torch.where(self.noisy_RT, clean_RT + _HALF, clean_RT)
         last_RT = torch.where(self.noisy_RT, clean_RT - 1, clean_RT)
-        return code_RT.int(), first_RT.int(), last_RT.int(), code_RT.int()
+        return code_RT.int(), first_RT.int(), last_RT.int()
 
     def dense(self) -> Tensor:
         """Boolean [R, 1, Q, K]: the reference, and what SDPA takes on a CPU."""
         num_requests, length = self.block_RT.shape
         request = torch.arange(num_requests, device=self.block_RT.device)[:, None, None]
         position = torch.arange(length, device=self.block_RT.device)
-        return self.visible((request, position[None, :, None]), (request, position[None, None, :]))[:, None]
+        return _sees(self._codes, (request, position[None, :, None]), (request, position[None, None, :]))[:, None]
 
     def flex(self, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
         """The same mask for FlexAttention, empty tiles left out."""
         num_requests, length = self.block_RT.shape
-        code_RT, first_RT, last_RT, own_RT = self._codes
+        codes = self._codes
 
         def predicate(request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            code = code_RT[request, key]
-            in_past = (code >= first_RT[request, query]) & (code <= last_RT[request, query])
-            return in_past | (code == own_RT[request, query])
+            return _sees(codes, (request, query), (request, key))
 
         return create(predicate, num_requests, None, length, length, device=self.block_RT.device)
+
+
+def _sees(codes: tuple[Tensor, Tensor, Tensor], query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+    """Whether rows `query` = (request, position) see rows `key`; index tensors that broadcast.
+
+    A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of earlier
+    blocks and the noisy rows of its own. Attention kernels pay for every comparison: these are three, of one integer a
+    key.
+    """
+    code_RT, first_RT, last_RT = codes
+    code = code_RT[key]
+    return ((code >= first_RT[query]) & (code <= last_RT[query])) | (code == code_RT[query])
 
 
 def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
