@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 recipes/gsm.py STAGE              on two
 
 Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal
-model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `bundle`. Each writes a
-folder under --runs; `data` and `trajectories` skip what is there, training resumes.
+model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `own-states` (that
+student's decoding, for a second round with `student --own`), `bundle`. Each writes a folder under --runs;
+`data`, `trajectories` and `own-states` skip what is there, training resumes.
 """
 
 import os
@@ -29,11 +30,12 @@ from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
 from fewstep.models.text import decode_text
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings, join
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.relabel import Labelling, labelled, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
 from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_table import read_table
@@ -181,6 +183,10 @@ def ar(
     train(network, objective, settings, runs / "gsm-ar", evaluate=accuracy(dev))
 
 
+def digits(tok: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    return tuple(tok.convert_tokens_to_ids(list("0123456789")))
+
+
 @app.command()
 def teacher(
     runs: Runs = RUNS,
@@ -192,8 +198,10 @@ def teacher(
     row_length: int = 2048,
     learning_rate: float = 1.5e-3,
     shift: bool = True,
-    leftward: float = 0.5,
-    frontier: float = 0.3,
+    leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
+    frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
+    late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
+    canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
     seed: int = 0,
     dev: int = 200,
 ) -> None:
@@ -211,7 +219,10 @@ def teacher(
         role,
         load_examples(runs / "data"),
         network.eos_token_id,
-        corruption=Corruption(leftward=leftward, frontier=frontier),
+        corruption=Corruption(
+            leftward=leftward, frontier=frontier, late=late, late_tokens=digits(network.tokenizer) if late else ()
+        ),
+        canvases=canvases,
     )
     settings = gpu_settings(
         max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=100, log_every=100,
@@ -221,6 +232,18 @@ def teacher(
 
 
 # --- trajectories and student ---
+
+
+def prompt_rows(tok: PreTrainedTokenizerFast, count: int, seed: int) -> tuple[list[PromptRow], dict[str, float | None]]:
+    """Training problems of one seed with their references, and the answers by id."""
+    rows: list[PromptRow] = []
+    answers: dict[str, float | None] = {}
+    for i, row in enumerate(islice((row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot"), count)):
+        prompt_ids, reference_ids = encode(tok, [f"<bos>{row['prompt']}<answer>", f"{row['completion']}<eos>"])
+        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
+            rows.append(PromptRow(str(i), prompt_ids, reference_ids))
+            answers[str(i)] = extract_answer(row["completion"])
+    return rows, answers
 
 
 @app.command()
@@ -235,13 +258,7 @@ def trajectories(
     """Decode training problems with the teacher, one token a pass, and keep what it solves."""
     network = load_network(runs / source, device=device())
     tok = network.tokenizer
-    problems_and_answers = islice((row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot"), prompts)
-    rows, answers = [], {}
-    for i, row in enumerate(problems_and_answers):
-        prompt_ids, reference_ids = encode(tok, [f"<bos>{row['prompt']}<answer>", f"{row['completion']}<eos>"])
-        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
-            rows.append(PromptRow(str(i), prompt_ids, reference_ids))
-            answers[str(i)] = extract_answer(row["completion"])
+    rows, answers = prompt_rows(tok, prompts, seed)
     distribution = distribution_of(network)
     decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER)
     report = collect(
@@ -260,13 +277,50 @@ def trajectories(
 
 
 @app.command()
+def own_states(
+    runs: Runs = RUNS,
+    source: str = "gsm-teacher",
+    student: str = "gsm-student",
+    name: str = "own-states",
+    prompts: int = 16384,
+    threshold: float = 0.9,
+    batch_size: int = 1024,
+    seed: int = 8,
+) -> None:
+    """Let a student decode training problems and the teacher label the states that it visits."""
+    network, judge = (load_network(runs / folder, device=device()) for folder in (student, source))
+    rows, _ = prompt_rows(network.tokenizer, prompts, seed)
+    distribution = distribution_of(judge)
+    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, threshold=threshold)
+    decoding = decode_with(
+        network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution
+    )
+    report = collect(
+        labelled(decoding, judge, Labelling(distribution=distribution, canvas_length=MAX_ANSWER)),
+        rows,
+        runs / name,
+        teacher=teacher_of(judge),
+        settings={"threshold": threshold, "teacher_canvas_length": MAX_ANSWER, **of_student(network)},
+        distribution=distribution,
+        seed=seed,
+        shard_size=batch_size,
+        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+    )
+    print(report, flush=True)
+
+
+@app.command()
 def student(
     runs: Runs = RUNS,
     source: str = "gsm-teacher",
     name: str = "gsm-student",
     store: str = "trajectories",
+    own: Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")] = None,
+    examples: Annotated[
+        int, typer.Option(help="references: so many rows of the data, or 0 for those of the store")
+    ] = 0,
     steps: int = 400,
-    rows: int = 32,
+    rows: int = 96,
     row_length: int = 2048,
     learning_rate: float = 1.5e-3,
     rank: int = 32,
@@ -277,8 +331,12 @@ def student(
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
     base = load_network(runs / source, dtype="float32", device=device())
-    network = Network(base.module, replace(base.role, name="block_causal"), base.tokenizer, name=f"../{source}")
+    network = Network(base.module, replace(base.role, name="block_causal"), base.tokenizer, name=base.name)
     table, references = read_table(runs / store, teacher=base)
+    if own:
+        table = join(table, read_table(runs / own, teacher=base)[0])
+    if examples:
+        references = load_examples(runs / "data").head(examples)
     objective = CDLMObjective(
         network.role,
         table,

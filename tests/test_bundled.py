@@ -27,7 +27,7 @@ def test_a_question_becomes_a_prompt_alike_for_all_models(name: str) -> None:
     assert tokenizer.eos_token_id == 1
 
 
-@pytest.mark.parametrize(("name", "right", "tokens_per_forward"), [("gsm-ar", 20, 1.0), ("gsm-student", 12, 5.0)])
+@pytest.mark.parametrize(("name", "right", "tokens_per_forward"), [("gsm-ar", 20, 1.0), ("gsm-student", 19, 7.0)])
 def test_they_solve_most_of_a_sample_in_few_passes(name: str, right: int, tokens_per_forward: float) -> None:
     lm, items = fewstep.load(name), problems("dev", 24)
     outputs = lm.generate([item.question for item in items], batch_size=24)
@@ -39,7 +39,7 @@ def test_they_solve_most_of_a_sample_in_few_passes(name: str, right: int, tokens
 def test_the_students_cache_changes_nothing() -> None:
     lm = LanguageModel(load_network("gsm-student"))
     questions = [item.question for item in problems("dev", 3)]
-    cached = lm.generate(questions, max_new_tokens=64)
+    cached = lm.generate(questions, max_new_tokens=64, threshold=0.9)
     uncached = lm.generate(questions, max_new_tokens=64, decoder="diffusion", threshold=0.9)
     for one, other in zip(cached, uncached, strict=True):
         assert one.token_ids == other.token_ids

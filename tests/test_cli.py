@@ -349,7 +349,7 @@ def test_an_interrupt_keeps_its_own_sentence(
 
     model = ("--model", networks["causal"])
     if command == "train":
-        monkeypatch.setattr("fewstep.cli.training.train", interrupted)
+        monkeypatch.setattr("fewstep.train.trainer.train", interrupted)
         stopped = run("train", "sft", *model, "--data", rows, "--output", tmp_path / "out", *TINY_RUN)
     else:
         monkeypatch.setattr("fewstep.load", interrupted)
@@ -531,7 +531,8 @@ def test_collect_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pat
     odd.write_text('{"prompt": "a"}\n\n{"prompt": 5}\n')
     sentence = run("collect", "--data", odd, "--output", tmp_path / "t", "--model", networks["teacher"]).sentence()
     assert "line 3: the prompt must be text" in sentence
-    assert "mask token" in run(*base, "--model", networks["causal"]).sentence()
+    assert "mask" in run(*base, "--model", networks["causal"], "--role", "bidirectional").sentence()
+    assert "--most-repetition" in run(*base, "--model", networks["teacher"], "--most-repetition", 0.5).sentence()
     empty = write_lines(tmp_path / "empty.jsonl", {"id": "a", "prompt": ""})
     sentence = run("collect", "--data", empty, "--output", tmp_path / "t", "--model", networks["teacher"]).sentence()
     assert "line 1" in sentence

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
-from fewstep.decode.decoder import Decoder
+from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.loop import Event, Loop, Record, decode, positions_needed, run_pass, stream
 from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Order, Origin, Threshold
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
-from fewstep.decode.state import NEVER, State, accept
+from fewstep.decode.state import NEVER, State
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
@@ -226,10 +226,10 @@ def test_a_step_after_completion_changes_nothing(role: Any) -> None:
     loop.submit(request)
     while loop.busy:
         loop.step()
-    width = 16 if decoder.cached else loop.length
-    cache = net.new_cache(1, loop.length)
+    caches = {"target": net.new_cache(1, loop.length)} if decoder.cached else {}
+    shape = Shape("prefill", 16 if decoder.cached else loop.length)
     with torch.no_grad():
-        after = accept(decoder, loop.state, net.score(decoder.plan(loop.state, width), cache))
+        after, _, _ = run_pass({"target": net}, decoder, loop.state, caches, shape)
     for name, before in vars(loop.state).items():
         assert torch.equal(before, getattr(after, name)), name
 
@@ -245,8 +245,8 @@ def test_a_step_reads_no_value_from_the_device(role: Any, temperature: float) ->
     loop.step()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         state = State(**{name: mode.from_tensor(field) for name, field in vars(loop.state).items()})
-        cache = net.new_cache(2, loop.length)
-        after, scores = run_pass(net, decoder, state, cache.view(torch.arange(2), 32), 16)
+        caches = {"target": net.new_cache(2, loop.length).view(torch.arange(2), 32)} if decoder.cached else {}
+        after, _, scores = run_pass({"target": net}, decoder, state, caches, Shape("prefill", 16))
     assert isinstance(scores.logits_RSV, FakeTensor)
     assert {name: field.shape for name, field in vars(after).items()} == {
         name: field.shape for name, field in vars(loop.state).items()

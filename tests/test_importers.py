@@ -21,7 +21,13 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.models.importers.convert import FAMILIES, import_checkpoint
 from fewstep.models.importers.shapes import SHAPES, tiny_tokenizer_for, write_random
+from fewstep.models.masks import Layout
 from fewstep.models.network import Network
+from fewstep.models.roles import Role
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TrajectoryTable
+from fewstep.train.examples import Examples
+from fewstep.train.objectives import CLEAN, NOISY, Batch, MaskedDiffusionObjective, Objective
+from fewstep.train.stream import BatchStream
 
 VOCABULARY, WIDTH, HIDDEN, LAYERS, HEADS = 64, 32, 64, 2, 4
 HEAD_WIDTH = WIDTH // HEADS
@@ -557,6 +563,96 @@ def test_a_causal_import_decodes_like_transformers_generate(kind: str, tmp_path:
     stock = lm.network.module.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, eos_token_id=EOS)
     output = decode(lm.network, [Request(prompt_ids=PROMPT, max_new_tokens=20)], lm.decoder())[0]
     assert output.token_ids == stock[0, len(PROMPT) :].tolist()
+
+
+# Training
+
+DOCUMENTS = [([7, 9, 11, 4], 6), ([3, 8, 4], 4), ([5, 6, 10, 12, 13, 4], 11)]
+"""Prompts and lengths of answers: a block in part, exactly one, several; blocks have 4 positions."""
+
+
+def documents_with_ends() -> Examples:
+    """Answers that end with the end-of-text, all their tokens different."""
+    firsts = (20, 30, 40)
+    answers = [[*range(first, first + length - 1), EOS] for first, (_, length) in zip(firsts, DOCUMENTS, strict=True)]
+    return Examples.from_ids([prompt for prompt, _ in DOCUMENTS], answers)
+
+
+def packed_forwards(network: Network, objective: Objective, seed: int) -> list[tuple[Batch, Tensor, Tensor]]:
+    """What an objective's forwards on one batch were given and gave: the batch, tokens [R, T], logits [S, V]."""
+    stream = BatchStream(objective, rows=2, row_length=48, seed=seed, process=(0, 1))
+    batch, found = stream.next_batch(), []
+
+    def forward(
+        tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True
+    ) -> Tensor:
+        logits_RTV = network.module(tokens_RT, attention_mask=layout.dense(), position_ids=positions_RT).logits
+        found.append((batch, tokens_RT, logits_RTV.flatten(0, 1)[rows_S]))
+        return found[-1][2]
+
+    objective.loss(forward, objective.prepare(batch, torch.Generator().manual_seed(seed)))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_packed_training_of_an_imported_teacher_scores_what_its_plain_forward_scores(kind: str, tmp_path: Path) -> None:
+    network = load(imported(tmp_path, kind), block_size=4).network
+    shifted = network.role.right_shift_logits
+    objective = MaskedDiffusionObjective(network.role, documents_with_ends(), EOS)
+    for seed in range(2):
+        ((batch, tokens_RT, logits_SV),) = packed_forwards(network, objective, seed)
+        expected = []
+        for document in range(len(batch.examples_N)):
+            here_RT = batch.packed.document_RT == document
+            tokens = tokens_RT[here_RT].tolist()
+            logits_TV = plain_logits(tmp_path / "source", tokens)
+            expected += [logits_TV[p - shifted] for p, token in enumerate(tokens) if token == MASK]
+        same(logits_SV, torch.stack(expected))
+
+
+def states_of(kind: str, role: Role) -> Objective:
+    """Block states from references, or the CDLM states of trajectories that opened each block in some order."""
+    examples = documents_with_ends()
+    if kind == "references":
+        return MaskedDiffusionObjective(role, examples, EOS)
+    generator = torch.Generator().manual_seed(3)
+    rank_P = torch.cat([torch.randperm(length, generator=generator) + 1 for _, length in DOCUMENTS])
+    settings = CDLMSettings(direction="hard", denoising=0.0, untouched=0.3)
+    return CDLMObjective(role, TrajectoryTable(examples, rank_P, None), EOS, settings=settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("states", ["references", "trajectories"])
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_packed_training_of_an_imported_student_scores_what_uncached_decoding_scores(
+    kind: str, states: str, tmp_path: Path
+) -> None:
+    """Every target of every block; with Dream's shift the first one is scored by the last row before its block."""
+    network = load(imported(tmp_path, kind), role="block_causal", block_size=4).network
+    shifted = network.role.right_shift_logits
+    at_borders = 0
+    for seed in range(4):
+        for number, (batch, tokens_RT, logits_SV) in enumerate(
+            packed_forwards(network, states_of(states, network.role), seed)
+        ):
+            expected = []
+            for document, example in enumerate(batch.examples_N.tolist()):
+                prompt, length = DOCUMENTS[example]
+                here_RT = batch.packed.document_RT == document
+                segment_T, token_T = batch.packed.segment_RT[here_RT], tokens_RT[here_RT]
+                noisy, clean = (token_T[segment_T == segment].tolist() for segment in (NOISY, CLEAN))
+                for i in range(len(noisy) if states == "references" else length):
+                    is_first = shifted and i % 4 == 0
+                    # A first position is scored whether it is hidden or not, but for the consistency loss's goal.
+                    if noisy[i] == MASK or (is_first and number == 0):
+                        start = i // 4 * 4
+                        sequence = [*prompt, *clean[:start], *noisy[start : start + 4]]
+                        logits_TV = block_causal(network, sequence, 4, len(prompt))
+                        expected.append(logits_TV[len(prompt) + i - shifted])
+                        at_borders += is_first and i > 0
+            same(logits_SV, torch.stack(expected))
+    assert bool(at_borders) == shifted
 
 
 # Random weights of named shapes

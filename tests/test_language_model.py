@@ -1,5 +1,6 @@
 """`LanguageModel` and its settings, as a user calls them."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -197,6 +198,7 @@ def test_a_setting_the_decoder_does_not_take_is_refused(role: Role, settings: di
     [
         (BLOCK_CAUSAL, {}, Threshold(at_least=0.9)),
         (BLOCK_CAUSAL, {"threshold": 0.5}, Threshold(at_least=0.5)),
+        (replace(BLOCK_CAUSAL, threshold=0.97), {}, Threshold(at_least=0.97)),
         (BLOCK_CAUSAL, {"policy": Margin()}, Margin()),
         (BIDIRECTIONAL, {}, FixedCount(num_tokens=1)),
         (BIDIRECTIONAL, {"order": "margin"}, FixedCount(num_tokens=1, order="margin")),

@@ -1,13 +1,18 @@
 """Loading: damaged or incomplete folders get one sentence, and a model has one hash in every precision."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import FewstepError
+from fewstep.models import load
+from fewstep.models.importers.weight_files import Place
 from fewstep.models.load import BUNDLED, load_network, network_hash, save_network
+from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 
 
@@ -24,6 +29,13 @@ def test_an_adapter_is_merged_into_the_base_beside_it(student: Path) -> None:
     assert network_hash(load_network(student)) != network_hash(load_network("gsm-teacher", role="block_causal"))
 
 
+def test_a_student_keeps_the_threshold_chosen_for_it(tmp_path: Path) -> None:
+    network = tiny_network("block_causal")
+    chosen = Network(network.module, replace(network.role, threshold=0.97), network.tokenizer)
+    save_network(chosen, tmp_path / "student")
+    assert load_network(tmp_path / "student").role == chosen.role
+
+
 def test_an_adapter_without_weights_is_refused(student: Path) -> None:
     (student / "adapter_model.safetensors").unlink()
     with pytest.raises(FewstepError, match=r"no adapter_model\.safetensors"):
@@ -38,13 +50,19 @@ def test_an_adapter_that_lost_a_tensor_is_refused(student: Path) -> None:
         load_network(student)
 
 
-def test_cut_weights_are_refused(student: Path) -> None:
-    for path in (student / "adapter_model.safetensors", student.parent / "gsm-teacher" / "model.safetensors"):
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(FewstepError, match="cannot load the model"):
-            load_network(student)
-        path.write_bytes(whole)
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("gsm-student/adapter_model.safetensors", "cannot load the model"),
+        ("gsm-teacher/model.safetensors", "is no whole safetensors file"),
+    ],
+)
+def test_cut_weights_are_refused(file: str, sentence: str, student: Path) -> None:
+    path = student.parent / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FewstepError, match=sentence):
+        load_network(student)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
@@ -58,3 +76,46 @@ def test_a_model_has_one_hash_in_every_precision(tmp_path: Path) -> None:
     save_network(tiny_network("bidirectional"), tmp_path / "model")
     hashes = {network_hash(load_network(tmp_path / "model", dtype=dtype)) for dtype in ("float32", "bfloat16")}
     assert len(hashes) == 1
+
+
+PARAMETERS = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+"""Of `tiny_network`: embeddings and head, two layers of attention, MLP and norms, the last norm."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "advice"),
+    [("float32", 4, "choose dtype bfloat16 or another device"), ("bfloat16", 2, "choose another device")],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    dtype: str, size: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_network(tiny_network(), tmp_path / "model")
+    monkeypatch.setattr(load, "free_memory", lambda device: PARAMETERS * size)
+    assert load_network(tmp_path / "model", dtype=dtype, device="cpu").num_parameters == PARAMETERS
+    monkeypatch.setattr(load, "free_memory", lambda device: PARAMETERS * size - 1)
+    monkeypatch.delattr(load.AutoModelForCausalLM, "from_pretrained")
+    with pytest.raises(FewstepError, match=rf"model needs 0\.0 GB .* in {dtype}, has 0\.0 GB free on cpu; {advice}"):
+        load_network(tmp_path / "model", dtype=dtype, device="cpu")
+
+
+def test_the_refusal_names_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = [Place(name="w", file=tmp_path, dtype="BF16", shape=(7_650, 1_000_000), start=0, num_bytes=0)]
+    monkeypatch.setattr(load, "read_places", lambda folder: headers)
+    monkeypatch.setattr(load, "free_memory", lambda device: 11_200_000_000)
+    save_network(tiny_network(), tmp_path / "model")
+    with pytest.raises(FewstepError, match=r"needs 15\.3 GB .*, has 11\.2 GB free on cpu"):
+        load_network(tmp_path / "model", dtype="bfloat16", device="cpu")
+
+
+def test_an_adapter_is_merged_in_float32_and_must_fit_so(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_network(student.parent / "gsm-teacher").num_parameters
+    monkeypatch.setattr(load, "free_memory", lambda device: 4 * base - 1)
+    with pytest.raises(FewstepError, match="in float32, has"):
+        load_network(student, dtype="bfloat16", device="cpu")
+
+
+def test_free_host_memory_is_what_linux_calls_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_MEMORY", tmp_path / "meminfo")
+    assert load.free_memory(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:    1500 kB\n")
+    assert load.free_memory(torch.device("cpu")) == 1500 * 1024

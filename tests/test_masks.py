@@ -35,6 +35,39 @@ def test_the_mask_for_flex_attention_is_the_dense_one():
     assert torch.equal(mask, layout.dense())
 
 
+def layout_with_windows() -> Layout:
+    torch.manual_seed(2)
+    document = torch.randint(-1, 3, (2, 40)).sort(-1).values
+    block = torch.randint(0, 12, (2, 40))
+    return Layout(document, block, torch.rand(2, 40) < 0.5, block // 4 * 4)
+
+
+def test_in_a_layout_with_windows_noisy_rows_are_causal_in_their_window():
+    layout = layout_with_windows()
+    mask = layout.dense()[:, 0]
+    document, block, noisy = layout.document_RT, layout.block_RT, layout.noisy_RT
+    for row in range(2):
+        for query in range(40):
+            for key in range(40):
+                of_query, of_key = block[row, query], block[row, key]
+                if document[row, query] != document[row, key]:
+                    expected = False
+                elif noisy[row, key]:
+                    same_window = of_query // 4 == of_key // 4
+                    expected = bool(noisy[row, query] and same_window and of_key <= of_query)
+                elif noisy[row, query]:
+                    expected = bool(of_key < of_query // 4 * 4)
+                else:
+                    expected = bool(of_key <= of_query)
+                assert mask[row, query, key] == expected
+
+
+def test_with_windows_too_the_mask_for_flex_attention_is_the_dense_one():
+    layout = layout_with_windows()
+    mask = create_mask(layout.flex().mask_mod, 2, None, 40, 40, device="cpu")
+    assert torch.equal(mask, layout.dense())
+
+
 def test_invisible_slots_are_seen_by_inert_rows_only():
     mask = cached_mask(torch.tensor([[0, 5, INVISIBLE]]), torch.tensor([[0, 5, 6, INVISIBLE]]))
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]

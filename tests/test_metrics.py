@@ -2,15 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from fewstep.measure.metrics import (
     clustered_paired_interval,
+    crossed_interval,
     mcnemar_exact,
     paired_interval,
     student_quantile,
     wilson_interval,
 )
+from fewstep.measure.seeds import Setting, at_speed
 
 
 def test_wilson_known_values() -> None:
@@ -99,3 +102,25 @@ def test_clusters_that_move_together_widen_the_interval() -> None:
 )
 def test_student_quantiles(degrees: int, quantile: float, error: float) -> None:
     assert student_quantile(degrees, 0.95) == pytest.approx(quantile, abs=error)
+
+
+def test_an_interval_over_seeds_and_problems_adds_both_variances() -> None:
+    same_seeds = np.array([[1, 0, 1, 0], [1, 0, 1, 0]])
+    clusters = [0, 1, 2, 3]
+    interval = crossed_interval(same_seeds, clusters)
+    standard_error = math.sqrt(4 / 3 * 4 * 0.25 / 16)
+    assert interval.high - interval.estimate == pytest.approx(3.182 * standard_error, rel=0.01)  # t with 3 degrees
+    seeds_only = crossed_interval(np.array([[1, 1], [0, 0]]), [0, 1])
+    assert seeds_only.high - seeds_only.estimate == pytest.approx(12.706 * math.sqrt(0.5 / 2), rel=0.01)  # 1 degree
+    assert crossed_interval(np.full((2, 3), 1), [0, 1, 2]).low == 1
+
+
+def test_accuracy_at_a_speed_is_interpolated_for_each_seed() -> None:
+    def setting(speeds: list[float], marks: list[list[int]]) -> Setting:
+        return Setting(np.array(speeds), np.array(speeds), np.array(marks))
+
+    settings = {0.8: setting([4.0, 4.0], [[0, 0], [0, 1]]), 0.9: setting([2.0, 2.5], [[1, 0], [1, 1]])}
+    found = at_speed(settings, 3.0)
+    assert found[0].tolist() == [0.5, 0.0]
+    assert found[1] == pytest.approx([2 / 3, 1.0])
+    assert at_speed(settings, 2.2) is None

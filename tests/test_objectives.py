@@ -4,6 +4,7 @@ tables and labels that the CDLM objective trains on.
 
 import math
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,7 @@ from fewstep.train.objectives import (
 )
 from fewstep.train.packing import best_fit, pack
 from fewstep.train.relabel import Labelling, label, labelled, of_student, relabel
+from fewstep.train.stream import PreparedStream
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
 from fewstep.train.trajectory_table import read_table
 
@@ -103,7 +105,7 @@ def test_noisy_blocks_of_the_packed_forward_equal_unpacked_forwards(examples, co
     objective = MaskedDiffusionObjective(network.role, examples, eos_token_id=1)
     batch, calls = batch_of(objective), []
     generator = torch.Generator().manual_seed(5)
-    objective.loss(forward_of(network, calls), batch, generator)
+    objective.loss(forward_of(network, calls), objective.prepare(batch, generator))
     tokens, positions, layout, _ = calls[0]
     hidden = network.module.base_model(
         input_ids=tokens, attention_mask=layout.dense(), position_ids=positions, use_cache=False
@@ -130,7 +132,7 @@ def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_firs
     whole = 0
     for seed in range(8):
         batch, calls = batch_of(objective), []
-        loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         tokens = calls[0][0]
         documents = PackedDocuments(network.role, examples, batch, 1)
         terms = []
@@ -152,7 +154,7 @@ def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_firs
 def test_causal_objective_is_the_mean_next_token_loss_of_the_completions(examples):
     network = tiny_network("autoregressive", head_scale=20)
     objective = CausalObjective(network.role, examples, 1)
-    loss = objective.loss(forward_of(network), batch_of(objective), torch.Generator())
+    loss = objective.loss(forward_of(network), objective.prepare(batch_of(objective), torch.Generator()))
     terms = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         logp = unpacked_logits(network, prompt + answer, len(prompt)).log_softmax(-1)
@@ -160,25 +162,54 @@ def test_causal_objective_is_the_mean_next_token_loss_of_the_completions(example
     assert_close(loss.total, torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
 
 
-def test_bidirectional_loss_equals_an_unpacked_forward(examples):
-    network = tiny_network("bidirectional", head_scale=20)
+@pytest.mark.parametrize(
+    ("canvases", "shape"),
+    [(1, {}), (1, {"context_attention": "causal", "right_shift_logits": True})]
+    + [(3, {"context_attention": "causal", "right_shift_logits": shift}) for shift in (False, True)],
+)
+def test_bidirectional_loss_equals_unpacked_forwards(examples, canvases, shape):
+    network = tiny_network("bidirectional", head_scale=20, **shape)
     objective = MaskedDiffusionObjective(
-        network.role, examples, 1, canvas=CanvasLengths(block_size=4, weights=(0, 0, 1, 1))
+        network.role,
+        examples,
+        1,
+        canvas=CanvasLengths(block_size=4, weights=(0, 0, 1, 1)),
+        corruption=Corruption(leftward=0.5, frontier=0.3, late=0.3, late_tokens=(21, 42, 43)),
+        canvases=canvases,
     )
-    batch, calls = batch_of(objective, 3, 30), []
-    loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(1))
+    batch, calls = batch_of(objective, 3, 60), []
+    loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(1)))
     tokens, _, _, rows = calls[0]
-    documents = PackedDocuments(network.role, examples, batch, 1)
-    terms = []
+    documents = PackedDocuments(network.role, examples, batch, 1, canvases=canvases)
+    shift = int(network.role.right_shift_logits)
+    terms, states = [], set()
     for document, prompt in enumerate(PROMPTS):
-        here = documents.packed.document_RT == document
-        sequence = tokens[here].tolist()
-        answer = documents.clean_RT[here].tolist()
-        logp = unpacked_logits(network, sequence, len(prompt)).log_softmax(-1)
-        terms += [-logp[i, answer[i]] for i, token in enumerate(sequence) if token == 2]
-        assert set(answer[len(prompt) + len(ANSWERS[document]) :]) <= {1}
+        for canvas in range(1, 1 + canvases):
+            here = (documents.packed.document_RT == document) & (documents.packed.segment_RT == canvas)
+            noisy, answer = tokens[here].tolist(), documents.clean_RT[here].tolist()
+            states.add(tuple(noisy))
+            logp = unpacked_logits(network, prompt + noisy, len(prompt)).log_softmax(-1)
+            if shift:
+                first = int(here.flatten().nonzero()[0])
+                # The rows that score canvas positions: one earlier, for the first the context's last.
+                context = ((documents.packed.document_RT == document) & (documents.packed.segment_RT == 0)).flatten()
+                of_row = {first + i - 1 if i else int(context.nonzero()[-1]): i for i in range(len(noisy))}
+            else:
+                of_row = {int(row): i for i, row in enumerate(here.flatten().nonzero()[:, 0])}
+            found = [of_row[row] for row in rows.tolist() if row in of_row]
+            assert all(noisy[i] == 2 for i in found if i)
+            scored_here = {i for i in found if noisy[i] == 2}
+            terms += [-logp[len(prompt) + i - shift, answer[i]] for i in scored_here]
+            assert set(answer[len(ANSWERS[document]) :]) <= {1}
     assert len(terms) == len(rows)
+    assert len(states) == 3 * canvases
     assert_close(loss.total, torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_canvases_share_a_context_only_if_it_does_not_see_them(examples):
+    for shape in ({}, {"context_attention": "block_causal"}):
+        with pytest.raises(FewstepError, match="share a context only"):
+            MaskedDiffusionObjective(tiny_network("bidirectional", **shape).role, examples, 1, canvases=2)
 
 
 def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_the_active_one(examples):
@@ -191,7 +222,7 @@ def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_th
         canvas=CanvasLengths(block_size=4, weights=(0, 0, 1)),
     )
     batch, calls = batch_of(objective, 3, 30), []
-    objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(3))
+    objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(3)))
     tokens, _, _, rows = calls[0]
     documents = PackedDocuments(network.role, examples, batch, 1)
     block = documents.block_of_response().flatten()
@@ -208,6 +239,29 @@ def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_th
                 assert hidden[inside].all()
             if len(active) and later < active:
                 assert not hidden[inside].any()
+
+
+def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
+    late = (20, 21, 22, 23, 24)
+    network = tiny_network("bidirectional")
+    examples = Examples.from_ids([[3, 9]], [[20, 30, 21, 31, 22, 32, 23, 33, 24, 34, 20, 35]])
+    objective = MaskedDiffusionObjective(
+        replace(network.role, block_size=12),
+        examples,
+        1,
+        corruption=Corruption(leftward=1.0, late=1.0, late_tokens=late),
+        canvas=CanvasLengths(block_size=12, weights=(1,)),
+    )
+    counts = torch.zeros(12)
+    for seed in range(200):
+        batch, calls = batch_of(objective, 1, 32, [0]), []
+        objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
+        hidden = calls[0][0].flatten()[2:14] == 2
+        of_late = hidden[0::2].tolist()
+        assert of_late == sorted(of_late)
+        counts += hidden
+    assert counts[10] > 180  # open only if the point lies in the last tenth
+    assert (counts[1::2] / 200 < 0.4).all()  # a quarter is expected
 
 
 def test_canvas_lengths_are_whole_blocks_that_hold_the_answer():
@@ -241,7 +295,7 @@ def test_positions_of_one_pass_open_together_and_a_later_state_is_another_one():
     seen: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
     for seed in range(300):
         batch, calls = batch_of(objective, 1, 32, [0]), []
-        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         now, later = (call[0][0, 3:11].tolist() for call in calls)
         for block in range(2):
             inside = range(4 * block, 4 * block + 4)
@@ -272,7 +326,7 @@ def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later()
     objective, finals, ranks = cdlm(network, CDLMSettings(denoising=0.0))
     for seed in range(20):
         batch, calls = batch_of(objective), []
-        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         documents = PackedDocuments(network.role, objective.examples, batch, 1)
         (tokens, *_), (later_tokens, *_) = calls
         for document, final in enumerate(finals):
@@ -296,7 +350,7 @@ def test_cdlm_states_with_shifted_logits_open_a_blocks_first_position_first():
     opened_early = 0
     for seed in range(20):
         batch, calls = batch_of(objective), []
-        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         documents = PackedDocuments(network.role, objective.examples, batch, 1)
         for tokens, *_ in calls:
             for document, final in enumerate(finals[i] for i in batch.examples_N):
@@ -313,7 +367,7 @@ def test_cdlm_losses_equal_plain_sums():
     settings = CDLMSettings(distillation=1.0, consistency=0.5, denoising=0.0)
     objective, _, _ = cdlm(network, settings)
     batch, calls = batch_of(objective), []
-    loss = objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(7))
+    loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(7)))
     (tokens, positions, layout, rows), (later_tokens, _, _, later_rows) = calls
     documents = PackedDocuments(network.role, objective.examples, batch, 1)
     logp = forward_of(network)(tokens, positions, layout, rows).log_softmax(-1)
@@ -336,7 +390,9 @@ def test_cdlm_trains_references_beside_trajectories(examples):
     network = tiny_network("block_causal")
     objective, _, _ = cdlm(network, CDLMSettings(denoising=0.1), references=examples)
     assert objective.num_examples == 6
-    loss = objective.loss(forward_of(network), batch_of(objective, 6, 40, range(6)), torch.Generator().manual_seed(0))
+    loss = objective.loss(
+        forward_of(network), objective.prepare(batch_of(objective, 6, 40, range(6)), torch.Generator().manual_seed(0))
+    )
     assert set(loss.parts) == {"distillation", "consistency", "denoising"}
     assert loss.total.isfinite()
 
@@ -466,7 +522,7 @@ def test_a_batch_with_nothing_to_score_costs_nothing_and_has_a_gradient():
     objective, *_ = cdlm(network, CDLMSettings(denoising=0.1), references=Examples.from_ids(PROMPTS, ANSWERS))
     objective.rank_P.zero_()
     objective.orders.count_P.zero_()
-    loss = objective.loss(forward_of(network), batch_of(objective), torch.Generator().manual_seed(0))
+    loss = objective.loss(forward_of(network), objective.prepare(batch_of(objective), torch.Generator().manual_seed(0)))
     assert {name: float(part) for name, part in loss.parts.items()} == dict.fromkeys(
         ("distillation", "denoising", "consistency"), 0.0
     )
@@ -519,15 +575,18 @@ def test_a_table_is_what_the_teacher_did_and_said(kind, tmp_path):
     assert table.distributions is not None
     uniform = torch.zeros(len(recorded), 64)
     uniform[:, 2] = -math.inf
-    found = table.distributions.divergence(recorded, uniform, "forward")
+    stored = table.distributions.at(recorded)
+    found = stored.divergence(uniform, "forward")
     if kind == "hidden":
         entropy_gap = (exact.exp() * (exact.clamp_min(-99) + math.log(63))).sum(-1).mean()
         assert_close(found, entropy_gap, atol=2e-2, rtol=1e-2)
-        assert_close(table.distributions.divergence(recorded, exact, "reverse"), torch.tensor(0.0), atol=1e-2, rtol=0)
+        assert_close(stored.divergence(exact, "reverse"), torch.tensor(0.0), atol=1e-2, rtol=0)
     else:
         assert found > 0
-        assert_close(table.distributions.divergence(recorded, exact, "forward"), torch.tensor(0.0), atol=1e-4, rtol=0)
-    loss = objective.loss(forward_of(student), batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(1))
+        assert_close(stored.divergence(exact, "forward"), torch.tensor(0.0), atol=1e-4, rtol=0)
+    loss = objective.loss(
+        forward_of(student), objective.prepare(batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(1))
+    )
     assert loss.total.isfinite()
 
 
@@ -544,7 +603,7 @@ def test_given_positions_are_open_from_the_start_and_unfinished_ones_never():
     seen = set()
     for seed in range(10):
         batch, calls = batch_of(objective, 1, 16, [0]), []
-        objective.loss(forward_of(network, calls), batch, torch.Generator().manual_seed(seed))
+        objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         seen.add((tuple(calls[0][0][0, 3:7].tolist()), tuple((calls[0][3] - 3).tolist())))
     assert seen == {((20, 2, 2, 2), (1, 3)), ((20, 2, 2, 23), (1,))}
 
@@ -633,7 +692,9 @@ def test_a_relabelled_store_trains_the_student_and_names_both(tmp_path):
     table, references = read_table(tmp_path / "labelled", teacher)
     assert table.of_student
     objective = CDLMObjective(student.role, table, 1, references=references)
-    loss = objective.loss(forward_of(student), batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(0))
+    loss = objective.loss(
+        forward_of(student), objective.prepare(batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(0))
+    )
     assert loss.total.isfinite()
     with pytest.raises(FewstepError, match="direction hard would teach the student its own tokens"):
         CDLMObjective(student.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
@@ -646,3 +707,37 @@ def test_a_canvas_that_does_not_fit_is_refused():
         labelling = Labelling(distribution=distribution_of(teacher, top_k=5), canvas_length=canvas_length)
         with pytest.raises(FewstepError, match=sentence):
             label(teacher, PROMPTS[:1], outputs, labelling)
+
+
+def test_batches_prepared_ahead_are_those_prepared_when_asked_for(examples):
+    network = tiny_network("bidirectional")
+
+    def stream(ahead: int) -> PreparedStream:
+        objective = MaskedDiffusionObjective(network.role, examples, 1)
+        return PreparedStream(
+            objective, rows=1, row_length=64, seed=3, process=(0, 1), device=torch.device("cpu"), ahead=ahead
+        )
+
+    plain, states = stream(0), []
+    expected = []
+    for _ in range(7):
+        states.append(plain.state_dict())
+        expected.append(plain.next())
+    with closing(stream(2)) as early:
+        for state, scored in zip(states, expected, strict=True):
+            assert early.state_dict() == state
+            assert_close(early.next().inputs.tokens_RT, scored.inputs.tokens_RT)
+        assert early.num_tokens == plain.num_tokens
+    with closing(stream(2)) as continued:
+        continued.load_state_dict(states[4])
+        for scored in expected[4:]:
+            assert_close(continued.next().inputs.tokens_RT, scored.inputs.tokens_RT)
+
+
+def test_a_document_too_long_for_a_row_is_reported_from_the_thread_too(examples):
+    objective = MaskedDiffusionObjective(tiny_network("bidirectional").role, examples, 1)
+    stream = PreparedStream(
+        objective, rows=1, row_length=8, seed=0, process=(0, 1), device=torch.device("cpu"), ahead=1
+    )
+    with closing(stream), pytest.raises(FewstepError, match="use longer rows"):
+        stream.next()

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -47,6 +45,11 @@ def ablation() -> ModuleType:
 @pytest.fixture(scope="module")
 def measure() -> ModuleType:
     return recipe("gsm_measure")
+
+
+@pytest.fixture(scope="module")
+def throughput() -> ModuleType:
+    return recipe("gsm_throughput")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
         "threshold": [0.5, 0.9], "teacher_steps": [4], "seeds": 2, "dev": 3, "steps": 2, "rows": 2, "row_length": 128,
         "rank": 2, "max_new_tokens": CANVAS, "batch_size": 16,
     }  # fmt: skip
-    ablation.run(**settings)
+    ablation.main(**settings)
     assert not list((results / "ablation").glob("*.failed"))
     rows = json.loads((results / "ablation.json").read_text())
     trained = [row for row in rows if row["variant"] in ablation.VARIANTS]
@@ -143,9 +146,9 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     assert min(tokens) > 0.8 * 2 * 2 * 128  # rows are packed almost full, whatever the variant
     before = {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
     monkeypatch.setattr(ablation.Study, "variant", failing)
-    ablation.run(**settings)
+    ablation.main(**settings)
     assert before == {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
-    ablation.report(results, threshold=0.9)
+    recipe("gsm_ablation_report").main(results, threshold=0.9)
     text = (results / "ablation.md").read_text()
     assert all(variant.title in text for variant in ablation.VARIANTS.values())
     assert (results / "ablation.png").exists()
@@ -157,28 +160,6 @@ def test_teacher_text_ends_with_its_end_of_text_and_holds_no_mask(ablation: Modu
     kept = ablation.cut_after(examples, eos_token_id=1, mask_token_id=2)
     assert kept.prompt_ids.tolist() == [3]
     assert kept.completion_ids.tolist() == [7, 1]
-
-
-def test_an_interval_over_seeds_and_problems_adds_both_variances(ablation: ModuleType) -> None:
-    same_seeds = np.array([[1, 0, 1, 0], [1, 0, 1, 0]])
-    clusters = [0, 1, 2, 3]
-    interval = ablation.crossed_interval(same_seeds, clusters)
-    standard_error = math.sqrt(4 / 3 * 4 * 0.25 / 16)
-    assert interval.high - interval.estimate == pytest.approx(3.182 * standard_error, rel=0.01)  # t with 3 degrees
-    seeds_only = ablation.crossed_interval(np.array([[1, 1], [0, 0]]), [0, 1])
-    assert seeds_only.high - seeds_only.estimate == pytest.approx(12.706 * math.sqrt(0.5 / 2), rel=0.01)  # 1 degree
-    assert ablation.exceeds(ablation.crossed_interval(np.full((2, 3), 1), [0, 1, 2]))
-
-
-def test_accuracy_at_a_speed_is_interpolated_for_each_seed(ablation: ModuleType) -> None:
-    def setting(speeds: list[float], marks: list[list[int]]) -> Any:
-        return ablation.Setting(np.array(speeds), np.array(speeds), np.array(marks))
-
-    settings = {0.8: setting([4.0, 4.0], [[0, 0], [0, 1]]), 0.9: setting([2.0, 2.5], [[1, 0], [1, 1]])}
-    found = ablation.at_speed(settings, 3.0)
-    assert found[0].tolist() == [0.5, 0.0]
-    assert found[1] == pytest.approx([2 / 3, 1.0])
-    assert ablation.at_speed(settings, 2.2) is None
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -218,7 +199,12 @@ def test_the_teacher_with_the_students_passes_has_no_fewer(measure: ModuleType) 
 
 
 def test_all_figures_reach_the_cards(
-    measure: ModuleType, ablation: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measure: ModuleType,
+    ablation: ModuleType,
+    throughput: ModuleType,
+    toys: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results, bundled = tmp_path / "results", tmp_path / "bundled"
     for name in ("ar", "teacher"):
@@ -253,8 +239,8 @@ def test_all_figures_reach_the_cards(
     factors = timed["factors"]
     assert factors["total"] == pytest.approx(factors["stopping"] * factors["caching"] * factors["fewer_passes"])
 
-    measure.throughput(
-        results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=128, matmul_size=64
+    throughput.main(
+        results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=256, matmul_size=64
     )
     trained = json.loads((results / "throughput.json").read_text())
     assert not trained["failed"]
@@ -271,14 +257,14 @@ def test_all_figures_reach_the_cards(
     assert "license: apache-2.0" in (bundled / "gsm-ar" / "README.md").read_text()
 
 
-def test_operations_are_counted_by_the_formula(measure: ModuleType) -> None:
+def test_operations_are_counted_by_the_formula(throughput: ModuleType) -> None:
     network = tiny_network("autoregressive", hidden=16, layers=2)
-    examples = measure.Examples.from_ids([[3, 5, 6]], [[7, 8, 1]])
-    objective = measure.CausalObjective(network.role, examples, network.eos_token_id)
-    work = measure.count_work(
+    examples = throughput.Examples.from_ids([[3, 5, 6]], [[7, 8, 1]])
+    objective = throughput.CausalObjective(network.role, examples, network.eos_token_id)
+    work = throughput.count_work(
         objective, network.vocab_size, rows=1, row_length=8, device=torch.device("cpu"), batches=2
     )
     assert (work.real_tokens, work.scored, work.visible_keys) == (12, 6, 2 * 21)  # 1 + 2 + ... + 6 keys
     weights = sum(parameter.numel() for parameter in network.module.parameters()) - 2 * 64 * 16
     expected = 6 * weights + 6 * 64 * 16 * 0.5 + 12 * 2 * 16 * 3.5
-    assert measure.flops_per_token(network, work) == pytest.approx(expected)
+    assert throughput.flops_per_token(network, work) == pytest.approx(expected)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.health import Health
+from fewstep.decode.health import Health, measure_health
 from fewstep.errors import FewstepError
 from fewstep.files import read_rows
 from fewstep.models.load import load_network, save_network
@@ -27,8 +27,8 @@ from fewstep.train.collect import collect, decode_with, distribution_of, teacher
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
-from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
-from fewstep.train.samples import Samples, health_of_references
+from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectories import PromptRow
@@ -179,6 +179,18 @@ def test_an_adapter_on_its_base_is_the_trained_network(tmp_path):
     loaded = load_network(tmp_path / "elsewhere" / "out", dtype="float32", device="cpu")
     assert loaded.role == network.role
     assert_close(logits_of(loaded), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_the_report_says_what_was_trained_how_and_on_what(tmp_path):
+    network = tiny_network("bidirectional")
+    corruption = Corruption(leftward=0.5, frontier=0.25)
+    objective = MaskedDiffusionObjective(network.role, counting_examples(), network.eos_token_id, corruption=corruption)
+    train(network, objective, replace(SETTINGS, max_steps=1), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["objective"] == "MaskedDiffusionObjective"
+    assert report["corruption"]["leftward"] == 0.5
+    assert report["device"].startswith("cpu (")
+    assert report["lora"] is None
 
 
 def test_a_folder_that_holds_a_model_is_refused(tmp_path):
@@ -416,8 +428,8 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoint_and_a_rerun_finishes(tmp_pa
 
 def test_samples_are_written_logged_and_judged(tmp_path):
     network = tiny_network("block_causal", head_scale=20)
-    tokenizer = network.tokenizer
-    baseline = health_of_references(["the quick brown fox jumps over", "lazy dogs, 12 of them"], tokenizer)
+    references = ["the quick brown fox jumps over", "lazy dogs, 12 of them"]
+    baseline = measure_health([network.tokenizer.encode(text, add_special_tokens=False) for text in references])
     monitor = CollapseMonitor(CollapseLimits(grace_steps=4), baseline=baseline)
     samples = Samples(["what is 1+1?", "who?"], file=tmp_path / "out/samples.jsonl", monitor=monitor, max_new_tokens=12)
     settings = replace(SETTINGS, max_steps=3, evaluate_every=1)

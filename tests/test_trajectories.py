@@ -15,7 +15,7 @@ import torch
 from torch.testing import assert_close
 
 import fewstep.train.collect
-import fewstep.train.trajectories
+import fewstep.train.record_shards
 from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.requests import Output, TopK
 from fewstep.decode.sampling import Sampling
@@ -24,7 +24,8 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
-from fewstep.train.trajectories import Distribution, PromptRow, Teacher, Trajectory, TrajectoryStore
+from fewstep.train.trajectories import PromptRow, TrajectoryStore
+from fewstep.train.trajectory_shards import Distribution, Teacher
 
 MASK = 3
 TEACHER = Teacher(hash="a" * 64, vocab_size=64, mask_token_id=MASK)
@@ -90,7 +91,7 @@ def test_what_was_recorded_is_read_back(tmp_path):
         assert read.final_ids.tolist() == torch.where(steps < 0, MASK, made.canvas_ids_G[:n]).tolist()
         assert read.step_rank.tolist() == steps.clamp_min(0).tolist()
         assert (read.canvas_length, read.num_forwards) == (CANVAS, made.num_forwards)
-        kept = read.recorded
+        kept = read.step_rank > 0
         assert kept.tolist() == (steps > 0).tolist()
         assert read.topk_ids[kept].tolist() == made.top_k.ids_GK[:n][kept].tolist()
         assert read.topk_logp[kept].tolist() == made.top_k.log_probs_GK[:n][kept].half().tolist()
@@ -108,28 +109,6 @@ def test_flat_arrays_are_the_records_one_after_another(tmp_path):
     for one, other in zip(store, (arrays[i] for i in range(len(arrays))), strict=True):
         for name in ("id", "prompt_ids", "final_ids", "step_rank", "reference_ids", "topk_logp", "log_tail"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    index, present = arrays.positions(np.array([4, 1]), 6)
-    for row, i in enumerate((4, 1)):
-        length = min(6, len(arrays[i].final_ids))
-        assert present[row].tolist() == [True] * length + [False] * (6 - length)
-        assert arrays.final_ids[index[row, :length]].tolist() == arrays[i].final_ids[:length].tolist()
-
-
-def test_states_by_hand():
-    # the token 7 is given, the second position never became final, the canvas has one position more than was stored
-    trajectory = Trajectory(
-        id="x",
-        prompt_ids=np.array([9]),
-        final_ids=np.array([7, MASK, 30, 31], dtype=np.int32),
-        step_rank=np.array([0, 0, 2, 1], dtype=np.int16),
-        canvas_length=5,
-        num_forwards=2,
-        mask_token_id=MASK,
-    )
-    assert trajectory.state_after(0).tolist() == [7, MASK, MASK, MASK, MASK]
-    assert trajectory.state_after(1).tolist() == [7, MASK, MASK, 31, MASK]
-    assert trajectory.state_after(2).tolist() == [7, MASK, 30, 31, MASK]
-    assert trajectory.recorded.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
@@ -188,7 +167,6 @@ def test_a_killed_collection_is_finished_to_the_same_bytes(tmp_path):
     assert len(content(tmp_path / "killed")) == 4  # manifest, two shards and a leftover
     with pytest.raises(FewstepError, match="2 of 4 shards; run collect again"):
         TrajectoryStore(tmp_path / "killed")
-    assert len(TrajectoryStore(tmp_path / "killed", allow_unfinished=True).load()) == 6
 
     decoded = []
 
@@ -268,8 +246,6 @@ def test_other_settings_prompts_or_teacher_are_refused(tmp_path):
         gather(tmp_path / "t", rows=[*prompts(9), PromptRow("new", [10])])
     with pytest.raises(FewstepError, match=r"teacher_hash is a+ there and b+ here"):
         gather(tmp_path / "t", teacher=Teacher(hash="b" * 64, vocab_size=64, mask_token_id=MASK))
-    with pytest.raises(FewstepError, match="already begun"):
-        gather(tmp_path / "t", resume=False)
     with pytest.raises(FewstepError, match=r"made by another teacher \(aaaaaaaaaaaa, not bbbbbbbbbbbb\)"):
         TrajectoryStore(tmp_path / "t", teacher_hash="b" * 64)
 
@@ -296,7 +272,7 @@ def test_a_shard_of_another_teacher_or_schema_or_place_is_named(tmp_path, monkey
     with pytest.raises(FewstepError, match="holds shard 2"):
         TrajectoryStore(tmp_path / "t")
     with monkeypatch.context() as patch:
-        for module in (fewstep.train.collect, fewstep.train.trajectories):
+        for module in (fewstep.train.collect, fewstep.train.record_shards):
             patch.setattr(module, "SCHEMA_VERSION", 2)
         gather(tmp_path / "newer")
     shard.write_bytes((tmp_path / "newer" / shard.name).read_bytes())
@@ -408,9 +384,11 @@ def test_stored_distributions_are_what_the_teacher_says_of_the_state_before(tmp_
     arrays = store.load()
     for record in (arrays[i] for i in range(5)):
         assert record.num_forwards == record.step_rank.max() <= 12
-        assert record.recorded.any()
-        for position in np.flatnonzero(record.recorded):
-            state = record.state_after(record.step_rank[position] - 1)
+        assert record.step_rank.any()
+        for position in np.flatnonzero(record.step_rank):
+            state = np.full(record.canvas_length, record.mask_token_id)
+            known = record.step_rank < record.step_rank[position]
+            state[: len(known)][known] = record.final_ids[known]
             assert state[position] == network.role.mask_token_id
             tokens = torch.tensor([*record.prompt_ids.tolist(), *state.tolist()])[None]
             positions = torch.arange(tokens.shape[1])[None]

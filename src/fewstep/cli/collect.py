@@ -1,17 +1,22 @@
-"""`fewstep collect`: a teacher's decoding trajectories."""
+"""`fewstep collect`: the decoding trajectories of a diffusion teacher, or a causal model's Jacobi trajectories."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fewstep.cli.extras import require
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, TeacherOptions
 from fewstep.cli.report import note, progress_bar, write_report
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
+    from fewstep.engine.settings import GenerationSettings
+    from fewstep.train.collect import CollectReport
     from fewstep.train.trajectories import PromptRow
 
 TOP = 64
@@ -25,10 +30,22 @@ def collect(
         typer.Option(metavar="FILE", help='JSONL or Parquet rows with "prompt" and optionally "id" and "completion".'),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the shards go; a rerun makes what is missing.")],
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Let this student decode; the teacher labels the states that it visits. Such trajectories train with "
+            "--direction forward or reverse.",
+        ),
+    ] = None,
     distribution: Annotated[
         Literal["top_k", "hidden"], typer.Option(help="What is kept of the teacher's distributions.")
     ] = "top_k",
     top: Annotated[int | None, typer.Option(min=1, help=f"Tokens kept of each distribution ({TOP}).")] = None,
+    most_repetition: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Causal models: reject answers with more repeated 4-grams than this share."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a shard.")] = 1024,
     worker: Annotated[
@@ -36,44 +53,135 @@ def collect(
     ] = "0/1",
     json: Json = None,
 ) -> None:
-    """Records a teacher's decoding trajectories as Parquet shards that resume."""
+    """Records a teacher's decoding trajectories (or a student's with the teacher's labels), or the states of a causal
+    model's Jacobi windows, as shards that resume.
+    """
     worker_of = _parse_worker(worker)
     if top is not None and distribution == "hidden":
         raise FewstepError("--top has no effect with --distribution hidden, which keeps no tokens; leave one out")
+    for name in (model.model, *([] if student is None else [student])):
+        check_model_name(name)
+    require("pyarrow")
     from fewstep.engine.settings import GenerationSettings
-    from fewstep.train.collect import collect as collect_shards
-    from fewstep.train.collect import decode_with, distribution_of, teacher_of
+    from fewstep.train.collect import CollectReport
 
     settings = GenerationSettings.of(**decoding.given())
-    lm = model.load_model()
+    teacher = model.load_model()
+    is_causal = teacher.role.name == "autoregressive"
+    if is_causal:
+        if student is not None or top is not None or distribution != "top_k":
+            raise FewstepError(
+                "a causal model's Jacobi trajectories hold tokens only; leave out --student, --distribution and --top"
+            )
+    elif most_repetition is not None:
+        raise FewstepError("--most-repetition has no effect with a diffusion teacher; leave it out")
+    lm = teacher if student is None else model.load(student)
     rows = _read_rows(data, lm)
-    kept = distribution_of(lm.network, distribution, top_k=TOP if top is None else top)
-    described = {name: value for name, value in asdict(settings).items() if name not in ("seed", "policy")}
-    num_shards = len(range(worker_of[0], -(-len(rows) // shard_size), worker_of[1]))
-    with progress_bar("collecting shards", num_shards) as advance:
-        report = collect_shards(
-            decode_with(
-                lm.network,
-                settings.decoder_for(lm.role),
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=batch_size,
-                distribution=kept,
-            ),
-            rows,
-            output,
-            teacher=teacher_of(lm.network),
-            settings={**described, "decoder": lm.decoder(**decoding.given()).name},
-            seed=settings.seed,
-            distribution=kept,
-            shard_size=shard_size,
-            worker=worker_of,
-            on_shard=lambda _: advance(),
+    of_worker = range(worker_of[0], -(-len(rows) // shard_size), worker_of[1])
+    num_prompts = sum(len(rows[index * shard_size : (index + 1) * shard_size]) for index in of_worker)
+    with progress_bar("collecting", num_prompts) as advance:
+
+        def skip(finished: CollectReport) -> None:
+            if not finished.num_shards_made_now:
+                advance(finished.num_prompts)
+
+        run = _Run(
+            rows=rows,
+            output=output,
+            settings=settings,
+            batch_size=batch_size,
+            on_output=advance,
+            shards={"seed": settings.seed, "shard_size": shard_size, "worker": worker_of, "on_shard": skip},
         )
+        if is_causal:
+            report = run.jacobi(lm, decoding.given(), most_repetition)
+        else:
+            kept = TOP if top is None else top
+            report = run.diffusion(teacher, lm, decoding.given(), distribution, kept)
     note(
         f"{output}: {report.num_shards} shards ({report.num_shards_made_now} made now), "
-        f"{report.num_records} trajectories, {report.num_forwards} passes"
+        f"{report.num_records} trajectories, {report.num_rejected} rejected, {report.num_forwards} passes"
     )
-    write_report(json, {"model": model.model, "output": str(output), **asdict(report)})
+    write_report(json, {"model": model.model, "student": student, "output": str(output), **asdict(report)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What both kinds of trajectories are collected from; `shards`: options of `train.collect.collect_records`."""
+
+    rows: "list[PromptRow]"
+    output: Path
+    settings: "GenerationSettings"
+    batch_size: int
+    on_output: Callable[[], None]
+    shards: dict[str, Any]
+
+    def jacobi(self, lm: "LanguageModel", given: dict[str, Any], most_repetition: float | None) -> "CollectReport":
+        """The states of a causal model's Jacobi windows."""
+        from fewstep.decode.jacobi import Jacobi
+        from fewstep.train.jacobi_shards import collect_jacobi
+
+        decoder = lm.decoder(**{"decoder": Jacobi.name, **given})
+        if not isinstance(decoder, Jacobi):
+            raise FewstepError(
+                f"trajectories of a causal model are those of the jacobi decoder, not of {decoder.name}; leave out "
+                "--decoder"
+            )
+        return collect_jacobi(
+            lm.network,
+            self.rows,
+            self.output,
+            decoder,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.batch_size,
+            settings=self._described(decoder.name),
+            most_repetition=most_repetition,
+            on_output=self.on_output,
+            **self.shards,
+        )
+
+    def diffusion(
+        self,
+        teacher: "LanguageModel",
+        lm: "LanguageModel",
+        given: dict[str, Any],
+        distribution: Literal["top_k", "hidden"],
+        top: int,
+    ) -> "CollectReport":
+        """What `lm` decodes, with the distributions of `teacher`, who may be the same."""
+        from fewstep.train.collect import collect as collect_shards
+        from fewstep.train.collect import decode_with, distribution_of, teacher_of
+        from fewstep.train.relabel import labelled, labelling_for, of_student
+
+        kept = distribution_of(teacher.network, distribution, top_k=top)
+        decoder = lm.decoder(**given)
+        described = self._described(decoder.name)
+        decode_rows = decode_with(
+            lm.network,
+            decoder,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.batch_size,
+            distribution=kept,
+            on_output=self.on_output,
+        )
+        if lm is not teacher:
+            labelling = labelling_for(teacher.network, lm.network, kept, self.settings.max_new_tokens)
+            decode_rows = labelled(decode_rows, teacher.network, labelling)
+            described |= {"teacher_canvas_length": labelling.canvas_length, **of_student(lm.network)}
+        return collect_shards(
+            decode_rows,
+            self.rows,
+            self.output,
+            teacher=teacher_of(teacher.network),
+            settings=described,
+            distribution=kept,
+            **self.shards,
+        )
+
+    def _described(self, decoder: str) -> dict[str, Any]:
+        """The settings as the manifest keeps them."""
+        values = {name: value for name, value in asdict(self.settings).items() if name not in ("seed", "policy")}
+        return {**values, "decoder": decoder}
 
 
 def _parse_worker(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.cli.evaluate import print_figures
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
 from fewstep.cli.report import progress_bar, write_report
 from fewstep.errors import FewstepError
@@ -20,6 +21,8 @@ def compare(
     json: Json = None,
 ) -> None:
     """Compares two models or settings on the same problems, with a paired test."""
+    for specification in (first, second):
+        check_model_name(specification.split(",")[0])
     from fewstep.measure.compare import compare as compare_reports
     from fewstep.measure.evaluate import evaluate
 

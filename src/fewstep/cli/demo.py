@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from fewstep.cli.lanes import Lane, draw
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions
 from fewstep.cli.report import print_table, write_report
 
@@ -82,6 +83,8 @@ def demo(
     json: Json = None,
 ) -> None:
     """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""
+    for name in (teacher, student, *([] if causal is None else [causal])):
+        check_model_name(name)
     from fewstep.measure.gsm_symbolic import problems
     from fewstep.measure.timing import speed_factors
     from fewstep.models.load import bundled_names

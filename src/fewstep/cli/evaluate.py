@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.cli.extras import require
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
 from fewstep.cli.report import note, print_table, progress_bar, write_report
 from fewstep.errors import FewstepError
@@ -33,6 +34,7 @@ def evaluate(
     steps = _numbers(sweep_steps, int, "--sweep-steps")
     if plot is not None:
         require("matplotlib")
+    check_model_name(model.model)
     from fewstep.files import write_rows_whole
     from fewstep.measure.evaluate import evaluate as evaluate_once
     from fewstep.measure.evaluate import sweep

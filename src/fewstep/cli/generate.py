@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
 from fewstep.cli.report import note, progress_bar, write_report
 from fewstep.errors import FewstepError
@@ -34,6 +35,9 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without a template.")] = False,
+    show_iterations: Annotated[
+        bool, typer.Option("--show-iterations", help="Show what the jacobi decoder guesses in every pass.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Completes one prompt, or every prompt of a file."""
@@ -41,6 +45,8 @@ def generate(
         raise FewstepError("--input and --output go together: name a file of prompts and a file for the results")
     if prompt is not None and input_file is not None:
         raise FewstepError("give a prompt or --input, not both")
+    if show_iterations and input_file is not None:
+        raise FewstepError("--show-iterations shows one prompt; leave out --input")
     if input_file is not None and output_file is not None:
         prompts = _read_prompts(input_file)
         lm = model.load_model()
@@ -50,7 +56,8 @@ def generate(
     else:
         text = _read_prompt(prompt)
         lm = model.load_model()
-        outputs = [_complete_one(lm, text, raw=raw, **decoding.given())]
+        complete = complete_in_view if show_iterations else _complete_one
+        outputs = [complete(lm, text, raw=raw, **decoding.given())]
     report = summary(lm, outputs, decoding.given())
     if sys.stdout.isatty():
         note(describe(report))
@@ -160,6 +167,7 @@ def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, An
         "n": len(outputs),
         "num_tokens": num_tokens,
         "num_forwards": num_forwards,
+        "num_draft_forwards": sum(output.num_draft_forwards for output in outputs),
         "tokens_per_forward": num_tokens / num_forwards,
         "seconds": [output.seconds for output in outputs],
         "finish_reasons": [output.finish_reason for output in outputs],
@@ -170,8 +178,9 @@ def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, An
 def describe(report: dict[str, Any]) -> str:
     """The report in one line."""
     longest = max(report["seconds"])
+    drafts = f" and {report['num_draft_forwards']} of the draft" if report["num_draft_forwards"] else ""
     return (
-        f"{report['num_tokens']} tokens in {report['num_forwards']} passes, "
+        f"{report['num_tokens']} tokens in {report['num_forwards']} passes{drafts}, "
         f"{report['tokens_per_forward']:.2f} tokens per pass, {longest:.2f} s"
         + (f" at the longest of {report['n']}" if report["n"] > 1 else "")
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewstep.cli.generate import describe, summary
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
 from fewstep.cli.report import note, write_report
 from fewstep.errors import FewstepError
@@ -34,6 +35,7 @@ def infill(
         raise FewstepError("give either a text with mask tokens or --prefix and --suffix")
     if text is None and num_tokens is None:
         raise FewstepError("--num-tokens is missing: how many tokens is the gap between --prefix and --suffix?")
+    check_model_name(model.model)
     lm = model.load_model()
     shifted = lm.role.name == "bidirectional" and lm.role.right_shift_logits
     if shifted and prompt is None and _begins_open(lm, prefix, text):

@@ -36,11 +36,6 @@ class Lane:
         self.texts[position] = text
         self.steps[position] = step
 
-    @property
-    def num_final(self) -> int:
-        """Tokens that are final so far."""
-        return sum(text is not None for text in self.texts)
-
     def canvas(self) -> Text:
         """The canvas as coloured text."""
         drawn = Text(overflow="fold")

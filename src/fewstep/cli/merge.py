@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json
 from fewstep.cli.report import note, write_report
 from fewstep.errors import FewstepError
@@ -20,6 +21,7 @@ def merge(
     json: Json = None,
 ) -> None:
     """Merges an adapter into its base and writes a plain folder that stock transformers loads."""
+    check_model_name(adapter)
     from fewstep.files import write_folder_whole
     from fewstep.models.load import load_network, resolve, save_network
 

@@ -1,5 +1,6 @@
 """`fewstep models`: what ships with the package."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,19 @@ def models(json: Json = None) -> None:
         print("no model is bundled with this installation")
         return
     print_table(
-        ["name", "what it is", "role", "block", "context", "MB"],
+        ["name", "role", "context", "what it is", "block", "MB"],
         [
             [
                 row["name"],
-                row["title"],
                 row["role"],
+                "" if row["role"] == "autoregressive" else row["context_attention"],
+                row["description"],
                 row["block_size"] or "",
-                row["context_attention"] or "",
                 row["megabytes"],
             ]
             for row in rows
         ],
-        num_texts=2,
+        num_texts=4,
     )
 
 
@@ -46,15 +47,14 @@ def _bundled() -> list[dict[str, Any]]:
                 "block_size": config.get("block_size"),
                 "context_attention": config.get("context_attention"),
                 "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 1),
-                "title": _card_title(folder / "README.md"),
+                "description": _description(folder / "README.md"),
             }
         )
     return rows
 
 
-def _card_title(card: Path) -> str:
-    """First heading of a model card without its front matter; empty if there is no card."""
-    if not card.exists():
-        return ""
-    headings = [line[2:].strip() for line in card.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-    return headings[0] if headings else ""
+def _description(card: Path) -> str:
+    """How the text of a model card begins, up to the first comma; empty if there is none."""
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    _, _, body = text.partition("\n# ")
+    return next((re.split("[.:,]", line)[0].replace("`", "") for line in body.splitlines()[1:] if line), "")

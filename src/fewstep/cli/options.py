@@ -99,11 +99,18 @@ class PolicyOptions:
 
     decoder: Annotated[
         str | None,
-        typer.Option(help="autoregressive, diffusion or block; the role picks the default.", rich_help_panel=_DECODING),
+        typer.Option(
+            help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, prompt-lookup "
+            "or medusa. The role picks the default.",
+            rich_help_panel=_DECODING,
+        ),
     ] = None
     threshold: Annotated[
         float | None,
-        typer.Option(help="Finalise every token at least this probable (block: 0.9).", rich_help_panel=_DECODING),
+        typer.Option(
+            help="Finalise every token at least this probable (block: as the checkpoint says, or 0.9).",
+            rich_help_panel=_DECODING,
+        ),
     ] = None
     steps: Annotated[
         int | None,
@@ -154,7 +161,7 @@ class PolicyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions(PolicyOptions):
-    """The same, and how long the answer may be."""
+    """The same, how long the answer may be, and what a causal model drafts with."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -169,6 +176,32 @@ class DecodingOptions(PolicyOptions):
         typer.Option(
             "--early-stop/--no-early-stop",
             help="Stop at the end-of-text (default), or run all passes.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Model that drafts for the speculative decoder.", rich_help_panel=_DECODING),
+    ] = None
+    heads: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Heads of the medusa decoder.", rich_help_panel=_DECODING),
+    ] = None
+    typical: Annotated[
+        float | None,
+        typer.Option(help="Typical acceptance of the medusa decoder from this threshold.", rich_help_panel=_DECODING),
+    ] = None
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Guesses per pass (jacobi 16, lookahead 8, speculative 4, prompt-lookup 10, medusa 32).",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
+    ngram: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of an n-gram (lookahead 4), longest match (prompt-lookup 3, jacobi none).",
             rich_help_panel=_DECODING,
         ),
     ] = None

@@ -1,16 +1,19 @@
 """What a command leaves behind: its report as JSON, tables and notes in the terminal."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+SECONDS_PER_LINE = 10.0
 
 
 def write_report(path: Path | None, report: Any) -> None:
@@ -22,13 +25,12 @@ def write_report(path: Path | None, report: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num_texts: int = 1) -> None:
-    """A table on standard output: drawn for a terminal, tab-separated lines for a pipe or a file.
+    """An aligned table on standard output; in a terminal it is drawn and fits its width.
 
-    The first `num_texts` columns are text and may be folded; the others are figures.
+    The first `num_texts` columns are text, which a terminal may fold; the others are figures.
     """
     if not sys.stdout.isatty():
-        for row in [headers, *rows]:
-            print("\t".join(str(cell) for cell in row))
+        _print_plain_table(headers, [[str(cell) for cell in row] for row in rows], num_texts)
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, header in enumerate(headers):
@@ -41,16 +43,50 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num
     Console(highlight=False).print(table)
 
 
+def _print_plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int) -> None:
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in [headers, *rows]:
+        cells = [
+            cell.ljust(width) if index < num_texts else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
 def note(sentence: str) -> None:
     """A remark for a person on standard error; a pipe's output stays clean."""
     print(sentence, file=sys.stderr)
 
 
+class Advance(Protocol):
+    """To be called after each item, or after `count` of them."""
+
+    def __call__(self, count: int = 1) -> None: ...
+
+
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error if that is a terminal; yields what to call after each of `total` items."""
+def progress_bar(what: str, total: int) -> Iterator[Advance]:
+    """A bar on standard error; where that is no terminal, a line every SECONDS_PER_LINE."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(what, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def _lines(what: str, total: int) -> Advance:
+    num_done, started_s = 0, time.monotonic()
+    printed_s = started_s
+
+    def advance(count: int = 1) -> None:
+        nonlocal num_done, printed_s
+        num_done += count
+        now_s = time.monotonic()
+        if now_s - printed_s >= SECONDS_PER_LINE:
+            printed_s = now_s
+            note(f"{what}: {num_done} of {total}, {now_s - started_s:.0f} s")
+
+    return advance

@@ -64,7 +64,7 @@ class Setting:
         option = typer.Option(
             help=self._help(), metavar=_describe(self.type), show_default=False, rich_help_panel=_panel(self.group)
         )
-        annotation = bool | None if self.type is bool else str | None
+        annotation = bool | None if self.type in (bool, bool | None) else str | None
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
         )

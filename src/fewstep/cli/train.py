@@ -4,7 +4,7 @@ import typer
 
 
 def train(context: typer.Context) -> None:
-    """Trains: diffusion (a teacher), cdlm (a student), sft; see fewstep train --help."""
+    """Trains: diffusion (a teacher), cdlm (a student), cllm, medusa, sft; see fewstep train --help."""
     from fewstep.cli.training import app
 
     code = app(args=context.args, prog_name="fewstep train", standalone_mode=False)

@@ -1,27 +1,37 @@
 """The subcommands of `fewstep train`: their options are the fields of settings classes, below and in `train/`."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
 
+from fewstep.cli.extras import EXTRAS, require
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
+from fewstep.decode.jacobi import Jacobi
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
+from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, RoleName
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
 from fewstep.train.lora import LoRASettings
+from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CanvasLengths, CausalObjective, Corruption, MaskedDiffusionObjective, Objective
 from fewstep.train.samples import Samples
-from fewstep.train.trainer import TrainSettings, train
-from fewstep.train.trajectory_table import read_table
+from fewstep.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from fewstep.train.trainer import TrainResult
 
 app = typer.Typer(
     help="Trains a network: options, or --config run.yaml overridden by options. It runs under torchrun as it is.",
@@ -43,19 +53,27 @@ class NetworkSettings:
     context_attention: ContextAttention | None = None
     device: str = "auto"
 
-    def load(self, name: str, role: RoleName | None = None) -> Network:
-        """In float32, on this process's device, playing `role`; a causal network's mask token is its tokenizer's."""
+    def load(self, name: str, role: RoleName | None = None, *, right_shift_logits: bool | None = None) -> Network:
+        """In float32, on this process's device, playing `role`; one that is adapted to a diffusion role takes its mask
+        token from the tokenizer.
+        """
+        check_model_name(name)
         device = self.device
         if device == "auto" and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         network = load_network(name, dtype="float32", device=device)
         own = network.role
+        name_of_role = role or own.name
+        mask_token_id = own.mask_token_id
+        if mask_token_id is None and name_of_role != "autoregressive":
+            mask_token_id = network.tokenizer.mask_token_id
         wanted = replace(
             own,
-            name=role or own.name,
+            name=name_of_role,
             block_size=own.block_size if self.block_size is None else self.block_size,
             context_attention=self.context_attention or own.context_attention,
-            mask_token_id=network.tokenizer.mask_token_id if own.mask_token_id is None else own.mask_token_id,
+            right_shift_logits=own.right_shift_logits if right_shift_logits is None else right_shift_logits,
+            mask_token_id=mask_token_id,
         )
         return Network(network.module, wanted, network.tokenizer, name=name)
 
@@ -69,9 +87,13 @@ class Start(NetworkSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherStart(Start):
-    """The network to start from, causal or diffusion, and the role it is trained in."""
+    """The network to start from, causal or diffusion, and the role it is trained in.
+
+    With `right_shift_logits` a row scores the next token, as in a causal network, and starts from what that has learnt.
+    """
 
     role: RoleName = "bidirectional"
+    right_shift_logits: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +103,24 @@ class StudentStart(NetworkSettings):
     trajectories: Path
     teacher: str = "gsm-teacher"
     model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalStart:
+    """Jacobi trajectories and the causal model that made them, which is trained."""
+
+    trajectories: Path
+    model: str = "gsm-ar"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsStart:
+    """The causal model that the heads are for; it stays as it is."""
+
+    model: str
+    output: Path
+    device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +180,10 @@ class Watch:
 RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
 
 
+_OF_LEFTWARD = ("frontier", "late", "late_tokens")
+"""Settings of `Corruption` for the documents that `leftward` chooses."""
+
+
 # The subcommands
 
 
@@ -148,10 +192,12 @@ def diffusion(built: Built, json: Path | None) -> None:
     start: TeacherStart = built[TeacherStart]
     _refuse_unused(built)
     if start.role == "block_causal":
-        built.refuse(("leftward", "frontier", "canvas_weights"), "with --role block_causal")
+        built.refuse(("leftward", *_OF_LEFTWARD, "canvas_weights"), "with --role block_causal")
     elif start.role == "bidirectional":
         built.refuse(("untouched",), "with --role bidirectional")
-    network = start.load(start.model, start.role)
+    if not built[Corruption].leftward:
+        built.refuse(_OF_LEFTWARD, "without --leftward, of whose documents it is a share")
+    network = start.load(start.model, start.role, right_shift_logits=start.right_shift_logits)
     objective = MaskedDiffusionObjective(
         network.role,
         built[Data].read(network),
@@ -166,6 +212,8 @@ def cdlm(built: Built, json: Path | None) -> None:
     """A block-causal student, from a teacher's trajectories (CDLM, arXiv 2511.19269)."""
     start: StudentStart = built[StudentStart]
     _refuse_unused(built)
+    from fewstep.train.trajectory_table import read_table
+
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)
     network = start.load(start.model or start.teacher, "block_causal")
@@ -190,18 +238,52 @@ def sft(built: Built, json: Path | None) -> None:
     _run(network, objective, built, json)
 
 
+def cllm(built: Built, json: Path | None) -> None:
+    """A causal model, on its own Jacobi trajectories (CLLM, arXiv 2403.00835)."""
+    start: CausalStart = built[CausalStart]
+    _refuse_unused(built)
+    if built[CLLMSettings].noise != "progressive":
+        built.refuse(("noise_cycle",), "without --noise progressive")
+    from fewstep.train.jacobi_shards import read_jacobi_table
+
+    network = NetworkSettings(device=start.device).load(start.model)
+    table, references = read_jacobi_table(start.trajectories, network)
+    objective = CLLMObjective(
+        network.role, table, network.eos_token_id, references=references, settings=built[CLLMSettings]
+    )
+    _run(network, objective, built, json, decoder=Jacobi.name, window=table.window)
+
+
+def medusa(built: Built, json: Path | None) -> None:
+    """Medusa heads for a causal model (arXiv 2401.10774)."""
+    start: HeadsStart = built[HeadsStart]
+    _require_extra()
+    from fewstep.train.trainer import train
+
+    built.refuse(("evaluate_every",), "on heads, which are not evaluated")
+    network = NetworkSettings(device=start.device).load(start.model)
+    objective = MedusaObjective(
+        network.role, built[Data].read(network), network.eos_token_id, settings=built[MedusaSettings]
+    )
+    heads = MedusaHeads.of(network, built[MedusaSettings].heads)
+    _told(train(network, objective, built[TrainSettings], start.output, heads=heads), json)
+
+
 app.command("diffusion")(
     with_settings(diffusion, {TeacherStart: "", Data: "", **RUN, Corruption: "", Canvas: "canvas_"})
 )
 app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: ""}))
 app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
+app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
+app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))
 
 
 # What they share
 
 
 def _refuse_unused(built: Built) -> None:
-    """FewstepError for an option that nothing would read, before anything is loaded."""
+    """FewstepError for an option that nothing would read or a missing extra, before anything is loaded."""
+    _require_extra()
     if not built[Outcome].lora:
         built.refuse(settings_of({LoRASettings: "lora_"}), "without --lora")
     if built[Watch].data is None:
@@ -210,7 +292,15 @@ def _refuse_unused(built: Built) -> None:
         built.refuse(("watch_data",), "without --evaluate-every")
 
 
-def _run(network: Network, objective: Objective, built: Built, json: Path | None) -> None:
+def _require_extra() -> None:
+    for module in EXTRAS["train"].values():
+        require(module)
+
+
+def _run(network: Network, objective: Objective, built: Built, json: Path | None, **decoding: Any) -> None:
+    """Train; `decoding`: settings of the answers to held-out prompts."""
+    from fewstep.train.trainer import train
+
     outcome: Outcome = built[Outcome]
     monitor = CollapseMonitor(built[CollapseLimits])
     result = train(
@@ -219,9 +309,14 @@ def _run(network: Network, objective: Objective, built: Built, json: Path | None
         built[TrainSettings],
         outcome.output,
         lora=built[LoRASettings] if outcome.lora else None,
-        evaluate=_samples(built[Watch], outcome.output / "samples.jsonl", monitor),
+        evaluate=_samples(built[Watch], outcome.output / "samples.jsonl", monitor, decoding),
         monitor=monitor,
     )
+    _told(result, json)
+
+
+def _told(result: "TrainResult", json: Path | None) -> None:
+    """What the first process says of a finished run."""
     if os.environ.get("RANK", "0") == "0":
         note(
             f"{result.folder}: {result.steps} steps, {result.real_tokens} tokens in {result.seconds:.0f} s, "
@@ -230,10 +325,10 @@ def _run(network: Network, objective: Objective, built: Built, json: Path | None
         write_report(json, {**asdict(result), "folder": str(result.folder)})
 
 
-def _samples(watch: Watch, file: Path, monitor: CollapseMonitor) -> Samples | None:
+def _samples(watch: Watch, file: Path, monitor: CollapseMonitor, decoding: Mapping[str, Any]) -> Samples | None:
     """What answers the held-out prompts at every evaluation, if there are any."""
     if watch.data is None:
         return None
     rows = islice(numbered_training_rows(watch.data), watch.num_prompts)
     prompts = [split_row(row, f"{watch.data} line {line}")[0] for line, row in rows]
-    return Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens)
+    return Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens, **decoding)

@@ -4,30 +4,29 @@ Blocks are decoded left to right. Since no row sees a later block, a finished bl
 they are computed from its final tokens, and that commit shares the forward of the next block's first step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from fewstep.decode.decoder import cached_plan, canvas_length, grouped_passes, open_canvas
+from fewstep.decode.decoder import Drawing, Shape, cached_plan, canvas_length, grouped_passes, open_canvas
 from fewstep.decode.policies import CONFIDENT, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State, accept
+from fewstep.decode.state import State
 from fewstep.errors import FewstepError
-from fewstep.models.network import Plan, Scores
+from fewstep.models.network import Plan
 from fewstep.models.roles import Role, RoleName
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class Block(Drawing):
     """As many tokens per pass as the policy finds. Plan shapes: `denoise` (B rows), `commit` (2 B) and `prefill`."""
 
     name: ClassVar[str] = "block"
     roles: ClassVar[tuple[RoleName, ...]] = ("block_causal",)
     cached: ClassVar[bool] = True
-    guided: ClassVar[bool] = False
 
     role: Role
     policy: Policy = CONFIDENT
@@ -49,12 +48,9 @@ class Block:
         length = canvas_length(self.role, request, self.block_size)
         return open_canvas(length, self.role.mask_token_id, limit=request.max_new_tokens, early_stop=self.early_stop)
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
-        return grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size)
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        for members, width in grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size):
+            yield members, [Shape({0: "denoise", self.block_size: "commit"}.get(width, "prefill"), width)]
 
-    def accept(self, state: State, scores: Scores) -> State:
-        return accept(self, state, scores)
-
-    def plan(self, state: State, width: int) -> Plan:
-        kind = {0: "denoise", self.block_size: "commit"}.get(width, "prefill")
-        return cached_plan(kind, state, self.role, width=width, active=self.block_size)
+    def plan(self, state: State, shape: Shape) -> Plan:
+        return cached_plan(shape.kind, state, self.role, width=shape.width, active=self.block_size)

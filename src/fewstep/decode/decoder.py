@@ -3,7 +3,8 @@
 Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = room for its pending rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from fewstep.decode.policies import Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import Sampling
-from fewstep.decode.state import State
-from fewstep.models.network import Plan, Scores
+from fewstep.decode.state import State, accept
+from fewstep.models.network import Network, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 FREE_ROWS = 128
@@ -23,10 +24,22 @@ PREFILL_BUCKET = 16
 """Prefill shapes are multiples of this, so that there are few of them."""
 
 
-class Decoder(Protocol):
-    """Lays requests out and groups them into passes, on the host; `plan` and `accept` only compute with tensors.
+@dataclass(frozen=True)
+class Shape:
+    """What fixes a pass: the plan's kind, and how many rows it has room for. Each is one capturable graph.
 
-    A step is `plan`, one forward, `accept`.
+    `width` counts pending rows, in an uncached forward all rows.
+    """
+
+    kind: str
+    width: int
+
+
+class Decoder(Protocol):
+    """Lays requests out and groups them into passes, on the host; the rest only computes with tensors.
+
+    A step is one pass or several: each is `plan`, one forward of the network that the plan names, `accept`. What a
+    decoder remembers from step to step is a tensor with the requests first, in a subclass of State that `start` makes.
     """
 
     name: ClassVar[str]
@@ -45,20 +58,67 @@ class Decoder(Protocol):
     def guided(self) -> bool:
         """Whether logits come from two forwards, so that no hidden row gives them."""
 
+    @property
+    def branching(self) -> bool:
+        """Whether guesses branch, so that the rows scored are not those of neighbouring positions."""
+
+    @property
+    def span(self) -> int:
+        """Positions from the front on that a pass may read, or write to the cache."""
+
+    @property
+    def num_guessed(self) -> int:
+        """Positions from the front on that guesses stand for, 0 for a decoder that does not guess."""
+
+    @property
+    def companions(self) -> Mapping[str, Network]:
+        """The networks that plans name besides "target", each with a cache of its own."""
+
     def canvas(self, request: Request) -> Canvas:
         """The room for new tokens. FewstepError if the request cannot be decoded so."""
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Split live requests into the passes of a round: (indices into them, width) for each pass; every request once.
+    def start(self, state: State) -> State:
+        """The state of requests that begin, on the CPU, with what this decoder remembers."""
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        """Split live requests into groups: indices into them, and the passes of their step; every request once.
 
         CPU tensors: `pending_R` as in State, `extent_R` the positions a request takes up, in whole blocks.
         """
 
-    def plan(self, state: State, width: int) -> Plan:
-        """What to score in a pass of this width."""
+    def plan(self, state: State, shape: Shape) -> Plan:
+        """What to score in a pass of this shape."""
 
-    def accept(self, state: State, scores: Scores) -> State:
-        """The state after the pass; `decode.state.accept` is the rule of all decoders that finalise what they draw."""
+    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+        """The state after the pass."""
+
+
+class Drawing:
+    """What decoders share that finalise tokens they have just drawn, and so remember nothing but the State."""
+
+    branching: ClassVar[bool] = False
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    @property
+    def companions(self) -> Mapping[str, Network]:
+        return {}
+
+    @property
+    def num_guessed(self) -> int:
+        return 0
+
+    @property
+    def span(self: Decoder) -> int:
+        return self.block_size
+
+    def start(self, state: State) -> State:
+        return state
+
+    def accept(self: Decoder, state: State, shape: Shape, scores: Scores) -> State:
+        return accept(self, state, scores)
 
 
 def whole_blocks(count: int, block_size: int) -> int:
@@ -104,23 +164,25 @@ def grouped_passes(pending_R: Tensor, shapes: Sequence[int], active: int) -> Ite
         above = shape
 
 
-def cached_plan(kind: str, state: State, role: Role, *, width: int, active: int) -> Plan:
-    """Rows `[front - W, front + A)` of every request; those before its pending ones or past its canvas are inert.
+def cached_plan(kind: str, state: State, role: Role, *, width: int, active: int, end_R: Tensor | None = None) -> Plan:
+    """Rows `[front - W, front + A)` of every request; inert are those before its pending ones, or past `end_R`.
 
-    Scored are the active rows; with none, the last pending row, whose next token is the one at the front.
+    By default that is the end of the canvas. Scored are the positions from the front on: by the active rows, or by the
+    last pending row and the active ones where a row scores the next token.
     """
     device = state.tokens_RL.device
     length = state.tokens_RL.shape[1]
+    end_R = state.canvas_end_R if end_R is None else end_R
     positions_RQ = state.front_R[:, None] + torch.arange(-width, active, device=device)
-    inert_RQ = (positions_RQ < state.cached_R[:, None]) | (positions_RQ >= state.canvas_end_R[:, None])
+    inert_RQ = (positions_RQ < state.cached_R[:, None]) | (positions_RQ >= end_R[:, None])
     inert_RQ |= state.done_R[:, None]
     positions_RQ = positions_RQ.clamp(0, length - 1)
-    scored_S = torch.arange(width if active else width - 1, width + active, device=device)
+    first = width - 1 if role.name == "autoregressive" else width
     return Plan(
         kind=kind,
         tokens_RQ=state.tokens_RL.gather(1, positions_RQ),
         positions_RQ=positions_RQ,
         blocks_RQ=torch.where(inert_RQ, INVISIBLE, role.blocks(positions_RQ, state.context_length_R[:, None])),
         slots_RQ=torch.where(inert_RQ, length, positions_RQ),  # slot p holds position p; slot `length` is scratch
-        scored_RS=scored_S.expand(len(positions_RQ), -1),
+        scored_RS=torch.arange(first, width + active, device=device).expand(len(positions_RQ), -1),
     )

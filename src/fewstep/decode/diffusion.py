@@ -4,20 +4,20 @@ Every step forwards the whole context and canvas. Blocks are a schedule only: th
 first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.decoder import canvas_length, first_block_start, open_canvas, whole_blocks
+from fewstep.decode.decoder import Drawing, Shape, canvas_length, first_block_start, open_canvas, whole_blocks
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State, accept
+from fewstep.decode.state import State
 from fewstep.errors import FewstepError
-from fewstep.models.network import Guidance, Plan, Scores
+from fewstep.models.network import Guidance, Plan
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 LENGTH_BUCKET = 16
@@ -25,7 +25,7 @@ LENGTH_BUCKET = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diffusion:
+class Diffusion(Drawing):
     """`steps` over the canvas are split evenly over its blocks, the remainder to the first; None is one per token.
 
     They matter to paced policies only (`EvenSplit`, `Origin`). A block whose masks are all final before its steps are
@@ -91,19 +91,16 @@ class Diffusion:
         assert self.role.mask_token_id is not None  # Role refuses a diffusion role without one
         return self.role.mask_token_id
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, int]]:
-        yield torch.arange(len(extent_R)), whole_blocks(int(extent_R.max()), LENGTH_BUCKET)
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        yield torch.arange(len(extent_R)), [Shape("full", whole_blocks(int(extent_R.max()), LENGTH_BUCKET))]
 
-    def accept(self, state: State, scores: Scores) -> State:
-        return accept(self, state, scores)
-
-    def plan(self, state: State, width: int) -> Plan:
+    def plan(self, state: State, shape: Shape) -> Plan:
         device = state.tokens_RL.device
-        tokens_RQ = state.tokens_RL[:, :width]
+        tokens_RQ = state.tokens_RL[:, : shape.width]
         positions_RQ = torch.arange(tokens_RQ.shape[1], device=device).expand_as(tokens_RQ)
         inert_RQ = (positions_RQ >= state.canvas_end_R[:, None]) | state.done_R[:, None]
         return Plan(
-            kind="full",
+            kind=shape.kind,
             tokens_RQ=tokens_RQ,
             positions_RQ=positions_RQ,
             blocks_RQ=torch.where(inert_RQ, INVISIBLE, self.role.blocks(positions_RQ, state.context_length_R[:, None])),

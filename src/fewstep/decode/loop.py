@@ -3,24 +3,24 @@
 Axes: R = slots, r = some of them, L = positions, S = positions scored in a step, G = canvas positions, D = hidden
 width.
 
-A round gives every live request one step. Small batches take it in one forward; large ones in one forward per plan
-shape, each over the requests that need it. After a round the host reads two integers per slot, and nothing per token.
+A round gives every live request one step. Small batches take it together; large ones in groups, one per plan shape,
+each with the requests that need it. After a round the host reads two integers per slot, and nothing per token.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.decoder import Decoder, first_block_start, whole_blocks
+from fewstep.decode.decoder import Decoder, Shape, first_block_start, whole_blocks
 from fewstep.decode.requests import Canvas, Output, Request, TopK
 from fewstep.decode.state import NEVER, State, begin, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
-from fewstep.models.network import Network, Scores
+from fewstep.models.network import Network, Plan, Scores, check_draft
 
 REACH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
@@ -52,12 +52,15 @@ class Event:
 
 
 def run_pass(
-    network: Network, decoder: Decoder, state: State, cache: KVCache | None, width: int
-) -> tuple[State, Scores]:
-    """One step of all requests in `state`: the seam where a captured engine replays the same calls as one graph."""
-    plan = decoder.plan(state, width)
-    scores = network.score(plan, cache)
-    return decoder.accept(state, scores), scores
+    networks: Mapping[str, Network], decoder: Decoder, state: State, caches: Mapping[str, KVCache], shape: Shape
+) -> tuple[State, Plan, Scores]:
+    """One pass of all requests in `state`: the seam where a captured engine replays the same calls as one graph.
+
+    Networks and caches by the name that a plan gives them; an uncached decoder has no caches.
+    """
+    plan = decoder.plan(state, shape)
+    scores = networks[plan.network].score(plan, caches.get(plan.network))
+    return decoder.accept(state, shape, scores), plan, scores
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ class _Ticket:
 
 
 def positions_needed(decoder: Decoder, request: Request) -> int:
-    """Positions that a request takes up: its context, and its canvas in whole blocks."""
+    """Positions that a request takes up: its context, its canvas in whole blocks, and what a pass sees beyond it."""
     return _extent(decoder, request, decoder.canvas(request))
 
 
 def _extent(decoder: Decoder, request: Request, canvas: Canvas) -> int:
     start = first_block_start(decoder.role, len(request.prompt_ids))
-    return start + whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
+    blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
+    return start + blocks + decoder.span - decoder.block_size
 
 
 class Loop:
@@ -97,6 +101,8 @@ class Loop:
         record: Record | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
+        if num_slots < 1:
+            raise FewstepError(f"batch_size must be at least 1, got {num_slots}")
         if network.role.name not in decoder.roles:
             raise FewstepError(
                 f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
@@ -104,12 +110,19 @@ class Loop:
             )
         if record is not None and decoder.guided:
             raise FewstepError("with cfg_scale no hidden row gives a token's distribution; record without it")
+        if record is not None and decoder.branching:
+            raise FewstepError(f"the {decoder.name} decoder records no rows; record with the autoregressive decoder")
         self.network = network
+        for companion in decoder.companions.values():
+            check_draft(network, companion)
+        self._networks = {"target": network, **decoder.companions}
         self.decoder = decoder
         # With the cache's scratch slot a multiple of the bucket, as attention kernels like it.
         self.length = length = whole_blocks(length + 1, REACH_BUCKET) - 1
         self.state = free_slots(self._begin([]), num_slots, network.device)
-        self._cache = network.new_cache(num_slots, length) if decoder.cached else None
+        self._caches = {
+            name: each.new_cache(num_slots, length) for name, each in self._networks.items() if decoder.cached
+        }
         self._record = record
         self._hidden_RLD = self._new_hidden_rows(num_slots) if record else None
         self._listeners = list(listeners)
@@ -123,6 +136,11 @@ class Loop:
         self._extent_R = torch.zeros(num_slots, dtype=torch.long)
 
     @property
+    def live(self) -> dict[int, int]:
+        """Slot -> number of the request in it; for a listener also those that the round completed."""
+        return {slot: ticket.number for slot, ticket in self._live.items()}
+
+    @property
     def busy(self) -> bool:
         return bool(self._queue or self._live)
 
@@ -134,11 +152,18 @@ class Loop:
             raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
         canvas = self.decoder.canvas(request)
         num_positions = len(request.prompt_ids) + len(canvas.tokens)
-        if num_positions > self.network.max_positions:
-            raise FewstepError(
-                f"a prompt of {len(request.prompt_ids)} tokens and {len(canvas.tokens)} new ones exceed the "
-                f"{self.network.max_positions} positions of {self.network.name}; shorten one of them"
-            )
+        for network in self._networks.values():
+            if num_positions > network.max_positions:
+                raise FewstepError(
+                    f"a prompt of {len(request.prompt_ids)} tokens and {len(canvas.tokens)} new ones exceed the "
+                    f"{network.max_positions} positions of {network.name}; shorten one of them"
+                )
+            room = network.max_positions - len(request.prompt_ids)
+            if self.decoder.num_guessed > room:
+                raise FewstepError(
+                    f"the {self.decoder.name} decoder guesses {self.decoder.num_guessed} positions ahead, and the "
+                    f"prompt leaves {room} of the {network.max_positions} of {network.name}; set a smaller window"
+                )
         if _extent(self.decoder, request, canvas) > self.length:
             raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
         self._num_submitted += 1
@@ -157,8 +182,8 @@ class Loop:
         live_r = (self._pending_R >= 0).nonzero()[:, 0]
         if not len(live_r):
             return live_r
-        for members, width in self.decoder.passes(self._pending_R[live_r], self._extent_R[live_r]):
-            self._run(live_r[members], width)
+        for members, shapes in self.decoder.passes(self._pending_R[live_r], self._extent_R[live_r]):
+            self._run(live_r[members], shapes)
         self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()
         for listener in self._listeners:
             listener(self.state)
@@ -178,8 +203,8 @@ class Loop:
         for slot, ticket in zip(slots, tickets, strict=True):
             self._extent_R[slot] = _extent(self.decoder, ticket.request, ticket.canvas)
         self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
-        if self._cache is not None:
-            self._cache.reset(
+        for cache in self._caches.values():
+            cache.reset(
                 torch.zeros_like(self._pending_R, dtype=torch.bool).index_fill(0, slots_r, True).to(self.network.device)
             )
 
@@ -193,21 +218,21 @@ class Loop:
             eos_token_id=self.network.eos_token_id,
         )
 
-    def _run(self, slots_r: Tensor, width: int) -> None:
-        """One pass for these slots; a subset is copied out and back, so that nothing is computed for the others."""
+    def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
+        """One step of these slots; a subset is copied out and back, so that nothing is computed for the others."""
         subset_r = None if len(slots_r) == len(self._pending_R) else slots_r.to(self.network.device)
         state = self.state if subset_r is None else self.state.select(subset_r)
-        cache = None
-        if self._cache is not None:
-            reach = int(self._front_R[slots_r].max()) + self.decoder.block_size
-            cache = self._cache.view(subset_r, whole_blocks(reach, REACH_BUCKET))
-        after, scores = run_pass(self.network, self.decoder, state, cache, width)
-        if self._hidden_RLD is not None:
-            self._keep_hidden(subset_r, state, after, scores)
+        reach = whole_blocks(int(self._front_R[slots_r].max()) + self.decoder.span, REACH_BUCKET)
+        caches = {name: cache.view(subset_r, reach) for name, cache in self._caches.items()}
+        for shape in shapes:
+            after, plan, scores = run_pass(self._networks, self.decoder, state, caches, shape)
+            if self._hidden_RLD is not None and plan.network == "target":
+                self._keep_hidden(subset_r, state, after, scores)
+            state = after
         if subset_r is None:
-            self.state = after
+            self.state = state
         else:
-            self.state.put(subset_r, after)
+            self.state.put(subset_r, state)
 
     def _new_hidden_rows(self, num_slots: int) -> Tensor:
         """One row a position, and a last one that takes what is not kept."""
@@ -265,6 +290,7 @@ def _output(ticket: _Ticket, state: State, row: int, eos_token_id: int, finished
         token_ids=token_ids,
         num_tokens=sum(ticket.canvas.open) if infilled else len(token_ids),
         num_forwards=int(state.num_forwards_R[row]),
+        num_draft_forwards=int(state.num_draft_forwards_R[row]),
         seconds=finished_s - ticket.submitted_s,
         finish_reason="stop" if not infilled and token_ids[-1] == eos_token_id else "length",
         canvas_ids_G=canvas_ids_G,
@@ -287,8 +313,6 @@ def decode(
 
     `on_output(index, output)` is called as each completes.
     """
-    if batch_size < 1:
-        raise FewstepError(f"batch_size must be at least 1, got {batch_size}")
     if not requests:
         return []
     lengths = [positions_needed(decoder, request) for request in requests]

@@ -53,12 +53,13 @@ class Output:
 
     `token_ids`: the answer, cut after the first end-of-text (which is included) and at `max_new_tokens`; for infilling
     the whole canvas, of which `num_tokens` were filled in. `num_forwards`: target-network passes in which the request
-    was live. `seconds`: from submission to completion. `text` is set by `LanguageModel`.
+    was live; `num_draft_forwards`: those of a draft network. `seconds`: from submission to completion. `text` is set by
+    `LanguageModel`.
 
     `canvas_ids_G`, `step_G` (the step, from 1, that finalised the position; 0 = given, -1 = still open when the
-    request stopped) and `confidence_G` rebuild every intermediate state. `hidden_GD`: the row after the final norm
-    that each finalised token was drawn from; `top_k`: its distribution. Both only if recorded, and meaningful where
-    `step_G` > 0.
+    request stopped, with a mask token or a guess in it) and `confidence_G` rebuild every intermediate state.
+    `hidden_GD`: the row after the final norm that each finalised token was drawn from; `top_k`: its distribution. Both
+    only if recorded, and meaningful where `step_G` > 0.
     """
 
     token_ids: list[int]

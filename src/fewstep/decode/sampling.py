@@ -52,10 +52,10 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def noise_keys(seed_R: Tensor, positions_RS: Tensor, step_R: Tensor) -> Tensor:
-    """One 64-bit key per (seed, position, step), int64 [R, S]."""
-    key_R1 = _mix(_mix(seed_R[:, None] + _INCREMENT) ^ step_R[:, None])
-    return _mix(key_R1 + _INCREMENT * (positions_RS + 1))
+def noise_keys(seed_R: Tensor, positions_RS: Tensor, step: Tensor) -> Tensor:
+    """One 64-bit key per (seed, position, step), int64 [R, S]; `step` is [R], or [R, S] if positions differ in it."""
+    step_RS = step if step.dim() == 2 else step[:, None]
+    return _mix(_mix(_mix(seed_R[:, None] + _INCREMENT) ^ step_RS) + _INCREMENT * (positions_RS + 1))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
@@ -72,18 +72,29 @@ def draw(
     top_k_R: Tensor | None = None,
     top_p_R: Tensor | None = None,
 ) -> Tensor:
-    """Tokens [R, S] drawn by the Gumbel maximum; where the temperature is 0, exactly the argmax.
+    """Tokens [R, S] drawn by the Gumbel maximum; where the temperature is 0, exactly the argmax."""
+    drawn_RS = gumbel_max(tempered(logits_RSV, temperature_R, top_k_R, top_p_R), keys_RS)
+    return torch.where(temperature_R[:, None] > 0, drawn_RS, logits_RSV.argmax(-1))
 
-    Top-k applies to the tempered distribution, top-p to what it leaves. Float64, since coarse uniforms cut the tail
-    off.
+
+def tempered(
+    logits_RSV: Tensor, temperature_R: Tensor, top_k_R: Tensor | None = None, top_p_R: Tensor | None = None
+) -> Tensor:
+    """Logits of the distribution to draw from, float64, since coarse uniforms cut the tail off; temperature 0 as 1.
+
+    Top-k applies to the tempered distribution, top-p to what it leaves.
     """
-    greedy_RS = logits_RSV.argmax(-1)
     temperature_R11 = temperature_R.double()[:, None, None]
     tempered_RSV = logits_RSV.double() / torch.where(temperature_R11 > 0, temperature_R11, 1.0)
-    if top_k_R is not None and top_p_R is not None:
-        tempered_RSV = keep_top(tempered_RSV, top_k_R, top_p_R)
+    if top_k_R is None or top_p_R is None:
+        return tempered_RSV
+    return keep_top(tempered_RSV, top_k_R, top_p_R)
+
+
+def gumbel_max(logits_RSV: Tensor, keys_RS: Tensor) -> Tensor:
+    """A token [R, S] from the softmax of each row of logits."""
     gumbel_RSV = -(-uniform(keys_RS, logits_RSV.shape[-1]).log()).log()
-    return torch.where(temperature_R[:, None] > 0, (tempered_RSV + gumbel_RSV).argmax(-1), greedy_RS)
+    return (logits_RSV + gumbel_RSV).argmax(-1)
 
 
 def keep_top(logits_RSV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:

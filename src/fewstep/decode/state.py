@@ -9,20 +9,23 @@ forward fuses the prefill with a first step, the forward after a finished block 
 first step, and autoregressive decoding is the case whose blocks are single tokens. An uncached decoder forwards
 everything and has nothing pending.
 
-All fields are tensors of fixed shapes on the device. A decoder's `plan`, and `accept` below, only compute with tensors:
-nothing in them waits for the device or reads a value. They leave a request that is done as it is.
+Open positions hold what a decoder finds useful: a mask token, or a guess that the next pass verifies.
+
+All fields are tensors of fixed shapes on the device, the requests first; a decoder that remembers more adds its own in
+a subclass. A decoder's `plan` and `accept`, and `accept` below, only compute with tensors: nothing in them waits for
+the device or reads a value. They leave a request that is done as it is.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.policies import certainty
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.sampling import confidence, draw, noise_keys, uniform
+from fewstep.decode.sampling import Sampling, confidence, draw, noise_keys, uniform
 from fewstep.models.network import Scores
 from fewstep.models.roles import Role
 
@@ -49,6 +52,7 @@ class State:
     cached_R: Tensor
     done_R: Tensor
     num_forwards_R: Tensor  # also the number of the request's last step
+    num_draft_forwards_R: Tensor
     block_step_R: Tensor  # steps spent in the current block
     block_index_R: Tensor  # blocks finished before the current one
     num_blocks_R: Tensor  # blocks with open positions, in all
@@ -64,7 +68,7 @@ class State:
         """Number of pending positions; -1 for a request that is done."""
         return torch.where(self.done_R, -1, self.front_R - self.cached_R)
 
-    def select(self, requests_r: Tensor) -> "State":
+    def select(self, requests_r: Tensor) -> Self:
         """These requests alone, copied."""
         return self._map(lambda field: field.index_select(0, requests_r))
 
@@ -73,11 +77,14 @@ class State:
         for field in fields(self):
             getattr(self, field.name).index_copy_(0, requests_r, getattr(other, field.name))
 
-    def to(self, device: torch.device) -> "State":
+    def to(self, device: torch.device) -> Self:
         return self._map(lambda field: field.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        return State(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+StateT = TypeVar("StateT", bound=State)
 
 
 def begin(
@@ -117,6 +124,7 @@ def begin(
         cached_R=zeros_R,
         done_R=torch.zeros(R, dtype=torch.bool),
         num_forwards_R=zeros_R,
+        num_draft_forwards_R=zeros_R,
         block_step_R=zeros_R,
         block_index_R=zeros_R,
         num_blocks_R=integers(canvas.num_blocks for canvas in canvases),
@@ -128,7 +136,7 @@ def begin(
         top_p_R=torch.full((R,), 1.0 if sampling.top_p is None else float(sampling.top_p)),
     )
     front_R = _block_start(first_open(state), state.context_length_R, decoder.role, decoder.block_size)
-    return replace(state, front_R=front_R, cached_R=zeros_R if decoder.cached else front_R)
+    return decoder.start(replace(state, front_R=front_R, cached_R=zeros_R if decoder.cached else front_R))
 
 
 def free_slots(like: State, num_requests: int, device: torch.device) -> State:
@@ -143,21 +151,29 @@ def first_open(state: State) -> Tensor:
     return torch.where(state.final_RL, length, torch.arange(length, device=state.tokens_RL.device)).amin(1)
 
 
-def accept(decoder: "Decoder", state: State, scores: Scores) -> State:
+def scored_positions(state: State, count: int) -> Tensor:
+    """The `count` positions from the front on, [R, S]."""
+    return state.front_R[:, None] + torch.arange(count, device=state.front_R.device)
+
+
+def draw_tokens(sampling: Sampling, state: State, logits_RSV: Tensor, positions_RS: Tensor, step: Tensor) -> Tensor:
+    """Tokens [R, S] as the sampling says, with the noise of these positions and steps ([R] or [R, S])."""
+    if sampling.greedy:
+        return logits_RSV.argmax(-1)
+    top = (state.top_k_R, state.top_p_R) if sampling.filtered else ()
+    return draw(logits_RSV, noise_keys(state.seed_R, positions_RS, step), state.temperature_R, *top)
+
+
+def accept(decoder: "Decoder", state: StateT, scores: Scores) -> StateT:
     """The state after a step: tokens are drawn for S positions from the front on, and the policy's choice is final."""
     logits_RSV = scores.logits_RSV
-    positions_RS = state.front_R[:, None] + torch.arange(logits_RSV.shape[1], device=logits_RSV.device)
+    positions_RS = scored_positions(state, logits_RSV.shape[1])
     live_R = ~state.done_R
     step_R = state.num_forwards_R + live_R
     masked_RS = ~state.final_RL.gather(1, positions_RS) & live_R[:, None]
 
-    policy, sampling = decoder.policy, decoder.sampling
-    if sampling.greedy:
-        tokens_RS = logits_RSV.argmax(-1)
-    else:
-        top = (state.top_k_R, state.top_p_R) if sampling.filtered else ()
-        keys_RS = noise_keys(state.seed_R, positions_RS, step_R)
-        tokens_RS = draw(logits_RSV, keys_RS, state.temperature_R, *top)
+    policy = decoder.policy
+    tokens_RS = draw_tokens(decoder.sampling, state, logits_RSV, positions_RS, step_R)
     confidence_RS = confidence(logits_RSV, tokens_RS)
 
     def order_noise() -> Tensor:
@@ -170,21 +186,30 @@ def accept(decoder: "Decoder", state: State, scores: Scores) -> State:
         certainty_RS = certainty_RS.masked_fill(scores.settled_RS, torch.inf)
     setting_R = _steps_left(state) if policy.paced else state.setting_R
     chosen_RS = policy(certainty_RS, masked_RS, setting_R[:, None])
+    return finalise(decoder, state, tokens_RS, chosen_RS, confidence_RS)
 
+
+def finalise(decoder: "Decoder", state: StateT, tokens_RS: Tensor, chosen_RS: Tensor, confidence_RS: Tensor) -> StateT:
+    """The state after a step that makes the chosen tokens, of the S positions from the front on, final.
+
+    What was pending is in the cache now. Chosen are open positions of live requests only.
+    """
+    positions_RS = scored_positions(state, tokens_RS.shape[1])
+    step_R = state.num_forwards_R + ~state.done_R
     return _advance(
         decoder,
         replace(
             state,
-            tokens_RL=_write(state.tokens_RL, positions_RS, chosen_RS, tokens_RS),
-            final_RL=_write(state.final_RL, positions_RS, chosen_RS, chosen_RS),
-            step_RL=_write(state.step_RL, positions_RS, chosen_RS, step_R[:, None]),
-            confidence_RL=_write(state.confidence_RL, positions_RS, chosen_RS, confidence_RS),
+            tokens_RL=write(state.tokens_RL, positions_RS, chosen_RS, tokens_RS),
+            final_RL=write(state.final_RL, positions_RS, chosen_RS, chosen_RS),
+            step_RL=write(state.step_RL, positions_RS, chosen_RS, step_R[:, None]),
+            confidence_RL=write(state.confidence_RL, positions_RS, chosen_RS, confidence_RS),
             num_forwards_R=step_R,
         ),
     )
 
 
-def _advance(decoder: "Decoder", state: State) -> State:
+def _advance(decoder: "Decoder", state: StateT) -> StateT:
     """Stop requests that are finished; move the others to the block of their first open position."""
     first_open_R = first_open(state)
     position_L = torch.arange(state.tokens_RL.shape[1], device=state.tokens_RL.device)
@@ -219,5 +244,6 @@ def _steps_left(state: State) -> Tensor:
     return (each_R + has_one_more_R - state.block_step_R).clamp(min=1)
 
 
-def _write(field_RL: Tensor, positions_RS: Tensor, chosen_RS: Tensor, values_RS: Tensor) -> Tensor:
+def write(field_RL: Tensor, positions_RS: Tensor, chosen_RS: Tensor, values_RS: Tensor) -> Tensor:
+    """`field_RL` with the chosen positions, each named once, set to the values."""
     return field_RL.scatter(1, positions_RS, torch.where(chosen_RS, values_RS, field_RL.gather(1, positions_RS)))

@@ -11,7 +11,8 @@ from fewstep.decode.requests import Output, Request
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
-from fewstep.models.network import Network
+from fewstep.models.medusa import MedusaHeads, load_heads
+from fewstep.models.network import Network, check_draft
 from fewstep.models.roles import Role, RoleName
 from fewstep.models.text import Message, decode_text, encode_prompt
 
@@ -42,6 +43,8 @@ class LanguageModel:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self._drafts: dict[str, Network] = {}
+        self._heads: dict[str, MedusaHeads] = {}
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.network.name!r}, role={self.role.name!r}, device={str(self.network.device)!r})"
@@ -52,7 +55,26 @@ class LanguageModel:
 
     def decoder(self, **settings: Any) -> Decoder:
         """The decoder that these settings make for this model."""
-        return GenerationSettings.of(**settings).decoder_for(self.role)
+        return self._decoder(GenerationSettings.of(**settings))
+
+    def _decoder(self, settings: GenerationSettings) -> Decoder:
+        """A draft or heads are loaded once, in the numbers and on the device of the model."""
+        draft = self._draft(settings.draft) if settings.decoder == "speculative" and settings.draft else None
+        heads = self._medusa_heads(settings.heads) if settings.decoder == "medusa" and settings.heads else None
+        return settings.decoder_for(self.role, draft=draft, heads=heads)
+
+    def _draft(self, name: str) -> Network:
+        if name not in self._drafts:
+            dtype, device = str(self.network.dtype).removeprefix("torch."), str(self.network.device)
+            draft = load_network(name, dtype=dtype, device=device)
+            check_draft(self.network, draft)
+            self._drafts[name] = draft
+        return self._drafts[name]
+
+    def _medusa_heads(self, folder: str) -> MedusaHeads:
+        if folder not in self._heads:
+            self._heads[folder] = load_heads(folder, self.network)
+        return self._heads[folder]
 
     @overload
     def generate(
@@ -109,7 +131,7 @@ class LanguageModel:
         outputs = decode(
             self.network,
             requests,
-            chosen.decoder_for(self.role),
+            self._decoder(chosen),
             batch_size=batch_size,
             record=record,
             listeners=listeners,
@@ -124,7 +146,7 @@ class LanguageModel:
         request = Request(
             prompt_ids=self.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed
         )
-        return Stream(self, request, chosen.decoder_for(self.role))
+        return Stream(self, request, self._decoder(chosen))
 
     def infill(
         self,
@@ -164,7 +186,7 @@ class LanguageModel:
         lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
         canvas = canvas[len(lead_ids) :]
         request = Request(prompt_ids=context_ids or lead_ids, canvas=canvas, seed=chosen.seed)
-        output = decode(self.network, [request], chosen.decoder_for(self.role))[0]
+        output = decode(self.network, [request], self._decoder(chosen))[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:

@@ -9,9 +9,16 @@ from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.lookahead import Lookahead
+from fewstep.decode.medusa import Medusa
 from fewstep.decode.policies import DreamAlg, DreamSchedule, EvenSplit, FixedCount, Order, Origin, Policy, Threshold
+from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.sampling import Sampling
+from fewstep.decode.speculative import Speculative
 from fewstep.errors import FewstepError
+from fewstep.models.medusa import MedusaHeads
+from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
 
 DEFAULT_DECODER: dict[RoleName, str] = {
@@ -29,19 +36,32 @@ _SPECIAL_SETTINGS = {
     "autoregressive": set[str](),
     "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length", "alg", "eps", "cfg_scale"},
     "block": {"threshold", "policy", "block_size"},
+    "jacobi": {"window", "ngram"},
+    "lookahead": {"window", "ngram"},
+    "speculative": {"draft", "window"},
+    "prompt-lookup": {"window", "ngram"},
+    "medusa": {"heads", "window", "typical"},
 }
+
+_CAUSAL = {"autoregressive", "jacobi", "lookahead", "speculative", "prompt-lookup", "medusa"}
+"""The decoders of causal networks, and the only ones that those take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How to generate; None = the decoder's default. FewstepError if a setting has no meaning.
 
-    `decoder`: by default the role's. `threshold`: probability from which tokens are finalised, by default 0.9 for
-    `block` and none for `diffusion`, which then takes `steps` over the whole canvas (by default one per token) in the
-    given `order`. `policy` replaces threshold, steps and order. `canvas_length` (diffusion): by default
-    `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of `order`, over the canvas as
-    a single block, with the last step at time `eps` (by default 0.001); see `DreamSchedule`. `early_stop=False` runs
-    all passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
+    `decoder`: by default the role's. `threshold`: probability from which tokens are finalised, by default the role's
+    for `block` and none for `diffusion`, which then takes `steps` over the whole canvas (by default one per token) in
+    the given `order`. `policy` replaces threshold, steps and order. `canvas_length` (diffusion): by default
+    `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of `order`, over the canvas as a single block,
+    with the last step at time `eps` (by default 0.001); see `DreamSchedule`. `early_stop=False` runs all passes of the
+    canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
+
+    For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
+    `window` counts guesses: tokens of a window (jacobi, 16), columns (lookahead, 8), tokens drafted (speculative, 4;
+    prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram (lookahead, 4), the longest match
+    (prompt-lookup, 3; jacobi, which without it begins windows with random tokens). `typical`: see `Medusa`.
     """
 
     decoder: str | None = None
@@ -60,11 +80,16 @@ class GenerationSettings:
     alg: DreamAlg | None = None
     eps: float | None = None
     cfg_scale: float = 0.0
+    draft: str | None = None
+    heads: str | None = None
+    window: int | None = None
+    ngram: int | None = None
+    typical: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("decoder", self.decoder, _SPECIAL_SETTINGS)
         _check_choice("order", self.order, ORDERS)
-        for name in ("max_new_tokens", "steps", "block_size", "canvas_length"):
+        for name in ("max_new_tokens", "steps", "block_size", "canvas_length", "window", "ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FewstepError(f"{name} must be at least 1, got {value}")
@@ -107,39 +132,64 @@ class GenerationSettings:
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
-    def decoder_for(self, role: Role) -> Decoder:
-        """The decoder for a network of this role. FewstepError if a setting is not one of that decoder's."""
+    def decoder_for(self, role: Role, *, draft: Network | None = None, heads: MedusaHeads | None = None) -> Decoder:
+        """The decoder for a network of this role; `draft` and `heads` as loaded from what the settings name.
+
+        FewstepError if a setting is not one of that decoder's.
+        """
         name = self.decoder or DEFAULT_DECODER[role.name]
         for field in fields(self):
             special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
             if special and field.name not in _SPECIAL_SETTINGS[name] and getattr(self, field.name) != field.default:
                 takers = [other for other, names in _SPECIAL_SETTINGS.items() if field.name in names]
                 raise FewstepError(f"the {name} decoder takes no {field.name}; only {' and '.join(takers)} can")
-        if name != "autoregressive" and role.name == "autoregressive":
+        if name not in _CAUSAL and role.name == "autoregressive":
             raise FewstepError(f"a causal model cannot run the {name} decoder; leave it out, or load another model")
+        if name in _CAUSAL:
+            return self._causal_decoder(name, role, draft, heads)
         if role.name == "block_causal" and self.block_size is not None:
             role = replace(role, block_size=self.block_size)
+        if name == "block":
+            return Block(
+                role=role,
+                policy=self.policy or Threshold(at_least=role.threshold if self.threshold is None else self.threshold),
+                sampling=self.sampling,
+                early_stop=self.early_stop,
+            )
+        return Diffusion(
+            role=role,
+            block_size=self.block_size or (role.block_size if self.alg is None else self._canvas_room()),
+            policy=self.policy or self._diffusion_policy(),
+            steps=self.steps,
+            canvas_length=self.canvas_length,
+            cfg_scale=self.cfg_scale,
+            sampling=self.sampling,
+            early_stop=self.early_stop,
+        )
+
+    def _causal_decoder(self, name: str, role: Role, draft: Network | None, heads: MedusaHeads | None) -> Decoder:
+        shared: dict[str, Any] = {"role": role, "sampling": self.sampling, "early_stop": self.early_stop}
+        counts = {"window": self.window, "ngram": self.ngram}
+        given: dict[str, Any] = {key: value for key, value in counts.items() if value is not None}
         match name:
             case "autoregressive":
-                return Autoregressive(role=role, sampling=self.sampling, early_stop=self.early_stop)
-            case "block":
-                return Block(
-                    role=role,
-                    policy=self.policy or Threshold(at_least=0.9 if self.threshold is None else self.threshold),
-                    sampling=self.sampling,
-                    early_stop=self.early_stop,
-                )
+                return Autoregressive(**shared)
+            case "jacobi":
+                return Jacobi(**shared, **given)
+            case "lookahead":
+                return Lookahead(**shared, **given)
+            case "prompt-lookup":
+                return PromptLookup(**shared, **given)
+            case "speculative":
+                if draft is None:
+                    raise FewstepError(
+                        "the speculative decoder needs a draft; name a small model of the same vocabulary"
+                    )
+                return Speculative(**shared, **given, draft=draft)
             case _:
-                return Diffusion(
-                    role=role,
-                    block_size=self.block_size or (role.block_size if self.alg is None else self._canvas_room()),
-                    policy=self.policy or self._diffusion_policy(),
-                    steps=self.steps,
-                    canvas_length=self.canvas_length,
-                    cfg_scale=self.cfg_scale,
-                    sampling=self.sampling,
-                    early_stop=self.early_stop,
-                )
+                if heads is None:
+                    raise FewstepError("the medusa decoder needs heads; name the folder that holds them")
+                return Medusa(**shared, **given, heads=heads, typical=self.typical)
 
     def _canvas_room(self) -> int:
         return self.canvas_length or self.max_new_tokens

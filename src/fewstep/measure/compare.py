@@ -1,12 +1,11 @@
 """A against B on the same problems: paired accuracy, tokens per forward and time."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.measure.evaluate import Report
 from fewstep.measure.metrics import Interval, clustered_paired_interval, mcnemar_exact, paired_interval, wilson_interval
-from fewstep.measure.timing import SpeedFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class Comparison:
     num_forwards_ratio: float
     seconds_ratio: float
 
-    def to_json(self, factors: SpeedFactors | None = None) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         clustered = self.difference_clustered
         return {
             "first": self.first.to_json(),
@@ -48,7 +47,6 @@ class Comparison:
             "tokens_per_forward_ratio": self.tokens_per_forward_ratio,
             "num_forwards_ratio": self.num_forwards_ratio,
             "seconds_ratio": self.seconds_ratio,
-            "speed_factors": None if factors is None else asdict(factors),
         }
 
     def sentence(self) -> str:

@@ -32,6 +32,7 @@ class Record:
     num_forwards: int
     seconds: float
     finish_reason: str
+    num_draft_forwards: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,12 @@ class Report:
         return sum(record.num_tokens for record in solved) / sum(record.num_forwards for record in solved)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that `eval --json` promises; the records are apart (`records_json`)."""
+        """The keys that `eval --json` promises, and the passes of a draft network if there is one.
+
+        The records are apart (`records_json`).
+        """
         interval = wilson_interval(self.num_correct, self.n)
+        drafts = statistics.fmean(record.num_draft_forwards for record in self.records)
         return {
             "model": self.model,
             "role": self.role,
@@ -104,6 +109,7 @@ class Report:
             "seconds_median": statistics.median(record.seconds for record in self.records),
             "tokens_per_second": sum(record.num_tokens for record in self.records) / self.wall_seconds,
             "step_ms": self.step_ms,
+            **({"num_draft_forwards_mean": drafts} if drafts else {}),
         }
 
     def records_json(self) -> list[dict[str, Any]]:
@@ -240,4 +246,5 @@ def _record(problem: Problem, output: Output) -> Record:
         num_forwards=output.num_forwards,
         seconds=output.seconds,
         finish_reason=output.finish_reason,
+        num_draft_forwards=output.num_draft_forwards,
     )

@@ -1,10 +1,15 @@
-"""Statistics of right and wrong: intervals for one share, and paired comparisons on the same items."""
+"""Statistics of right and wrong: intervals for one share, and paired comparisons on the same items.
+
+Axes: S = seeds, I = items.
+"""
 
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
 
 CONFIDENCE = 0.95
 
@@ -121,3 +126,28 @@ def _check_pairs(first: Sequence[bool], second: Sequence[bool]) -> int:
 
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def crossed_interval(values_SI: np.ndarray, clusters: Sequence[int]) -> Interval:
+    """The mean over seeds and problems with a 95 % interval for other seeds and other problems.
+
+    Two variances are added: of the problems' means over the seeds, clustered (as `clustered_paired_interval`), and of
+    the seeds' means. Student's t with the degrees of freedom of Welch and Satterthwaite. A little too wide, as what a
+    seed does to a problem counts in both. Values may be differences.
+    """
+    num_seeds, num_items = values_SI.shape
+    mean = float(values_SI.mean())
+    sums: dict[int, float] = defaultdict(float)
+    for value, cluster in zip(values_SI.mean(0) - mean, clusters, strict=True):
+        sums[cluster] += float(value)
+    num_clusters = len(sums)
+    if num_clusters < 2:
+        return Interval(mean, -1.0, 1.0)
+    of_items = num_clusters / (num_clusters - 1) * sum(value**2 for value in sums.values()) / num_items**2
+    of_seeds = float(values_SI.mean(1).var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    if of_items + of_seeds == 0:
+        return Interval(mean, mean, mean)
+    inverse_degrees = of_items**2 / (num_clusters - 1) + (of_seeds**2 / (num_seeds - 1) if num_seeds > 1 else 0.0)
+    degrees = max(1, int((of_items + of_seeds) ** 2 / inverse_degrees))
+    half = student_quantile(degrees, CONFIDENCE) * math.sqrt(of_items + of_seeds)
+    return Interval(mean, mean - half, mean + half)

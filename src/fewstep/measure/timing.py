@@ -90,19 +90,17 @@ def time_interleaved(
     contenders: Mapping[str, Callable[[str], Output]],
     prompts: Sequence[str],
     *,
-    num_warm_up: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Let every contender answer every prompt, one prompt after another; the first to go changes with the prompt.
 
-    Before that each answers the first prompt `num_warm_up` times unmeasured. `progress` is called after each prompt.
+    Before that each answers the first prompt once unmeasured. `progress` is called after each prompt.
     """
     if not prompts:
         raise FewstepError("there is nothing to time: give at least one prompt")
     names = list(contenders)
     for name in names:
-        for _ in range(num_warm_up):
-            contenders[name](prompts[0])
+        contenders[name](prompts[0])
     timings = {name: Timing() for name in names}
     for index, prompt in enumerate(prompts):
         first = index % len(names)

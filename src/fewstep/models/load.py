@@ -5,6 +5,8 @@ Weights are read from safetensors only, and code found in a checkpoint is never 
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
+from fewstep.models.importers.weight_files import read_places
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
 
@@ -54,7 +58,8 @@ def load_network(
     """Load a bundled name, a folder (plain or PEFT adapter, which is merged) or a hub id; FewstepError if it cannot be.
 
     `role` and `block_size` override what the checkpoint says. `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU;
-    `device="auto"` is the GPU if there is one.
+    `device="auto"` is the GPU if there is one. Tensors go from the files straight to the device, one after the other
+    (an adapter is merged in host memory first); a folder that does not fit is refused before any is read.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
@@ -66,7 +71,7 @@ def load_network(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         spec = Role.from_config(config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        module = _load_module(source, weights_dtype).to(target)
+        module = _load_module(source, weights_dtype, target)
     except FewstepError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -91,11 +96,19 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _load_module(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
-    if isinstance(source, Path) and (source / "adapter_config.json").exists():
-        return _load_adapter(source, dtype)
+def _load_module(source: Path | str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if isinstance(source, Path):
+        if (source / "adapter_config.json").exists():
+            return _load_adapter(source, dtype).to(device)
+        _check_memory(source, dtype, device)
     module, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        source,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        # Without accelerate transformers loads into host memory only.
+        device_map={"": device} if is_accelerate_available() else None,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
@@ -103,11 +116,35 @@ def _load_module(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
             raise FewstepError(
                 f"the weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, first {key}"
             )
-    return module
+    return module.to(device)
+
+
+def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """FewstepError if the weights of a folder, in `dtype`, exceed the free memory of the device."""
+    needed = sum(math.prod(place.shape) for place in read_places(folder)) * dtype.itemsize
+    free = free_memory(device)
+    if free is not None and needed > free:
+        advice = "choose another device" if dtype.itemsize <= 2 else "choose dtype bfloat16 or another device"
+        raise FewstepError(
+            f"{folder} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, "
+            f"has {free / 1e9:.1f} GB free on {device}; {advice}, or free some memory"
+        )
+
+
+_MEMORY = Path("/proc/meminfo")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a program can still take on a GPU or, on Linux, in host memory; None where that cannot be asked."""
+    if device.type == "cuda":
+        kept_for_reuse = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_for_reuse
+    available = re.search(r"^MemAvailable: *(\d+) kB", _MEMORY.read_text() if _MEMORY.exists() else "", re.MULTILINE)
+    return int(available[1]) * 1024 if available else None
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Base + adapter, merged in float32 and then cast, so that the merged weights are rounded once."""
+    """Base + adapter, merged in float32 in host memory and then cast, so that the merged weights are rounded once."""
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = folder / "adapter_model.safetensors"
@@ -115,7 +152,8 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise FewstepError(f"{folder} holds an adapter_config.json but no {weights.name}; copy the file beside it")
     base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     beside = folder / base_name
-    base = _load_module(beside.resolve() if beside.is_dir() else resolve(base_name), torch.float32)
+    base_source = beside.resolve() if beside.is_dir() else resolve(base_name)
+    base = _load_module(base_source, torch.float32, torch.device("cpu"))
     model: Any = PeftModel.from_pretrained(base, folder)
     with safe_open(weights, framework="pt") as stored:
         different = sorted(set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))

@@ -4,7 +4,8 @@ Axes: R = requests or packed rows, T = positions, Q = query rows, K = keys.
 
 One predicate serves everything that runs uncached: padded batches, packed documents, and the packed CDLM forward
 `[context | noisy response | clean response]` (arXiv 2503.09573 packs block diffusion alike), in which a noisy block
-sees the clean rows of earlier blocks and itself, and clean rows see clean rows only.
+sees the clean rows of earlier blocks and itself, and clean rows see clean rows only. In the packed CLLM forward
+`[prompt | noisy windows | clean answer]` a noisy window sees the clean rows before it, and itself causally.
 """
 
 from collections.abc import Callable
@@ -26,26 +27,33 @@ class Layout:
     """What decides visibility, for each position: integer tensors [R, T], `noisy_RT` boolean.
 
     `document` separates packed examples; padding has a document number of its own, so that it sees and is seen by
-    padding only.
+    padding only. `window`, if there is one, is for noisy rows the first block of their window, within which they are
+    causal; without it each noisy block is a window of its own.
     """
 
     document_RT: Tensor
     block_RT: Tensor
     noisy_RT: Tensor
+    window_RT: Tensor | None = None
 
     @cached_property
-    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's code, and the first and last code of the clean rows that it sees: what `_sees` compares.
+    def _codes(self) -> tuple[Tensor, ...]:
+        """Each row's code, the first and last code of the clean rows that it sees, and, with windows, the first code of
+        the noisy ones: what `_sees` compares.
 
         Within its document's range of codes a clean row has its block's number, a noisy row the same in the upper
         half.
         """
-        compact_RT = self.block_RT.clamp_max(_HALF - 1)
         first_RT = (self.document_RT + 1) * (2 * _HALF)
-        clean_RT = first_RT + compact_RT
+        clean_RT = first_RT + self.block_RT.clamp_max(_HALF - 1)
         code_RT = torch.where(self.noisy_RT, clean_RT + _HALF, clean_RT)
-        last_RT = torch.where(self.noisy_RT, clean_RT - 1, clean_RT)
-        return code_RT.int(), first_RT.int(), last_RT.int()
+        if self.window_RT is None:
+            last_RT = torch.where(self.noisy_RT, clean_RT - 1, clean_RT)
+            return code_RT.int(), first_RT.int(), last_RT.int()
+        window_RT = first_RT + self.window_RT
+        last_RT = torch.where(self.noisy_RT, window_RT - 1, clean_RT)
+        start_RT = torch.where(self.noisy_RT, window_RT + _HALF, code_RT)
+        return code_RT.int(), first_RT.int(), last_RT.int(), start_RT.int()
 
     def dense(self) -> Tensor:
         """Boolean [R, 1, Q, K]: the reference, and what SDPA takes on a CPU."""
@@ -65,18 +73,32 @@ class Layout:
         return create(predicate, num_requests, None, length, length, device=self.block_RT.device)
 
 
-def _sees(codes: tuple[Tensor, Tensor, Tensor], query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+def _sees(codes: tuple[Tensor, ...], query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
     """Whether rows `query` = (request, position) see rows `key`; index tensors that broadcast.
 
-    A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of earlier
-    blocks and the noisy rows of its own. Attention kernels pay for every comparison: these are three, of one integer a
-    key.
+    A clean row sees the clean rows of its document up to its own block. A noisy row sees the clean rows of blocks
+    before its window, and the noisy rows of its window up to its own block. Attention kernels pay for every comparison:
+    these are three, of one integer a key, and a fourth where windows have several blocks.
     """
-    code_RT, first_RT, last_RT = codes
+    code_RT, first_RT, last_RT, *start_RT = codes
     code = code_RT[key]
-    return ((code >= first_RT[query]) & (code <= last_RT[query])) | (code == code_RT[query])
+    clean = (code >= first_RT[query]) & (code <= last_RT[query])
+    if not start_RT:
+        return clean | (code == code_RT[query])
+    return clean | ((code >= start_RT[0][query]) & (code <= code_RT[query]))
 
 
 def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
     """Boolean [R, 1, Q, K] of a forward against cache slots (or, uncached, against its own rows)."""
     return (slot_blocks_RK[:, None, :] <= row_blocks_RQ[:, :, None])[:, None]
+
+
+def show_tree(mask_R1QK: Tensor, slots_RQ: Tensor, tree_TT: Tensor) -> None:
+    """Let each of the last T rows see those of them that `tree_TT` marks in its line, in place.
+
+    Their slots are invisible so far. A request that is done has slots past the end, and sees what it likes.
+    """
+    num_rows = len(tree_TT)
+    slots_RT = slots_RQ[:, -num_rows:].clamp(max=mask_R1QK.shape[-1] - 1)
+    columns_RTT = slots_RT[:, None, :].expand(-1, num_rows, -1)
+    mask_R1QK[:, 0, -num_rows:].scatter_(2, columns_RTT, tree_TT.expand_as(columns_RTT))

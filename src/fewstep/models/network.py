@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
-from fewstep.models.masks import cached_mask
-from fewstep.models.roles import Role
+from fewstep.models.masks import cached_mask, show_tree
+from fewstep.models.roles import INVISIBLE, Role
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Plan:
     `tokens_RQ`, `positions_RQ`, `blocks_RQ`: the rows. `slots_RQ`: cache slot of each row's key and value (the scratch
     slot for inert rows); None for an uncached forward. `scored_RS`: indices into Q of the rows that stand at the
     positions to be scored (diffusion), neighbours from left to right, or whose next token is wanted (causal).
-    `guidance`: for uncached forwards only; its rows join the same forward.
+    `guidance`: for uncached forwards only; its rows join the same forward. `tree_TT`, boolean: the last T rows of a
+    cached forward are guesses that branch, and row t also sees the rows marked in its line. No other row sees them, nor
+    does a later forward. `network`: whose forward it is, "target" or "draft".
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Plan:
     scored_RS: Tensor
     network: str = "target"
     guidance: Guidance | None = None
+    tree_TT: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,10 @@ class Network:
         else:
             if cache is None:
                 raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
-            cache.place(plan.slots_RQ, plan.blocks_RQ)
+            cache.place(plan.slots_RQ, _lasting_blocks(plan))
             mask = cached_mask(plan.blocks_RQ, cache.blocks_RK)
+            if plan.tree_TT is not None:
+                show_tree(mask, plan.slots_RQ, plan.tree_TT)
         # Attention adds the mask to its scores; given as a number here, it is not converted again in every layer.
         mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
         return self.module.base_model(
@@ -162,6 +167,26 @@ class Network:
             logits_RSV[..., self.role.mask_token_id] = float("-inf")
         settled_RS = None if scores.settled_RS is None else scores.settled_RS.chunk(2)[0]
         return Scores(logits_RSV, scores.hidden_RSD.chunk(2)[0], settled_RS)
+
+
+def check_draft(target: Network, draft: Network) -> None:
+    """FewstepError unless `draft` can propose tokens to `target`."""
+    if draft.role.name != "autoregressive":
+        raise FewstepError(f"the draft {draft.name} has the role {draft.role.name}; a draft model must be causal")
+    same_tokens = draft.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    if not same_tokens or draft.vocab_size != target.vocab_size:
+        raise FewstepError(
+            f"the draft {draft.name} has another vocabulary than {target.name}; draft with a model that shares it"
+        )
+
+
+def _lasting_blocks(plan: Plan) -> Tensor:
+    """Block numbers under which the rows stay in the cache: guesses that branch are INVISIBLE there."""
+    if plan.tree_TT is None:
+        return plan.blocks_RQ
+    blocks_RQ = plan.blocks_RQ.clone()
+    blocks_RQ[:, -len(plan.tree_TT) :] = INVISIBLE
+    return blocks_RQ
 
 
 def _with_guidance(plan: Plan, guidance: Guidance) -> Plan:

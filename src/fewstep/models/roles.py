@@ -29,7 +29,8 @@ class Role:
 
     `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default
     schedule. `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores
-    token t. A causal network's rows always score the next token.
+    token t. A causal network's rows always score the next token. `threshold`, of a block-causal student: the
+    probability from which its tokens are finalised, chosen on development data.
     """
 
     name: RoleName
@@ -37,6 +38,7 @@ class Role:
     mask_token_id: int | None = None
     right_shift_logits: bool = False
     context_attention: ContextAttention = "bidirectional"
+    threshold: float = 0.9
 
     def __post_init__(self) -> None:
         if self.name not in get_args(RoleName):
@@ -46,6 +48,8 @@ class Role:
             raise FewstepError(f"unknown context_attention {self.context_attention!r}; choose one of {choices}")
         if self.block_size < 1:
             raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
+        if not 0 < self.threshold <= 1:
+            raise FewstepError(f"threshold is a probability in (0, 1], got {self.threshold}")
         if self.name != "autoregressive" and self.mask_token_id is None:
             raise FewstepError(
                 f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json"
@@ -89,7 +93,9 @@ class Role:
 
     def to_config(self) -> dict[str, Any]:
         """The keys stored in a checkpoint's config.json."""
+        decoding = {"threshold": self.threshold} if self.name == "block_causal" else {}
         return {
+            **decoding,
             "role": self.name,
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
@@ -107,4 +113,5 @@ class Role:
             mask_token_id=getattr(config, "mask_token_id", None),
             right_shift_logits=getattr(config, "right_shift_logits", False),
             context_attention=getattr(config, "context_attention", "bidirectional"),
+            threshold=getattr(config, "threshold", 0.9),
         )

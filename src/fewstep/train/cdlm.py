@@ -8,7 +8,7 @@ same block, scored by a second packed forward without gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
 from fewstep.train.examples import Examples, fingerprint
-from fewstep.train.objectives import Batch, Forward, Loss, PackedDocuments, check_packable, whole_blocks
+from fewstep.train.objectives import Batch, Forward, Inputs, Loss, PackedDocuments, check_packable, whole_blocks
 
 Distillation = Literal["forward", "reverse", "hard"]
 LaterState = Literal["next", "uniform", "last"]
@@ -35,16 +35,17 @@ class TopDistributions:
     logp_PK: Tensor
     tail_P: Tensor
 
-    def to(self, device: torch.device) -> "TopDistributions":
-        return TopDistributions(self.ids_PK.to(device), self.logp_PK.to(device), self.tail_P.to(device))
+    def at(self, positions_N: Tensor) -> "TopDistributions":
+        """Those at these stored positions."""
+        return TopDistributions(self.ids_PK[positions_N], self.logp_PK[positions_N], self.tail_P[positions_N])
 
     def fingerprint(self) -> str:
         return f"top {self.ids_PK.shape[1]}: {fingerprint(self.tail_P)}"
 
-    def divergence(self, at_N: Tensor, student_NV: Tensor, direction: str) -> Tensor:
-        """Mean divergence in nats at the stored positions `at_N`."""
+    def divergence(self, student_PV: Tensor, direction: str) -> Tensor:
+        """Mean divergence in nats."""
         return losses.divergence_from_top(
-            self.ids_PK[at_N].long(), self.logp_PK[at_N], self.tail_P[at_N], student_NV, direction=direction
+            self.ids_PK.long(), self.logp_PK, self.tail_P, student_PV, direction=direction
         )
 
 
@@ -55,18 +56,19 @@ class HiddenDistributions:
     hidden_PD: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def to(self, device: torch.device) -> "HiddenDistributions":
-        return HiddenDistributions(self.hidden_PD.to(device), self.head)
+    def at(self, positions_N: Tensor) -> "HiddenDistributions":
+        """Those at these stored positions."""
+        return HiddenDistributions(self.hidden_PD[positions_N], self.head)
 
     def fingerprint(self) -> str:
         return f"hidden {self.hidden_PD.shape[1]}: {fingerprint(self.hidden_PD[:, 0])}"
 
-    def divergence(self, at_N: Tensor, student_NV: Tensor, direction: str) -> Tensor:
-        """Mean divergence in nats at the stored positions `at_N`."""
+    def divergence(self, student_PV: Tensor, direction: str) -> Tensor:
+        """Mean divergence in nats."""
         # Full precision also where the student trains in bfloat16.
-        with torch.no_grad(), torch.autocast(student_NV.device.type, enabled=False):
-            teacher_NV = self.head(self.hidden_PD[at_N])
-        return losses.divergence(teacher_NV, student_NV, direction=direction)
+        with torch.no_grad(), torch.autocast(student_PV.device.type, enabled=False):
+            teacher_PV = self.head(self.hidden_PD)
+        return losses.divergence(teacher_PV, student_PV, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,6 @@ class CDLMObjective:
         self.num_examples = len(self.examples)
         self._lengths = self.examples.lengths()
 
-    def to(self, device: torch.device) -> None:
-        self.examples = self.examples.to(device)
-        self.rank_P = self.rank_P.to(device)
-        self.orders = self.orders.map(lambda values_P: values_P.to(device))
-        if self.distributions is not None:
-            self.distributions = self.distributions.to(device)
-
     def fingerprint(self) -> dict[str, Any]:
         return {
             "cdlm": asdict(self.settings),
@@ -213,7 +208,7 @@ class CDLMObjective:
         canvas = whole_blocks(completion, self.role.block_size)
         return np.stack([context, canvas, canvas], 1)
 
-    def loss(self, forward: Forward, batch: Batch, generator: torch.Generator) -> Loss:
+    def prepare(self, batch: Batch, generator: torch.Generator) -> "CDLMBatch":
         settings, num_documents = self.settings, len(batch.examples_N)
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id)
         states = _BlockStates(self, documents, batch)
@@ -225,17 +220,18 @@ class CDLMObjective:
         masked_RT, denoised_RT, _ = documents.hide_blocks(num_documents, settings.untouched, generator)
         masked_RT, denoised_RT = masked_RT & states.reference_RT, denoised_RT & states.reference_RT
         targets, rows = documents.rows(distilled_RT | denoised_RT, batch)
-        noisy_RT = documents.with_masks(hidden_RT | masked_RT)
-        logits = forward(noisy_RT, documents.positions_RT, documents.layout(), rows)
 
-        is_distilled = distilled_RT.flatten()[targets]
-        truth = documents.clean_RT.flatten()[targets]
-        parts: dict[str, Tensor] = {}
-        if settings.distillation:
-            stored = documents.source_RT.flatten()[targets[is_distilled]]
-            parts["distillation"] = self._distillation(logits[is_distilled], truth[is_distilled], stored)
-        if settings.denoising:
-            parts["denoising"] = _hard(logits[~is_distilled], truth[~is_distilled])
+        def inputs(hidden_RT: Tensor, rows: Tensor) -> Inputs:
+            noisy_RT = documents.with_masks(hidden_RT | masked_RT)
+            return Inputs(noisy_RT, documents.positions_RT, documents.layout(), rows)
+
+        is_distilled_S = distilled_RT.flatten()[targets]
+        distilled, denoised = is_distilled_S.nonzero()[:, 0], (~is_distilled_S).nonzero()[:, 0]
+        truth_S = documents.clean_RT.flatten()[targets]
+        goals = None
+        if settings.distillation and settings.direction != "hard" and self.distributions is not None:
+            goals = self.distributions.at(documents.source_RT.flatten()[targets[distilled]])
+        later_inputs, later_S = None, targets[:0]
         if settings.consistency:
             _, later_U = documents.block_units(num_documents, generator)
             later_RT = corruption.later_state(
@@ -244,25 +240,66 @@ class CDLMObjective:
             still_hidden_RT = states.hidden_in(later_RT)
             scored_RT = still_hidden_RT & states.recorded_RT & (later_RT < states.count_RT)
             later, later_rows = documents.rows(scored_RT, batch)
-            noisy_RT = documents.with_masks(still_hidden_RT | masked_RT)
-            goal = forward(noisy_RT, documents.positions_RT, documents.layout(), later_rows, gradient=False)
+            later_inputs = inputs(still_hidden_RT, later_rows)
             # What a later state hides, this one hides too, so its logits are at hand.
-            student = logits[torch.searchsorted(targets, later)]
+            later_S = torch.searchsorted(targets, later)
+        return CDLMBatch(
+            inputs=inputs(hidden_RT, rows),
+            distilled=distilled,
+            drawn_D=truth_S[distilled],
+            goals_D=goals,
+            denoised=denoised,
+            truth_N=truth_S[denoised],
+            later_inputs=later_inputs,
+            later=later_S,
+        )
+
+    def loss(self, forward: Forward, prepared: "CDLMBatch") -> Loss:
+        settings = self.settings
+        logits_SV = forward(*prepared.inputs)
+        parts: dict[str, Tensor] = {}
+        if settings.distillation:
+            parts["distillation"] = self._distillation(logits_SV[prepared.distilled], prepared)
+        if settings.denoising:
+            parts["denoising"] = _hard(logits_SV[prepared.denoised], prepared.truth_N)
+        if prepared.later_inputs is not None:
+            goal_LV = forward(*prepared.later_inputs, gradient=False)
+            student_LV = logits_SV[prepared.later]
             parts["consistency"] = (
-                losses.divergence(goal, student, temperature=settings.temperature) if len(later) else student.sum()
+                losses.divergence(goal_LV, student_LV, temperature=settings.temperature)
+                if len(goal_LV)
+                else student_LV.sum()
             )
-        zero = torch.zeros((), device=logits.device)
+        zero = torch.zeros((), device=logits_SV.device)
         total = sum((getattr(settings, name) * part for name, part in parts.items()), zero)
         return Loss(total, {name: part.detach() for name, part in parts.items()})
 
-    def _distillation(self, student_NV: Tensor, drawn_N: Tensor, stored_N: Tensor) -> Tensor:
-        """Against the distributions stored at `stored_N`, or against the tokens drawn there."""
+    def _distillation(self, student_DV: Tensor, prepared: "CDLMBatch") -> Tensor:
+        """Against the teacher's distributions, or against the tokens drawn."""
         if self.settings.direction == "hard":
-            return _hard(student_NV, drawn_N)
-        if not len(student_NV):
-            return student_NV.sum()
-        assert self.distributions is not None
-        return self.distributions.divergence(stored_N, student_NV, self.settings.direction)
+            return _hard(student_DV, prepared.drawn_D)
+        if not len(student_DV):
+            return student_DV.sum()
+        assert prepared.goals_D is not None
+        return prepared.goals_D.divergence(student_DV, self.settings.direction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDLMBatch:
+    """Two forwards and the goals of what they score.
+
+    Indices into the first's S scored rows: `distilled` [D], whose teacher drew `drawn_D` from `goals_D`; `denoised`
+    [N], where the reference has `truth_N`; `later` [L], the rows that the second forward, of later states, scores too.
+    """
+
+    inputs: Inputs
+    distilled: Tensor
+    drawn_D: Tensor
+    goals_D: TopDistributions | HiddenDistributions | None
+    denoised: Tensor
+    truth_N: Tensor
+    later_inputs: Inputs | None
+    later: Tensor
 
 
 def _hard(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -311,6 +348,20 @@ class _BlockStates:
 
 
 _NEVER = torch.iinfo(torch.long).max
+
+
+def join(first: TrajectoryTable, second: TrajectoryTable) -> TrajectoryTable:
+    """The trajectories of both, those of `first` first. FewstepError if their distributions are stored differently."""
+    one, other = first.distributions, second.distributions
+    if not (isinstance(one, TopDistributions) and isinstance(other, TopDistributions)):
+        raise FewstepError("joining trajectories needs distributions stored as top_k in both")
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(TopDistributions)]
+    return TrajectoryTable(
+        concatenate(first.examples, second.examples),
+        torch.cat([first.rank_P, second.rank_P]),
+        TopDistributions(*(torch.cat(pair) for pair in pairs)),
+        of_student=first.of_student or second.of_student,
+    )
 
 
 def concatenate(first: Examples, second: Examples) -> Examples:

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from fewstep.errors import FewstepError
 from fewstep.files import Shards
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
-from fewstep.train.trajectories import SCHEMA_VERSION, Distribution, PromptRow, ShardFiles, Teacher
+from fewstep.train.record_shards import SCHEMA_VERSION, PromptRow, RecordShards, RecordT
+from fewstep.train.trajectory_shards import Distribution, Teacher, TrajectoryShards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,18 @@ def distribution_of(network: Network, kind: Literal["top_k", "hidden"] = "top_k"
 
 
 def decode_with(
-    network: Network, decoder: Decoder, *, max_new_tokens: int, batch_size: int, distribution: Distribution
+    network: Network,
+    decoder: Decoder,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    distribution: Distribution,
+    on_output: Callable[[], None] | None = None,
 ) -> Decode:
-    """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution`."""
+    """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution`.
+
+    `on_output` is called as each prompt is decoded.
+    """
     hidden = distribution.kind == "hidden"
     record = Record(hidden=hidden, top_k=None if hidden else distribution.width)
 
@@ -71,7 +81,12 @@ def decode_with(
             Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed)
             for row, seed in zip(rows, seeds, strict=True)
         ]
-        return decode(network, requests, decoder, batch_size=batch_size, record=record)
+
+        def announce(_: int, __: Output) -> None:
+            if on_output is not None:
+                on_output()
+
+        return decode(network, requests, decoder, batch_size=batch_size, record=record, on_output=announce)
 
     return run
 
@@ -95,22 +110,43 @@ def collect(
     folder: str | Path,
     *,
     teacher: Teacher,
+    distribution: Distribution,
+    **options: Any,
+) -> CollectReport:
+    """A diffusion teacher's trajectories: see `collect_records`, whose other options it takes."""
+    described = {
+        "vocab_size": teacher.vocab_size,
+        "mask_token_id": teacher.mask_token_id,
+        "distribution": asdict(distribution),
+    }
+    return collect_records(
+        TrajectoryShards, decode_rows, rows, folder, maker_hash=teacher.hash, described=described, **options
+    )
+
+
+def collect_records(
+    kind: type[RecordShards[RecordT]],
+    decode_rows: Callable[[Sequence[PromptRow], Sequence[int]], Sequence[RecordT]],
+    rows: Sequence[PromptRow],
+    folder: str | Path,
+    *,
+    maker_hash: str,
+    described: Mapping[str, Any],
     settings: Mapping[str, Any],
     seed: int = 0,
-    distribution: Distribution,
     shard_size: int = 1024,
-    resume: bool = True,
     worker: tuple[int, int] = (0, 1),
     keep: Callable[[PromptRow, Output], bool] | None = None,
     on_shard: Callable[[CollectReport], None] | None = None,
 ) -> CollectReport:
-    """Decode `rows` and store their trajectories in `folder`; a rerun makes only the shards that are missing.
+    """Decode `rows` and store the records in `folder`; a rerun makes only the shards that are missing.
 
     Shard s holds rows s * shard_size onwards and is decoded in one call by worker k of n if s % n == k; seeds depend
     on the prompt's id and `seed` only, so the files do not depend on the number of workers or on interruptions.
-    `settings` says how `decode_rows` decodes and goes into the manifest: a folder begun with other rows or settings is
-    refused. `keep` rejects records (a wrong answer, say); rejections are counted in the shard and in the report. The
-    next shard is decoded while the last one is written.
+    `settings` says how `decode_rows` decodes, `described` what `kind` has to know; both go into the manifest, and a
+    folder begun with other rows or settings is refused. `keep` rejects records (a wrong answer, say); rejections are
+    counted in the shard and in the report. The next shard is decoded while the last one is written. `on_shard` is told
+    of those that were finished before, together, and of each that is made now.
 
     FewstepError for no rows, ids that occur twice, a bad worker, other settings, or a full disk.
     """
@@ -127,14 +163,11 @@ def collect(
         folder,
         num_shards=-(-len(rows) // shard_size),
         suffix=".parquet",
-        resume=resume,
         settings={
             "schema_version": SCHEMA_VERSION,
-            "kind": "diffusion trajectories",
-            "teacher_hash": teacher.hash,
-            "vocab_size": teacher.vocab_size,
-            "mask_token_id": teacher.mask_token_id,
-            "distribution": {"kind": distribution.kind, "width": distribution.width, "dtype": distribution.dtype},
+            "kind": kind.kind,
+            "teacher_hash": maker_hash,
+            **described,
             "decoding": dict(settings),
             "seed": seed,
             "prompts_hash": prompts_hash(rows),
@@ -143,12 +176,14 @@ def collect(
             "filtered": keep is not None,
         },
     )
-    shard_files = ShardFiles(shards)
+    files = kind(shards)
     missing = shards.unfinished(worker)
     report = CollectReport()
     for index in range(worker[0], shards.num_shards, worker[1]):
         if index not in missing:
-            report = report.plus(shard_files.facts(index), made_now=False)
+            report = report.plus(files.facts(index), made_now=False)
+    if on_shard is not None and report.num_shards:
+        on_shard(report)
 
     def written(writing: Future[dict[str, int]]) -> None:
         nonlocal report
@@ -161,13 +196,13 @@ def collect(
         writing: Future[dict[str, int]] | None = None
         for index in missing:
             of_shard = rows[index * shard_size : (index + 1) * shard_size]
-            outputs = decode_rows(of_shard, [row_seed(row.id, seed) for row in of_shard])
-            pairs = list(zip(of_shard, outputs, strict=True))
-            kept = [pair for pair in pairs if keep is None or keep(*pair)]
+            records = decode_rows(of_shard, [row_seed(row.id, seed) for row in of_shard])
+            pairs = list(zip(of_shard, records, strict=True))
+            kept = [(row, record) for row, record in pairs if keep is None or keep(row, kind.output_of(record))]
             if writing is not None:
                 written(writing)
-            num_forwards = sum(output.num_forwards for output in outputs)
-            writing = writer.submit(shard_files.write, index, kept, num_prompts=len(pairs), num_forwards=num_forwards)
+            num_forwards = sum(kind.output_of(record).num_forwards for record in records)
+            writing = writer.submit(files.write, index, kept, num_prompts=len(pairs), num_forwards=num_forwards)
         if writing is not None:
             written(writing)
     return report

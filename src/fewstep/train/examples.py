@@ -48,13 +48,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.prompt_offsets) - 1
 
-    def to(self, device: torch.device) -> "Examples":
-        return Examples(
-            self.prompt_ids.to(device),
-            self.prompt_offsets.to(device),
-            self.completion_ids.to(device),
-            self.completion_offsets.to(device),
-        )
+    def head(self, count: int) -> "Examples":
+        """The first `count`, or all if there are fewer."""
+        prompts, completions = self.prompt_offsets[: count + 1], self.completion_offsets[: count + 1]
+        return Examples(self.prompt_ids[: prompts[-1]], prompts, self.completion_ids[: completions[-1]], completions)
 
     def lengths(self) -> np.ndarray:
         """Prompt and completion lengths on the host, [N, 2]."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -13,19 +12,24 @@ from transformers import get_scheduler
 
 from fewstep.models.attention import compile_layers, prepare_attention, training_mask
 from fewstep.models.masks import Layout
+from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.lora import LoRASettings, add_lora
 from fewstep.train.objectives import Objective
 from fewstep.train.settings import TrainSettings
-from fewstep.train.stream import BatchStream
+from fewstep.train.stream import PreparedStream
 
 
 class _PackedForward(nn.Module):
-    """Backbone and head in one module, so that a distributed wrapper sees one forward: logits [S, V] of flat rows."""
+    """Backbone and head in one module, so that a distributed wrapper sees one forward: logits [S, V] of flat rows.
 
-    def __init__(self, module: nn.Module) -> None:
+    With Medusa `heads` in place of the network's own they are [S, K, V].
+    """
+
+    def __init__(self, module: nn.Module, heads: MedusaHeads | None) -> None:
         super().__init__()
         self.module = module
+        self.heads = heads
 
     def forward(self, tokens_RT: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
         module: Any = self.module
@@ -38,19 +42,29 @@ class _PackedForward(nn.Module):
         hidden = causal_lm.base_model(
             inputs_embeds=embedded_RTD, attention_mask=mask, position_ids=positions_RT, use_cache=False
         ).last_hidden_state
-        return causal_lm.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows_S))
+        head = causal_lm.get_output_embeddings() if self.heads is None else self.heads
+        return head(hidden.flatten(0, 1).index_select(0, rows_S))
 
 
 class Learner:
-    """Changes `network` in place. `trained` is its module, or the PEFT model around it."""
+    """Changes `network` in place. `trained` is its module, the PEFT model around it, or heads on the frozen network."""
 
     def __init__(
-        self, network: Network, settings: TrainSettings, accelerator: Accelerator, lora: LoRASettings | None
+        self,
+        network: Network,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        lora: LoRASettings | None = None,
+        heads: MedusaHeads | None = None,
     ) -> None:
         self._settings, self._accelerator = settings, accelerator
         network.module.float().train()
         prepare_attention(network.module, compiled=settings.compiled)
-        self.trained: nn.Module = add_lora(network, lora) if lora else network.module
+        body: nn.Module = add_lora(network, lora) if lora else network.module
+        self.trained: nn.Module = body
+        if heads is not None:
+            network.module.requires_grad_(False)
+            self.trained = heads.to(network.device, torch.float32)
         if settings.compiled:
             compile_layers(network.module)
         self.average: AveragedModel | None = None
@@ -65,16 +79,16 @@ class Learner:
             num_warmup_steps=settings.warmup_steps * accelerator.num_processes,
             num_training_steps=settings.max_steps * accelerator.num_processes,
         )
-        self._packed = _PackedForward(self.trained)
+        self._packed = _PackedForward(body, heads)
         self._model, self._optimizer, self._scheduler = accelerator.prepare(self._packed, optimizer, scheduler)
 
     @property
     def learning_rate(self) -> float:
         return float(self._scheduler.get_last_lr()[0])
 
-    def step(self, objective: Objective, stream: BatchStream, number: int) -> dict[str, Tensor]:
-        """The optimizer step after `number` others; figures averaged over its micro-batches, on the device."""
-        micros = [self._micro_step(objective, stream, number, micro) for micro in range(self._settings.accumulation)]
+    def step(self, objective: Objective, stream: PreparedStream) -> dict[str, Tensor]:
+        """An optimizer step; figures averaged over its micro-batches, on the device."""
+        micros = [self._micro_step(objective, stream.next()) for _ in range(self._settings.accumulation)]
         if self.average is not None:
             self.average.update_parameters(self.trained)
         parts = {name: torch.stack([micro[name] for micro in micros]).mean() for name in micros[0]}
@@ -112,14 +126,10 @@ class Learner:
             fused=self._accelerator.device.type == "cuda",
         )
 
-    def _micro_step(self, objective: Objective, stream: BatchStream, number: int, micro: int) -> dict[str, Tensor]:
+    def _micro_step(self, objective: Objective, prepared: Any) -> dict[str, Tensor]:
         accelerator = self._accelerator
-        batch = stream.next_batch()
-        generator = torch.Generator(device=accelerator.device)
-        key = (self._settings.seed, number, micro, accelerator.process_index)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
         with accelerator.accumulate(self._model), accelerator.autocast():
-            loss = objective.loss(self._forward, batch, generator)
+            loss = objective.loss(self._forward, prepared)
             accelerator.backward(loss.total)
             parts = {"loss": loss.total.detach(), **loss.parts}
             if accelerator.sync_gradients:

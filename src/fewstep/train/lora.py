@@ -3,14 +3,21 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora.layer import Linear as LoRALinear
+from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
+from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
 from fewstep.models.network import Network
+
+DESCRIPTIONS = ("config.json", DESCRIPTION)
+"""Of a model and of Medusa heads: the file that says what a folder holds."""
 
 MAX_SHARD_SIZE = "15MB"
 """Small files, so that a small model can be kept in a repository."""
@@ -33,6 +40,28 @@ class LoRASettings:
             raise FewstepError(f"LoRA dropout is a share below 1, got {self.dropout}")
 
 
+class _MergedLinear(LoRALinear):
+    """The same adapter computed on the weights, (W + s B A) x in place of W x + s B (A x).
+
+    For many rows and a rank that is not small beside the width, one product with a merged weight is faster than three
+    and their sum, although the gradient then passes through one of the full weight's size.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.active_adapters[0]
+        base = cast(nn.Linear, self.get_base_layer())
+        a, b = (cast(Tensor, part[name].weight) for part in (self.lora_A, self.lora_B))
+        return F.linear(x, base.weight + self.scaling[name] * (b @ a), base.bias)
+
+
+def _merging_pays(layer: nn.Module, rank: int) -> bool:
+    """Where the adapter's own products would cost more than an eighth of the layer's."""
+    if type(layer) is not LoRALinear:
+        return False
+    base = cast(nn.Linear, cast(LoRALinear, layer).get_base_layer())
+    return 8 * rank * (base.in_features + base.out_features) > base.in_features * base.out_features
+
+
 def add_lora(network: Network, settings: LoRASettings) -> PeftModel:
     """Freeze the network and put trainable adapters into its layers, in place."""
     config = LoraConfig(
@@ -44,24 +73,36 @@ def add_lora(network: Network, settings: LoRASettings) -> PeftModel:
     )
     model = get_peft_model(network.module, config)
     assert isinstance(model, PeftModel)
+    for layer in model.modules():
+        if not settings.dropout and _merging_pays(layer, settings.rank):
+            layer.__class__ = _MergedLinear
     return model
 
 
-def save_trained(network: Network, trained: nn.Module, folder: Path, *, dtype: torch.dtype, home: Path) -> None:
-    """Write into `folder`, in `dtype`, a plain model or the adapter if `trained` is a PEFT model; its weights stay as
-    they are.
+def save_trained(
+    network: Network, trained: nn.Module, folder: Path, *, dtype: torch.dtype, base: str, home: Path
+) -> None:
+    """Write into `folder`, in `dtype`, a plain model, or the adapter if `trained` is a PEFT model; its weights stay as
+    they are. If it is Medusa heads, these are written, in bfloat16, with the name of the network they belong to.
 
-    An adapter's folder also holds config.json with the role, and the tokenizer, so that it is complete beside its base,
-    which it names relative to `home`, where the files will lie in the end (or by its bundled name or hub id).
+    An adapter's folder also holds config.json with the role, and the tokenizer, so that it is complete beside its
+    `base`: a folder, which it names relative to `home`, where the files will lie in the end, or a bundled name or hub
+    id.
     """
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in trained.state_dict().items()}
+    if isinstance(trained, MedusaHeads):
+        write_heads(trained, folder, network)
+        return
+    copies: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay one tensor, which is written once
+    state = {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to("cpu", dtype))
+        for name, tensor in trained.state_dict().items()
+    }
     config = network.module.config
     for key, value in {**network.role.to_config(), "use_cache": True}.items():
         setattr(config, key, value)
     if isinstance(trained, PeftModel):
-        base = Path(network.name)
-        name = os.path.relpath(base.resolve(), home.resolve()) if base.is_dir() else network.name
-        trained.peft_config["default"].base_model_name_or_path = name
+        beside = os.path.relpath(Path(base).resolve(), home.resolve())
+        trained.peft_config["default"].base_model_name_or_path = beside if Path(base).is_dir() else base
         # The embeddings are never trained; asking whether they were would look for the base on the hub.
         trained.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         config.save_pretrained(folder)

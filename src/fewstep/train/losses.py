@@ -22,12 +22,17 @@ def _check_direction(direction: str) -> None:
         raise ValueError(f"unknown direction {direction!r}; choose forward or reverse")
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats, or the weighted mean. ValueError if N is 0."""
+def cross_entropy(
+    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy in nats, or the weighted mean. ValueError if N is 0.
+
+    With `label_smoothing` that share of the target's mass is spread evenly over the vocabulary (arXiv 1512.00567).
+    """
     _check(len(targets_N), "cross_entropy")
     if weights_N is None:
-        return F.cross_entropy(logits_NV.float(), targets_N)
-    losses = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        return F.cross_entropy(logits_NV.float(), targets_N, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits_NV.float(), targets_N, reduction="none", label_smoothing=label_smoothing)
     return (losses * weights_N).sum() / weights_N.sum()
 
 

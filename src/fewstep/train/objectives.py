@@ -1,13 +1,15 @@
 """Objectives: which documents are packed, which forwards run on them, and which losses follow.
 
-Axes: N = documents of a batch, G = segments, R = packed rows, T = positions, S = scored positions, V = vocabulary.
+Axes: N = documents of a batch, G = segments, C = canvases, R = packed rows, T = positions, S = scored positions,
+V = vocabulary.
 
-A diffusion document is `[context | noisy response]`, and for the block-causal role `[context | noisy response | clean
-response]`, so that one forward trains all blocks (see `models.masks.Layout`).
+A diffusion document is `[context | noisy response]`, perhaps with further noisy responses, and for the block-causal
+role `[context | noisy response | clean response]`, so that one forward trains all blocks (see `models.masks.Layout`).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +42,15 @@ class Loss:
     parts: dict[str, Tensor]
 
 
+class Inputs(NamedTuple):
+    """What a forward takes: tokens and positions [R, T], their layout, and the flat rows [S] to score."""
+
+    tokens_RT: Tensor
+    positions_RT: Tensor
+    layout: Layout
+    rows_S: Tensor
+
+
 class Forward(Protocol):
     """The network as objectives see it: logits [S, V] of flat scored rows, with or without gradient."""
 
@@ -48,23 +59,56 @@ class Forward(Protocol):
     ) -> Tensor: ...
 
 
-class Objective(Protocol):
-    """What the trainer needs to know. Everything random comes from the generators given.
+@dataclass(frozen=True)
+class Scored:
+    """A forward, the token ids that belong at its scored rows [S], and their weights (None: equal)."""
 
-    `fingerprint` is JSON-able and differs for other data or settings. `segment_lengths` has a row an example [N, G].
-    A batch without anything to score has the loss 0, with a gradient.
+    inputs: Inputs
+    truth_S: Tensor
+    weights_S: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What the trainer needs to know, in two halves: `prepare` needs no network and works on the host, so that it can
+    be done ahead; `loss` computes with what it made (tuples and dataclasses of tensors), moved to the device by
+    `to_device`, and waits for nothing.
+
+    Everything random comes from the generators given. `fingerprint` is JSON-able and differs for other data or
+    settings. `segment_lengths` has a row an example [N, G]. A batch without anything to score has the loss 0, with a
+    gradient.
     """
 
     role: Role
     num_examples: int
 
-    def to(self, device: torch.device) -> None: ...
-
     def fingerprint(self) -> dict[str, Any]: ...
 
     def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
-    def loss(self, forward: Forward, batch: Batch, generator: torch.Generator) -> Loss: ...
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Any: ...
+
+    def loss(self, forward: Forward, prepared: Any) -> Loss: ...
+
+
+def to_device(prepared: Any, device: torch.device) -> Any:
+    """What `prepare` made with its tensors on `device`; a copy to a GPU does not wait for it."""
+    return _map_tensors(prepared, lambda tensor: _copied(tensor, device))
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return type(value)(*(_map_tensors(part, function) for part in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +144,9 @@ class CanvasLengths:
 class PackedDocuments:
     """Index arithmetic shared by the objectives: contexts and responses of a batch as packed rows."""
 
-    def __init__(self, role: Role, examples: Examples, batch: Batch, eos_token_id: int) -> None:
+    def __init__(self, role: Role, examples: Examples, batch: Batch, eos_token_id: int, *, canvases: int = 1) -> None:
         self.role = role
+        self.canvases = canvases
         packed = batch.packed
         document = packed.document_RT.clamp_min(0)
         example = batch.examples_N[document]
@@ -110,7 +155,7 @@ class PackedDocuments:
         self.context_RT = batch.segments_NG[document, 0]
         in_context = packed.segment_RT == CONTEXT
         self.positions_RT = torch.where(in_context, packed.index_RT, self.context_RT + packed.index_RT)
-        self.is_noisy_RT = packed.real_RT & (packed.segment_RT == NOISY)
+        self.is_noisy_RT = packed.real_RT & (packed.segment_RT >= NOISY) & (packed.segment_RT < NOISY + canvases)
         self.completion_lengths_RT = examples.completion_offsets[example + 1] - examples.completion_offsets[example]
         self.inside_completion_RT = ~in_context & (packed.index_RT < self.completion_lengths_RT)
         # Where a response position lies in the flat completions (its last token for positions past the end).
@@ -121,10 +166,16 @@ class PackedDocuments:
         self.clean_RT = torch.where(in_context, prompt, response).long()
 
     def layout(self) -> Layout:
-        """Visibility by the role's block numbers; only a block-causal network has rows apart for noise."""
+        """Visibility by the role's block numbers. Rows apart for noise, which only rows of their own number see, have
+        the blocks of a block-causal network and several canvases of one context.
+        """
         blocks = self.role.blocks(self.positions_RT, self.context_RT)
-        noisy = self.is_noisy_RT if self.role.name == "block_causal" else torch.zeros_like(self.is_noisy_RT)
-        return Layout(self.packed.document_RT, blocks, noisy)
+        if self.role.name == "block_causal":
+            return Layout(self.packed.document_RT, blocks, self.is_noisy_RT)
+        if self.canvases == 1:
+            return Layout(self.packed.document_RT, blocks, torch.zeros_like(self.is_noisy_RT))
+        blocks = blocks + torch.where(self.is_noisy_RT, self.packed.segment_RT - NOISY, 0)
+        return Layout(self.packed.document_RT, blocks, self.is_noisy_RT)
 
     def block_of_response(self) -> Tensor:
         """Number of the block, from 0, in which a response position lies."""
@@ -168,16 +219,17 @@ class PackedDocuments:
     def rows(self, chosen_RT: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flat targets and the flat rows that score them.
 
-        With shifted logits the row is one earlier; a block's first token is then scored by the last row before the
-        block, which is a clean one.
+        With shifted logits the row is one earlier. A block's first token is then scored by the last row before the
+        block, which is a clean one, and every canvas's first token by the last row of the context.
         """
         targets = chosen_RT.flatten().nonzero()[:, 0]
         if not self.role.right_shift_logits:
             return targets, targets
         index = self.packed.index_RT.flatten()[targets]
-        if self.role.name != "block_causal":
-            return targets, targets - 1
         canvas = batch.segments_NG[self.document_RT.flatten()[targets], NOISY]
+        if self.role.name != "block_causal":
+            before = (self.packed.segment_RT.flatten()[targets] - NOISY) * canvas
+            return targets, targets - 1 - torch.where(index == 0, before, 0)
         at_border = (index % self.role.block_size == 0) & (index > 0)
         return targets, torch.where(at_border, targets + canvas - 1, targets - 1)
 
@@ -203,21 +255,27 @@ class CausalObjective:
         self.num_examples = len(examples)
         self._lengths = examples.lengths()
 
-    def to(self, device: torch.device) -> None:
-        self.examples = self.examples.to(device)
-
     def fingerprint(self) -> dict[str, Any]:
         return {"examples": self.examples.fingerprint()}
 
     def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self._lengths[examples_N]
 
-    def loss(self, forward: Forward, batch: Batch, generator: torch.Generator) -> Loss:
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id)
         targets = documents.is_noisy_RT.flatten().nonzero()[:, 0]
-        logits = forward(documents.clean_RT, documents.positions_RT, documents.layout(), targets - 1)
-        loss = losses.cross_entropy(logits, documents.clean_RT.flatten()[targets])
-        return Loss(loss, {"cross_entropy": loss.detach()})
+        inputs = Inputs(documents.clean_RT, documents.positions_RT, documents.layout(), targets - 1)
+        return Scored(inputs, documents.clean_RT.flatten()[targets])
+
+    def loss(self, forward: Forward, prepared: Scored) -> Loss:
+        return scored_loss(forward, prepared)
+
+
+def scored_loss(forward: Forward, scored: Scored) -> Loss:
+    """Cross-entropy of the tokens that belong at the scored rows."""
+    logits = forward(*scored.inputs)
+    loss = losses.cross_entropy(logits, scored.truth_S, scored.weights_S) if len(scored.truth_S) else logits.sum()
+    return Loss(loss, {"cross_entropy": loss.detach()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,21 +285,29 @@ class Corruption:
     For a block-causal network every block has its own random ratio, and a share `untouched` is hidden whole, which is
     the state that decoding meets in every block. The rest is for a bidirectional teacher: `leftward` is the share of
     documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, of
-    which `frontier` (a share of these documents) shows the part before a random point and the rest hides positions at
-    random. All other documents hide each position with one random ratio (LLaDA, arXiv 2502.09992).
+    which `frontier` (a share of these documents) shows the part before a random point, and `late` hides the
+    `late_tokens` after such a point and few others: decoding by confidence leaves what has to be computed, such as
+    digits, for last. The rest hides positions of the active block at random. All other documents hide each position
+    with one random ratio (LLaDA, arXiv 2502.09992).
 
     `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
 
     leftward: float = 0.0
     frontier: float = 0.0
+    late: float = 0.0
+    late_tokens: tuple[int, ...] = ()
     untouched: float = 0.1
     weighting: Literal["uniform", "inverse_ratio"] = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("leftward", "frontier", "untouched"):
+        for name in ("leftward", "frontier", "late", "untouched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FewstepError(f"{name} is a share of documents between 0 and 1, got {getattr(self, name)}")
+        if self.frontier + self.late > 1:
+            raise FewstepError(f"frontier and late are shares of the same documents, got {self.frontier} + {self.late}")
+        if bool(self.late) != bool(self.late_tokens):
+            raise FewstepError("late is the share of documents whose late_tokens are hidden longest; set both or none")
         if self.weighting not in ("uniform", "inverse_ratio"):
             raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
 
@@ -249,6 +315,8 @@ class Corruption:
 class MaskedDiffusionObjective:
     """Masked denoising on references: trains a bidirectional teacher, or a block-causal network (plain block
     diffusion).
+
+    `canvases`: how many states of its answer a document shows, each on a canvas of its own, after one context.
     """
 
     def __init__(
@@ -259,26 +327,34 @@ class MaskedDiffusionObjective:
         *,
         corruption: Corruption | None = None,
         canvas: CanvasLengths | None = None,
+        canvases: int = 1,
     ) -> None:
         if role.name == "autoregressive":
             raise FewstepError("masked diffusion needs the role bidirectional or block_causal, not autoregressive")
         check_packable(role)
+        if canvases < 1:
+            raise FewstepError(f"a document has at least one canvas, got {canvases}")
+        if canvases > 1 and (role.name, role.context_attention) != ("bidirectional", "causal"):
+            raise FewstepError(
+                "several canvases can share a context only if it does not see them: with the role bidirectional and "
+                "context_attention=causal"
+            )
         self.role = role
         self.examples = examples
         self.eos_token_id = eos_token_id
         self.corruption = corruption or Corruption()
         self.canvas = canvas or CanvasLengths(block_size=role.block_size)
+        self.canvases = canvases
+        self._late_tokens = torch.tensor(self.corruption.late_tokens, dtype=torch.long)
         self.num_examples = len(examples)
         self._lengths = examples.lengths()
-
-    def to(self, device: torch.device) -> None:
-        self.examples = self.examples.to(device)
 
     def fingerprint(self) -> dict[str, Any]:
         return {
             "examples": self.examples.fingerprint(),
             "corruption": asdict(self.corruption),
             "canvas": asdict(self.canvas),
+            "canvases": self.canvases,
         }
 
     def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -286,21 +362,20 @@ class MaskedDiffusionObjective:
         if self.role.name == "block_causal":
             canvas = whole_blocks(completion, self.role.block_size)
             return np.stack([context, canvas, canvas], 1)
-        return np.stack([context, self.canvas.draw(completion, rng)], 1)
+        return np.stack([context, *[self.canvas.draw(completion, rng)] * self.canvases], 1)
 
-    def loss(self, forward: Forward, batch: Batch, generator: torch.Generator) -> Loss:
-        documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id)
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
+        documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id, canvases=self.canvases)
         hidden_RT, scored_RT, ratio_RT = self._hide(documents, len(batch.examples_N), generator)
-        noisy_RT = documents.with_masks(hidden_RT)
         targets, rows = documents.rows(scored_RT, batch)
-        logits = forward(noisy_RT, documents.positions_RT, documents.layout(), rows)
-        if not len(targets):
-            return Loss(logits.sum(), {"cross_entropy": logits.sum().detach()})
+        inputs = Inputs(documents.with_masks(hidden_RT), documents.positions_RT, documents.layout(), rows)
         weights = None
         if self.corruption.weighting == "inverse_ratio":
             weights = 1 / ratio_RT.flatten()[targets].clamp_min(1e-3)
-        loss = losses.cross_entropy(logits, documents.clean_RT.flatten()[targets], weights)
-        return Loss(loss, {"cross_entropy": loss.detach()})
+        return Scored(inputs, documents.clean_RT.flatten()[targets], weights)
+
+    def loss(self, forward: Forward, prepared: Scored) -> Loss:
+        return scored_loss(forward, prepared)
 
     def _hide(
         self, documents: PackedDocuments, num_documents: int, generator: torch.Generator
@@ -308,25 +383,30 @@ class MaskedDiffusionObjective:
         """Hidden positions, those of them that are scored, and the mask ratio at each position."""
         if self.role.name == "block_causal":
             return documents.hide_blocks(num_documents, self.corruption.untouched, generator)
-        ratio_N, leftward_N, frontier_N, active_N = (
-            corruption.stratified_uniform((num_documents,), generator) for _ in range(4)
-        )
-        hidden_RT = corruption.random_mask(documents.document_RT, ratio_N, generator)
+        canvas_RT = documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
+        shape = (num_documents * self.canvases,)
+        ratio_C, leftward_C, frontier_C, active_C = (corruption.stratified_uniform(shape, generator) for _ in range(4))
+        hidden_RT = corruption.random_mask(canvas_RT, ratio_C, generator)
         scored_RT = torch.ones_like(hidden_RT)
         if self.corruption.leftward:
-            leftward_RT = (leftward_N < self.corruption.leftward)[documents.document_RT]
+            leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
             # The active block is one that decoding visits: up to the one that holds the end-of-text.
             visited_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
-            active_RT = (active_N[documents.document_RT] * visited_RT).long()
+            active_RT = (active_C[canvas_RT] * visited_RT).long()
             block_RT = documents.block_of_response()
-            from_left_RT = (frontier_N < self.corruption.frontier)[documents.document_RT] & leftward_RT
-            open_RT = ((1 - ratio_N) * self.role.block_size).long()[documents.document_RT]
+            kind_RT = frontier_C[canvas_RT]
+            open_RT = ((1 - ratio_C) * self.role.block_size).long()[canvas_RT]
             after_RT = documents.packed.index_RT % self.role.block_size >= open_RT
-            hidden_RT = torch.where(from_left_RT, after_RT, hidden_RT)
+            if self.corruption.late:
+                few_RT = corruption.random_mask(canvas_RT, ratio_C**3, generator)
+                late_RT = torch.isin(documents.clean_RT, self._late_tokens)
+                is_late_RT = leftward_RT & (kind_RT < self.corruption.frontier + self.corruption.late)
+                hidden_RT = torch.where(is_late_RT, torch.where(late_RT, after_RT, few_RT), hidden_RT)
+            hidden_RT = torch.where(leftward_RT & (kind_RT < self.corruption.frontier), after_RT, hidden_RT)
             hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, hidden_RT), hidden_RT)
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
-        return hidden_RT, hidden_RT & scored_RT, ratio_N[documents.document_RT]
+        return hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT]
 
 
 def whole_blocks(lengths_N: np.ndarray, block_size: int) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Packing documents of several segments into rows of one fixed length, on the device and without padding in between.
+"""Packing documents of several segments into rows of one fixed length, without padding in between.
 
 Axes: N = documents, G = segments of a document, R = rows, T = positions of a row, U = segments and gaps in a line.
 """
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +18,16 @@ def best_fit(lengths_N: np.ndarray, num_rows: int, row_length: int) -> np.ndarra
     exceeds a row.
     """
     starts: list[int] = []
-    free = [row_length] * num_rows
+    by_space = [(row_length, row) for row in range(num_rows)]  # ascending
     for length in lengths_N.tolist():
         if length > row_length:
             raise ValueError(f"a document of {length} tokens does not fit a row of {row_length}; use longer rows")
-        fitting = [(space, row) for row, space in enumerate(free) if space >= length]
-        if not fitting:
+        fullest = bisect_left(by_space, (length, 0))
+        if fullest == num_rows:
             break
-        space, row = min(fitting)
+        space, row = by_space.pop(fullest)
         starts.append((row + 1) * row_length - space)
-        free[row] = space - length
+        insort(by_space, (space - length, row))
     return np.asarray(starts, dtype=np.int64)
 
 

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.decode.decoder import whole_blocks
 from fewstep.decode.requests import Output, TopK
 from fewstep.errors import FewstepError
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network, Plan
 from fewstep.models.roles import INVISIBLE
 from fewstep.train.collect import CollectReport, Decode, collect, teacher_of
-from fewstep.train.trajectories import Distribution, PromptRow, Trajectory, TrajectoryStore
+from fewstep.train.trajectories import PromptRow, Trajectory, TrajectoryStore
+from fewstep.train.trajectory_shards import Distribution, Teacher
 
 OF_STUDENT = "states_of"
 """Key among the decoding settings in the manifest of a relabelled store: the hash of the student that decoded."""
@@ -66,6 +68,19 @@ def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Dec
     return run
 
 
+def labelling_for(teacher: Network, student: Network, distribution: Distribution, max_new_tokens: int) -> Labelling:
+    """The teacher sees the canvas on which it would decode itself. FewstepError unless both have the same vocabulary
+    and mask token.
+    """
+    _check_same_tokens(teacher_of(teacher), teacher_of(student), f"{teacher.name} and {student.name}")
+    return Labelling(distribution=distribution, canvas_length=whole_blocks(max_new_tokens, teacher.role.block_size))
+
+
+def _check_same_tokens(first: Teacher, second: Teacher, whose: str) -> None:
+    if (first.vocab_size, first.mask_token_id) != (second.vocab_size, second.mask_token_id):
+        raise FewstepError(f"{whose} have different vocabularies, so one cannot label the other's states")
+
+
 def of_student(student: Network) -> dict[str, Any]:
     """What goes into the settings of a relabelled store."""
     return {OF_STUDENT: network_hash(student)}
@@ -86,8 +101,7 @@ def relabel(
     FewstepError if the two networks do not share vocabulary and mask token.
     """
     of_teacher = teacher_of(teacher)
-    if (store.teacher.vocab_size, store.teacher.mask_token_id) != (of_teacher.vocab_size, of_teacher.mask_token_id):
-        raise FewstepError(f"{teacher.name} and the trajectories in {store.folder} have different vocabularies")
+    _check_same_tokens(of_teacher, store.teacher, f"{teacher.name} and the trajectories in {store.folder}")
     trajectories = {trajectory.id: trajectory for trajectory in store}
     rows = [
         PromptRow(

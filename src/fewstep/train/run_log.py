@@ -1,5 +1,6 @@
 """What a run says of itself: history, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +54,7 @@ class RunLog:
             self._bar.update(self._task, loss=f"loss {figures['loss']:.4f}")
         if not self._on_terminal:
             shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            print(f"step {step}/{self._max_steps} {shown}", flush=True)
+            print(f"step {step}/{self._max_steps} {shown}", file=sys.stderr, flush=True)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Log texts by name: all to TensorBoard, the first to be read at once."""

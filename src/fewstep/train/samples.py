@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from fewstep.decode.health import Health, measure_health
+from fewstep.decode.health import measure_health
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.errors import FewstepError
@@ -73,11 +71,6 @@ class Samples:
             for prompt, output in zip(self._prompts, outputs, strict=True)
         ]
         write_rows_whole(file, [*earlier, *new])
-
-
-def health_of_references(references: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Health:
-    """What sound answers look like: the baseline of a `CollapseMonitor`. ValueError if there are none."""
-    return measure_health([tokenizer.encode(reference, add_special_tokens=False) for reference in references])
 
 
 def _plain(prompt: Prompt) -> str:

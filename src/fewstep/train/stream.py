@@ -1,12 +1,15 @@
 """The stream of packed batches that one process trains on. Axes as in `packing.py`."""
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.train.objectives import Batch, Objective
+from fewstep.train.objectives import Batch, Objective, to_device
 from fewstep.train.packing import best_fit, pack
 
 TOKENS_PER_CANDIDATE = 128
@@ -28,20 +31,19 @@ class BatchStream:
         row_length: int,
         seed: int = 0,
         process: tuple[int, int] = (0, 1),
-        device: torch.device | None = None,
     ) -> None:
         """FewstepError if there are fewer examples than processes."""
         if objective.num_examples < process[1]:
             raise FewstepError(f"{objective.num_examples} examples are too few for {process[1]} processes")
         self._objective = objective
         self._rows, self._row_length = rows, row_length
-        self._seed, self._process, self._device = seed, process, device
+        self._seed, self._process = seed, process
         self._epoch = self._cursor = 0
         self.num_tokens = 0
         self._order_N = self._order()
 
     def next_batch(self) -> Batch:
-        """The next documents, packed on the device. FewstepError if one is longer than a row."""
+        """The next documents, packed. FewstepError if one is longer than a row."""
         rng = np.random.default_rng([self._seed, self._epoch, self._cursor, self._process[0]])
         candidates_N, lengths_NG = self._candidates(rng)
         try:
@@ -51,11 +53,8 @@ class BatchStream:
         in_place_N = starts_N.argsort()
         chosen_N, lengths_NG = candidates_N[in_place_N], lengths_NG[in_place_N]
         self._advance(len(starts_N), int(lengths_NG.sum()))
-        examples, starts, segments = (
-            torch.from_numpy(part).to(self._device, non_blocking=True)
-            for part in (chosen_N, starts_N[in_place_N], lengths_NG)
-        )
-        return Batch(examples, segments, pack(starts, segments, self._rows, self._row_length))
+        starts, segments = torch.from_numpy(starts_N[in_place_N]), torch.from_numpy(lengths_NG)
+        return Batch(torch.from_numpy(chosen_N), segments, pack(starts, segments, self._rows, self._row_length))
 
     def _candidates(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The next examples and their segment lengths, enough to fill the rows or all that the epoch has left."""
@@ -89,3 +88,73 @@ class BatchStream:
         self._epoch, self._cursor = state["epoch"], state["cursor"]
         self.num_tokens = state["num_tokens"]
         self._order_N = self._order()
+
+
+class PreparedStream:
+    """The batches of a BatchStream, prepared by the objective and on the device.
+
+    A thread prepares `ahead` of them while the device computes; with 0 there is none. Noise is a function of the seed,
+    the process and the number of the batch. What `state_dict` and `num_tokens` tell is about the batches handed out.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        rows: int,
+        row_length: int,
+        seed: int,
+        process: tuple[int, int],
+        device: torch.device,
+        ahead: int = 0,
+    ) -> None:
+        self._objective, self._seed, self._process, self._device = objective, seed, process[0], device
+        self._batches = BatchStream(objective, rows=rows, row_length=row_length, seed=seed, process=process)
+        self._number = 0
+        self._state = self._state_after()
+        self._ahead = ahead
+        self._thread = ThreadPoolExecutor(1) if ahead else None
+        self._waiting: deque[Future[tuple[Any, dict[str, Any]]]] = deque()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batches handed out, padding left out."""
+        return int(self._state["num_tokens"])
+
+    def next(self) -> Any:
+        """FewstepError as from `BatchStream.next_batch`."""
+        if self._thread is None:
+            prepared, self._state = self._prepare()
+            return prepared
+        while len(self._waiting) <= self._ahead:
+            self._waiting.append(self._thread.submit(self._prepare))
+        prepared, self._state = self._waiting.popleft().result()
+        return prepared
+
+    def close(self) -> None:
+        """Stop preparing; what was prepared and not handed out is dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    @torch.no_grad()
+    def _prepare(self) -> tuple[Any, dict[str, Any]]:
+        generator = torch.Generator()
+        key = np.random.SeedSequence((self._seed, self._number, self._process))
+        generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        prepared = self._objective.prepare(self._batches.next_batch(), generator)
+        self._number += 1
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            return to_device(prepared, self._device), self._state_after()
+
+    def _state_after(self) -> dict[str, Any]:
+        return {**self._batches.state_dict(), "number": self._number}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the next batch begins."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; before the first batch."""
+        self._batches.load_state_dict(state)
+        self._number = state["number"]
+        self._state = self._state_after()

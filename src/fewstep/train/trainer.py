@@ -7,13 +7,14 @@ A micro-batch is a pure function of (seed, process, epoch, cursor), and what is 
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,15 +31,16 @@ from fewstep.errors import FewstepError
 from fewstep.files import remove_leftovers, write_folder_whole
 from fewstep.models.attention import prepare_attention
 from fewstep.models.load import DTYPES
+from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.checkpoint import Checkpoints
 from fewstep.train.learner import Learner
-from fewstep.train.lora import LoRASettings, save_trained
+from fewstep.train.lora import DESCRIPTIONS, LoRASettings, save_trained
 from fewstep.train.monitor import CollapseMonitor
 from fewstep.train.objectives import Objective
 from fewstep.train.run_log import RunLog
 from fewstep.train.settings import TrainSettings
-from fewstep.train.stream import BatchStream
+from fewstep.train.stream import PreparedStream
 
 __all__ = ["Evaluate", "TrainResult", "TrainSettings", "inference", "train"]
 
@@ -51,7 +53,8 @@ It may raise FewstepError to stop the run. `train.samples.Samples` is one.
 
 @dataclass
 class TrainResult:
-    """What a finished run says of itself; also written as `report.json` beside the weights.
+    """What a finished run says of itself; also written as `report.json` beside the weights, with the settings of the
+    run and of its objective, and the device's name.
 
     `real_tokens` are those of all processes, padding left out. `seconds` and `tokens_per_second` are of the training
     steps, without evaluation and saving.
@@ -72,12 +75,12 @@ def train(
     output: Path,
     *,
     lora: LoRASettings | None = None,
+    heads: MedusaHeads | None = None,
     evaluate: Evaluate | None = None,
     monitor: CollapseMonitor | None = None,
-    resume: bool = True,
 ) -> TrainResult:
-    """Train `network` (float32 weights, changed in place) and write `output`: a plain folder, or an adapter with
-    `lora`.
+    """Train `network` (float32 weights, changed in place) and write `output`: a plain folder, an adapter with `lora`,
+    or the Medusa `heads`, which are then all that is trained.
 
     A run that was interrupted resumes from the newest checkpoint in `output`/checkpoints, with the same result as an
     uninterrupted one. `monitor` watches the logged losses, and through `evaluate` the outputs. Under several processes
@@ -87,11 +90,12 @@ def train(
     checkpoint is of other settings or data, or if the disk is full. KeyboardInterrupt after Ctrl-C: a run on one
     process first finishes its step and saves a checkpoint.
     """
-    if (output / "config.json").exists():
+    if any((output / name).exists() for name in DESCRIPTIONS):
         raise FewstepError(f"{output} already holds a model; choose another output folder or remove it")
-    run = _Run(network, objective, settings, output, lora, evaluate, monitor)
-    if resume:
-        run.restore()
+    if lora is not None and heads is not None:
+        raise ValueError("heads are trained on a frozen network; train the adapter first")
+    run = _Run(network, objective, settings, output, lora, heads, evaluate, monitor)
+    run.restore()
     run.execute()
     return run.finish()
 
@@ -119,6 +123,7 @@ class _Run:
         settings: TrainSettings,
         output: Path,
         lora: LoRASettings | None,
+        heads: MedusaHeads | None,
         evaluate: Evaluate | None,
         monitor: CollapseMonitor | None,
     ) -> None:
@@ -127,21 +132,21 @@ class _Run:
         self.accelerator = _accelerator(settings, cpu=network.device.type == "cpu")
         self.is_main: bool = self.accelerator.is_main_process
         set_seed(settings.seed)
-        self.learner = Learner(network, settings, self.accelerator, lora)
-        fingerprint = self._fingerprint()  # before the data move to the device
-        objective.to(self.accelerator.device)
-        self.stream = BatchStream(
+        self.learner = Learner(network, settings, self.accelerator, lora, heads)
+        self.objective_settings = {"objective": type(objective).__name__, **objective.fingerprint()}
+        self.stream = PreparedStream(
             objective,
             rows=settings.rows,
             row_length=settings.row_length,
             seed=settings.seed,
             process=(self.accelerator.process_index, self.accelerator.num_processes),
             device=self.accelerator.device,
+            ahead=2 if self.accelerator.device.type == "cuda" else 0,
         )
         self.step = 0
         self.seconds = 0.0
         self.checkpoints = Checkpoints(
-            output / "checkpoints", self.accelerator, self.learner.average, json.loads(json.dumps(fingerprint))
+            output / "checkpoints", self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
         )
         self.log = RunLog(output / "logs", max_steps=settings.max_steps, main=self.is_main)
 
@@ -154,8 +159,7 @@ class _Run:
             "role": asdict(self.network.role),
             "settings": settings,
             "lora": asdict(self.lora) if self.lora else None,
-            "objective": type(self.objective).__name__,
-            **self.objective.fingerprint(),
+            **self.objective_settings,
             "processes": self.accelerator.num_processes,
         }
 
@@ -165,11 +169,11 @@ class _Run:
         """Train from where the run stands to the last step."""
         settings = self.settings
         window = _Window(self.stream.num_tokens)
-        with _Interrupt(active=self.accelerator.num_processes == 1) as interrupt, self.log:
+        with _Interrupt(active=self.accelerator.num_processes == 1) as interrupt, self.log, closing(self.stream):
             self.log.start(self.step)
             while self.step < settings.max_steps:
                 started = time.monotonic()
-                parts = self.learner.step(self.objective, self.stream, self.step)
+                parts = self.learner.step(self.objective, self.stream)
                 self.step += 1
                 is_last = self.step == settings.max_steps
                 stops = interrupt.wanted
@@ -280,13 +284,18 @@ class _Run:
                 **asdict(result),
                 "folder": self.output.name,
                 "settings": asdict(self.settings),
+                **self.objective_settings,
+                "lora": asdict(self.lora) if self.lora else None,
                 "processes": self.accelerator.num_processes,
+                "device": _device_name(self.accelerator.device),
             }
             staging = self.output / "finished"
             remove_leftovers(staging)
             with write_folder_whole(staging, overwrite=True) as folder:
                 dtype = DTYPES[self.settings.weights_dtype]
-                save_trained(self.network, self.learner.trained, folder, dtype=dtype, home=self.output)
+                save_trained(
+                    self.network, self.learner.trained, folder, dtype=dtype, base=self.network.name, home=self.output
+                )
                 (folder / "report.json").write_text(json.dumps(report, indent=1))
             _publish(staging, self.output)
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
@@ -311,9 +320,15 @@ def _accelerator(settings: TrainSettings, *, cpu: bool) -> Accelerator:
     return accelerator
 
 
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
 def _publish(finished: Path, output: Path) -> None:
-    """Move a finished folder's files into `output`; config.json comes last: only with it the model is there."""
-    for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
+    """Move a finished folder's files into `output`; its description comes last: only with it the model is there."""
+    for path in sorted(finished.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
         path.replace(output / path.name)
     finished.rmdir()
 

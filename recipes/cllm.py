@@ -1,0 +1,193 @@
+"""A causal model that answers in fewer passes: consistency training on its own Jacobi trajectories (CLLM).
+
+    python recipes/cllm.py STAGE                                   on a CPU or one GPU
+    torchrun --nproc-per-node 2 recipes/cllm.py STAGE              on two
+
+Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept), `student` (CLLM, an adapter), `medusa`
+(heads on the frozen model) and `draft` (a small model), which `recipes/compare_decoders.py` sets beside it, and
+`bundle`. The last two train on the token tables of `recipes/gsm.py data`. Each writes a folder under --runs;
+`trajectories` skips what is there, training resumes.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import gsm
+import typer
+from gsm import MAX_ANSWER, accuracy, device, fresh_network, gpu_settings, load_examples, prompt_rows
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fewstep.decode.jacobi import Jacobi
+from fewstep.measure.gsm_solutions import extract_answer
+from fewstep.models.load import load_network
+from fewstep.models.medusa import MedusaHeads
+from fewstep.models.network import Network
+from fewstep.models.text import decode_text
+from fewstep.train.cllm import CLLMObjective, CLLMSettings, Labels, Noise
+from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
+from fewstep.train.lora import LoRASettings
+from fewstep.train.medusa import MedusaObjective, MedusaSettings
+from fewstep.train.objectives import CausalObjective
+from fewstep.train.trainer import train
+
+app = typer.Typer(pretty_exceptions_enable=False)
+Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
+Source = Annotated[str, typer.Option(help="the causal model: a bundled name or a folder")]
+Data = Annotated[Path, typer.Option(help="token tables of recipes/gsm.py")]
+
+RUNS, DATA = Path("runs/cllm"), Path("runs/gsm/data")
+
+
+def is_there(folder: Path, description: str = "config.json") -> bool:
+    """Whether a stage has finished already."""
+    if found := (folder / description).exists():
+        print(f"{folder} is there", flush=True)
+    return found
+
+
+@app.command()
+def trajectories(
+    runs: Runs = RUNS,
+    source: Source = "gsm-ar",
+    name: str = "jacobi",
+    prompts: int = 32_768,
+    window: int = 16,
+    batch_size: int = 1024,
+    shard_size: Annotated[
+        int, typer.Option(help="prompts in a file; larger than a batch, so that slots refill")
+    ] = 4096,
+    solved: Annotated[bool, typer.Option(help="keep only what the model solves")] = True,
+    most_repetition: Annotated[
+        float | None, typer.Option(help="reject answers more repetitive than this share")
+    ] = None,
+    seed: int = 9,
+) -> None:
+    """Decode training problems in Jacobi windows, and keep every state."""
+    network = load_network(source, device=device())
+    rows, answers = prompt_rows(network.tokenizer, prompts, seed)
+    report = collect_jacobi(
+        network,
+        rows,
+        runs / name,
+        Jacobi(role=network.role, window=window),
+        max_new_tokens=MAX_ANSWER,
+        batch_size=batch_size,
+        settings={"decoder": Jacobi.name, "max_new_tokens": MAX_ANSWER, "keep": "solved" if solved else "all"},
+        most_repetition=most_repetition,
+        keep=lambda row, output: (
+            not solved or extract_answer(decode_text(network.tokenizer, output.token_ids)) == answers[row.id]
+        ),
+        seed=seed,
+        shard_size=shard_size,
+        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+    )
+    print(report, flush=True)
+
+
+@app.command()
+def student(
+    runs: Runs = RUNS,
+    source: Source = "gsm-ar",
+    name: str = "gsm-cllm",
+    store: str = "jacobi",
+    steps: int = 2000,
+    rows: int = 48,
+    row_length: int = 2048,
+    learning_rate: float = 1e-3,
+    rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 32,
+    consistency: float = 1.0,
+    autoregressive: float = 10.0,
+    labels: Labels = "trajectory",
+    noise: Noise = "uniform",
+    augmented: float = 0.0,
+    seed: int = 0,
+    dev: int = 500,
+) -> None:
+    """Train the model to jump from every state of a window to its fixed point."""
+    if is_there(runs / name):
+        return
+    network = load_network(source, dtype="float32", device=device())
+    table, references = read_jacobi_table(runs / store, network)
+    objective = CLLMObjective(
+        network.role,
+        table,
+        network.eos_token_id,
+        references=references,
+        settings=CLLMSettings(
+            consistency=consistency, autoregressive=autoregressive, labels=labels, noise=noise, augmented=augmented
+        ),
+    )
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(50, steps),
+        log_every=50, evaluate_every=steps, seed=seed,
+    )  # fmt: skip
+    lora = LoRASettings(rank=rank, alpha=rank) if rank else None
+    evaluate = accuracy(dev, decoder=Jacobi.name, window=table.window)
+    train(network, objective, settings, runs / name, lora=lora, evaluate=evaluate)
+
+
+@app.command()
+def medusa(
+    runs: Runs = RUNS,
+    data: Data = DATA,
+    source: Source = "gsm-ar",
+    name: str = "medusa",
+    heads: int = 3,
+    steps: int = 1500,
+    rows: int = 48,
+    row_length: int = 2048,
+    learning_rate: float = 1e-3,
+    dev: int = 200,
+) -> None:
+    """Train heads on the frozen model, then let it answer development problems with them."""
+    if is_there(runs / name, "medusa.json"):
+        return
+    network = load_network(source, dtype="float32", device=device())
+    objective = MedusaObjective(
+        network.role, load_examples(data), network.eos_token_id, settings=MedusaSettings(heads=heads)
+    )
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(50, steps),
+        log_every=50,
+    )  # fmt: skip
+    train(network, objective, settings, runs / name, heads=MedusaHeads.of(network, heads))
+    if os.environ.get("RANK", "0") == "0":
+        answer = accuracy(dev, decoder="medusa", heads=str(runs / name))
+        print(answer(load_network(source, device=device()), steps), flush=True)
+
+
+@app.command()
+def draft(
+    runs: Runs = RUNS,
+    data: Data = DATA,
+    name: str = "draft",
+    layers: int = 2,
+    steps: int = 2000,
+    rows: int = 48,
+    row_length: int = 2048,
+    learning_rate: float = 2e-3,
+    dev: int = 200,
+) -> None:
+    """Train a model of the bundled shape with few layers from scratch, to draft for speculative decoding."""
+    if is_there(runs / name):
+        return
+    full = fresh_network("cpu")
+    config = LlamaConfig(**{**full.module.config.to_dict(), "num_hidden_layers": layers})
+    network = Network(LlamaForCausalLM(config).to(device()), full.role, full.tokenizer, name=name)
+    objective = CausalObjective(network.role, load_examples(data), network.eos_token_id)
+    settings = gpu_settings(
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(200, steps),
+        log_every=100, evaluate_every=steps,
+    )  # fmt: skip
+    train(network, objective, settings, runs / name, evaluate=accuracy(dev))
+
+
+@app.command()
+def bundle(runs: Runs = RUNS, name: str = "gsm-cllm") -> None:
+    """Put the finished adapter among the models that ship with the package."""
+    gsm.bundle(runs / name, name)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,222 @@
+"""Every way to decode a causal model in fewer passes, side by side in one run: a table and a plot.
+
+    python recipes/compare_decoders.py --heads runs/cllm/medusa --draft runs/cllm/draft --cllm runs/cllm/gsm-cllm
+
+The same problems are answered in a batch, which gives accuracy, passes and throughput, and then one by one, all
+contenders taking turns at each, which gives the time of a pass and the tokens per second of a single answer. What needs
+a model that is not there is left out, and the table says so.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel, load
+from fewstep.errors import FewstepError
+from fewstep.files import write_json_whole, write_whole
+from fewstep.measure.evaluate import Report, evaluate
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.metrics import paired_interval
+from fewstep.measure.plots import plot_accuracy
+from fewstep.measure.timing import Timing, describe_machine, time_interleaved
+from fewstep.models.load import bundled_names
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+BASELINE = "autoregressive"
+SOURCE = "arXiv 2403.00835, LLaMA2-7B on GSM8K, quoted second-hand"
+PUBLISHED = {
+    BASELINE: {"tokens_per_second": 43.5, "accuracy": 0.591},
+    "jacobi": {"tokens_per_second": 45.7},
+    "lookahead": {"tokens_per_second": 74.8},
+    "CLLM": {"tokens_per_second": 132.4, "accuracy": 0.564},
+}
+"""Rows of the published table, by our names for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A model and how it decodes. `needs`: models and heads that must be there, by option; None: not given."""
+
+    model: str | None
+    settings: Mapping[str, Any]
+    needs: Mapping[str, str | None] = field(default_factory=dict)
+
+    def missing(self) -> str | None:
+        """Why it is left out, or None."""
+        for option, value in self.needs.items():
+            if value is None:
+                return f"--{option} was not given"
+            if not Path(value).is_dir() and value not in bundled_names():
+                return f"{value} is neither a folder nor a bundled model"
+        return None
+
+
+def contenders(
+    model: str, cllm: str | None, draft: str | None, heads: str | None, student: str | None, window: int
+) -> dict[str, Contender]:
+    """By name, the baseline first."""
+    jacobi, trained = {"decoder": "jacobi", "window": window}, {"cllm": cllm}
+    return {
+        BASELINE: Contender(model=model, settings={"decoder": BASELINE}),
+        "jacobi": Contender(model=model, settings=jacobi),
+        "lookahead": Contender(model=model, settings={"decoder": "lookahead"}),
+        "prompt-lookup": Contender(model=model, settings={"decoder": "prompt-lookup"}),
+        "medusa": Contender(model=model, settings={"decoder": "medusa", "heads": heads}, needs={"heads": heads}),
+        "speculative": Contender(
+            model=model, settings={"decoder": "speculative", "draft": draft}, needs={"draft": draft}
+        ),
+        "CLLM": Contender(model=cllm, settings=jacobi, needs=trained),
+        "CLLM + lookahead": Contender(model=cllm, settings={"decoder": "lookahead"}, needs=trained),
+        "CLLM, one token a pass": Contender(model=cllm, settings={"decoder": BASELINE}, needs=trained),
+        "CDLM student": Contender(model=student, settings={}, needs={"student": student}),
+    }
+
+
+def extra_parameters(lm: LanguageModel, settings: Mapping[str, Any], baseline: LanguageModel) -> int:
+    """What a contender keeps in memory beyond the baseline's weights: heads, a draft, or a larger network."""
+    decoder: Any = lm.decoder(**settings)
+    beside = 0
+    if decoder.name == "medusa":
+        beside = sum(parameter.numel() for parameter in decoder.heads.parameters())
+    elif decoder.name == "speculative":
+        beside = decoder.draft.num_parameters
+    return lm.network.num_parameters + beside - baseline.network.num_parameters
+
+
+def row_of(name: str, batched: Report, alone: Timing, baseline: tuple[Report, Timing], extra: int) -> dict[str, Any]:
+    """One line of the table; ratios and differences are against the baseline."""
+    report, timing = baseline
+    right, right_baseline = ([record.correct for record in one.records] for one in (batched, report))
+    difference = paired_interval(right, right_baseline)
+    same = [a.text == b.text for a, b in zip(batched.records, report.records, strict=True)]
+    return {
+        "contender": name,
+        **batched.to_json(),
+        "accuracy_difference": difference.estimate,
+        "accuracy_difference_ci95": [difference.low, difference.high],
+        "same_answers": sum(same) / len(same),
+        "batch_1": alone.to_json(),
+        "speed_ratio": timing.seconds_median / alone.seconds_median,
+        "extra_parameters": extra,
+        "published": PUBLISHED.get(name),
+    }
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> str:
+    """Markdown: our figures, the published ones beside them, and what was left out."""
+    lines = [
+        "| decoder | tokens/pass | ms/pass, batch 1 | tokens/s, batch 1 | times as fast | tokens/s, batched | solved | "
+        "same answers | extra parameters | published tokens/s | published speed | published solved |",
+        "|---|" + "---|" * 11,
+    ]
+    for row in rows:
+        alone, published = row["batch_1"], row["published"] or {}
+        published_speed = published.get("tokens_per_second")
+        cells = [
+            row["contender"],
+            f"{row['tokens_per_forward']:.2f}",
+            f"{alone['step_ms']:.1f}",
+            f"{alone['tokens_per_second']:.0f}",
+            f"{row['speed_ratio']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['accuracy']:.1%}",
+            f"{row['same_answers']:.1%}",
+            f"{row['extra_parameters'] / 1e6:.2f} M",
+            f"{published_speed}" if published_speed else "",
+            f"{published_speed / PUBLISHED[BASELINE]['tokens_per_second']:.1f}" if published_speed else "",
+            f"{published['accuracy']:.1%}" if "accuracy" in published else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Published: {SOURCE}.", *(f"Left out: {name}, since {why}." for name, why in absent.items())]
+    return "\n".join(lines)
+
+
+def plot_speeds(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
+    """Tokens per pass and times as fast as the baseline, as bars."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
+    figure = Figure(figsize=(9, 0.8 + 0.35 * len(rows)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [row["contender"] for row in rows]
+    titles = {"tokens_per_forward": "tokens per pass", "speed_ratio": "times as fast as one token a pass, batch 1"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        bars = axes.barh(names, [row[key] for row in rows])
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.12)
+    axes.invert_yaxis()
+    for suffix in ("png", "svg"):
+        with write_whole(stem.with_name(f"{stem.name}.{suffix}")) as temporary:
+            figure.savefig(temporary, format=suffix)
+
+
+@app.command()
+def compare(
+    results: Annotated[Path, typer.Option(help="folder for comparison.json, .md and the plots")] = Path(
+        "results/decoders"
+    ),
+    model: Annotated[str, typer.Option(help="the causal model")] = "gsm-ar",
+    cllm: Annotated[str | None, typer.Option(help="the same, trained by recipes/cllm.py: a folder")] = None,
+    draft: Annotated[str | None, typer.Option(help="folder of a small model of the same vocabulary")] = None,
+    heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
+    student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
+    window: Annotated[int, typer.Option(help="of the Jacobi decoder")] = 16,
+    count: Annotated[int, typer.Option("--problems", help="test problems, answered in batches")] = 1000,
+    timed: Annotated[int, typer.Option(help="of them, answered one by one")] = 50,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+) -> None:
+    """Compare what is there."""
+    everyone = contenders(model, cllm, draft, heads, student, window)
+    absent = {name: why for name, contender in everyone.items() if (why := contender.missing())}
+    for name, why in absent.items():
+        print(f"left out: {name}, since {why}", flush=True)
+    present = {name: contender for name, contender in everyone.items() if name not in absent}
+    names = dict.fromkeys(str(contender.model) for contender in present.values())
+    models = {name: load(name, device=device) for name in names}
+    items = problems("test", count)
+    settings = {name: {"max_new_tokens": max_new_tokens, **contender.settings} for name, contender in present.items()}
+    of = {name: models[str(contender.model)] for name, contender in present.items()}
+    reports = {}
+    for name in present:
+        reports[name] = evaluate(of[name], items, batch_size=batch_size, **settings[name])
+        report = reports[name]
+        print(f"{name}: {report.accuracy:.1%}, {report.tokens_per_forward:.2f} tokens per pass", flush=True)
+    asked: dict[str, Callable[[str], Output]] = {name: partial(of[name].generate, **settings[name]) for name in present}
+    timings = time_interleaved(asked, [item.question for item in items[:timed]])
+    baseline = reports[BASELINE], timings[BASELINE]
+    rows = [
+        row_of(name, reports[name], timings[name], baseline, extra_parameters(of[name], settings[name], of[BASELINE]))
+        for name in present
+    ]
+    told = {
+        "command": f"python recipes/compare_decoders.py {shlex.join(sys.argv[1:])}",
+        "machine": describe_machine(),
+        "published": SOURCE,
+        "left_out": absent,
+        "rows": rows,
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    write_json_whole(results / "comparison.json", told)
+    table = table_of(rows, absent)
+    with write_whole(results / "comparison.md") as temporary:
+        temporary.write_text(f"{table}\n", encoding="utf-8")
+    plot_speeds(rows, results / "speeds")
+    plot_accuracy({row["contender"]: [row] for row in rows}, results / "accuracy")
+    print(table, flush=True)
+
+
+if __name__ == "__main__":
+    app()

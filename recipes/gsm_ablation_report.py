@@ -1,0 +1,176 @@
+"""The ablation's table and plot: `python recipes/gsm_ablation_report.py` after all jobs of gsm_ablation.py are done.
+
+Writes `ablation.md`, `ablation.png` and `ablation.svg` beside `ablation.json`. Axis: S = seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from gsm_ablation import ALL_THREE, OWN_SEED, VARIANTS
+
+from fewstep.errors import FewstepError
+from fewstep.files import read_json, write_whole
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.metrics import Interval, crossed_interval
+from fewstep.measure.plots import plot_accuracy
+from fewstep.measure.seeds import Setting, at_speed, difference, settings_of
+
+OTHERS = ("untrained", "teacher-threshold", "teacher-steps")
+
+
+def points(interval: Interval, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * interval.estimate:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
+
+
+def exceeds(interval: Interval) -> bool:
+    return interval.low > 0 or interval.high < 0
+
+
+def markdown(
+    rows: Sequence[Mapping[str, Any]], clusters: Sequence[int], threshold: float, about: Mapping[str, Any]
+) -> str:
+    """The tables, and in words which differences from variant 7 exceed their intervals."""
+    titles = {row["variant"]: row["title"] for row in rows}
+    by_variant = {variant: settings_of(rows, variant) for variant in [*VARIANTS, *OTHERS]}
+    reference = by_variant[ALL_THREE].get(threshold)
+    speed = float(reference.tokens_per_forward_S.mean()) if reference else math.nan
+    num_seeds = max((len(one.correct_SI) for settings in by_variant.values() for one in settings.values()), default=0)
+    lines = [
+        f"Development problems: {len(clusters)}; seeds: up to {num_seeds}; main threshold {threshold}. Intervals are "
+        "95 %, over seeds and "
+        "problems, clustered by template. Differences are paired by problem and seed; the last column compares at "
+        f"{speed:.2f} tokens per forward, the speed of variant 7, interpolated between thresholds.",
+        "",
+        "| | trained by | training tokens | solved, % | tokens per forward | on right answers | less 7, same threshold "
+        "| less 7, same speed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    said: list[str] = []
+    for variant in [*VARIANTS, "untrained"]:
+        one = by_variant[variant].get(threshold)
+        if one is None:
+            lines.append(
+                f"| {variant} | {VARIANTS[variant].title if variant in VARIANTS else variant} | not there | | | | | |"
+            )
+            continue
+        tokens = [row["training_tokens"] for row in rows if row["variant"] == variant and "training_tokens" in row]
+        cells = [
+            variant,
+            titles[variant],
+            f"{np.mean(tokens):,.0f}" if tokens else "0",
+            points(crossed_interval(one.correct_SI, clusters)),
+            f"{one.tokens_per_forward_S.mean():.2f}",
+            _mean_of_known(one.tokens_per_forward_correct_S),
+        ]
+        if variant == ALL_THREE or reference is None:
+            lines.append(f"| {' | '.join([*cells, '', ''])} |")
+            continue
+        same_threshold = difference(one.correct_SI, reference.correct_SI, clusters)
+        at_same_speed = at_speed(by_variant[variant], speed)
+        same_speed = None if at_same_speed is None else difference(at_same_speed, reference.correct_SI, clusters)
+        cells += [points(same_threshold, signed=True), points(same_speed, signed=True) if same_speed else "not reached"]
+        lines.append(f"| {' | '.join(cells)} |")
+        said.append(_sentence(variant, titles[variant], same_threshold, same_speed))
+    lines += ["", *(f"- {sentence}" for sentence in said), "", "The whole sweeps: solved, % / tokens per forward.", ""]
+    lines += _sweeps(
+        {variant: by_variant[variant] for variant in [*VARIANTS, "untrained", "teacher-threshold"]}, "threshold"
+    )
+    lines += ["", *_sweeps({"teacher-steps": by_variant["teacher-steps"]}, "steps")]
+    lines += ["", *_said_of_budget(about)]
+    lines += ["", f"Command: `{about['command']}`, on {about['machine']['gpu'] or about['machine']['cpu']}."]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_of_known(values_S: np.ndarray) -> str:
+    known = values_S[~np.isnan(values_S)]
+    return f"{known.mean():.2f}" if len(known) else "none right"
+
+
+def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
+    """What was equal, and what was not."""
+    own = about["own_states"]
+    lines = [
+        f"Every variant has the same initialisation, optimizer and budget: {about['steps']} steps of "
+        f"{about['tokens_per_step']:,} packed tokens, LoRA rank {about['lora_rank']}. Training tokens are real tokens "
+        "of packed documents (context, noisy and clean response); with references (7 and 8), half of the documents are "
+        "references. The forward without gradient of the consistency loss is not counted."
+    ]
+    if own:
+        lines.append(
+            f"The own states of 8: {own['num_records']:,} answers of a preliminary student of variant 7 (seed "
+            f"{OWN_SEED}, threshold {about['own_threshold']}), labelled by the teacher, beside the teacher's own; "
+            "training that student is not counted."
+        )
+    return lines
+
+
+def _sentence(variant: str, title: str, same_threshold: Interval, same_speed: Interval | None) -> str:
+    def verdict(interval: Interval) -> str:
+        return f"{points(interval, signed=True)} points, {'exceeds' if exceeds(interval) else 'within'} its interval"
+
+    speed = verdict(same_speed) if same_speed else "not reached"
+    return (
+        f"{variant} ({title}) less 7: at the same threshold {verdict(same_threshold)}; at the same tokens per forward "
+        f"{speed}."
+    )
+
+
+def _sweeps(by_variant: Mapping[str, Mapping[float, Setting]], name: str) -> list[str]:
+    values = sorted({value for settings in by_variant.values() for value in settings})
+    lines = [f"| {name} | {' | '.join(str(value) for value in values)} |", "|---" * (len(values) + 1) + "|"]
+    for variant, settings in by_variant.items():
+        cells = [
+            f"{100 * settings[value].correct_SI.mean():.1f} / {settings[value].tokens_per_forward_S.mean():.2f}"
+            if value in settings
+            else ""
+            for value in values
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines
+
+
+def curves(rows: Sequence[Mapping[str, Any]], clusters: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """For the plot: means over the seeds at each setting, by the variant's name."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for variant in [*VARIANTS, *OTHERS]:
+        title = next((row["title"] for row in rows if row["variant"] == variant), None)
+        if title is None:
+            continue
+        name = f"{variant} {title}" if variant in VARIANTS else title
+        series[name] = []
+        for one in settings_of(rows, variant).values():
+            interval = crossed_interval(one.correct_SI, clusters)
+            series[name].append(
+                {
+                    "tokens_per_forward": float(one.tokens_per_forward_S.mean()),
+                    "accuracy": interval.estimate,
+                    "accuracy_ci95": [max(0.0, interval.low), min(1.0, interval.high)],
+                }
+            )
+    return series
+
+
+def main(
+    results_folder: Annotated[Path, typer.Option("--results", help="folder with ablation.json")] = Path("results"),
+    threshold: Annotated[float, typer.Option(help="the main threshold of the table")] = 0.9,
+) -> None:
+    """Write the table and the plot."""
+    rows = read_json(results_folder / "ablation.json")
+    if not rows:
+        raise FewstepError(f"{results_folder / 'ablation.json'} holds no row; run the jobs first")
+    clusters = [item.template if item.template is not None else -1 for item in problems("dev", rows[0]["n"])]
+    text = markdown(rows, clusters, threshold, read_json(results_folder / "ablation-about.json"))
+    with write_whole(results_folder / "ablation.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+    for path in plot_accuracy(curves(rows, clusters), results_folder / "ablation", title="Development problems"):
+        print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

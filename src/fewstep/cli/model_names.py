@@ -1,0 +1,20 @@
+"""Names of models, checked before torch and transformers are imported, which takes seconds."""
+
+import difflib
+from pathlib import Path
+
+import fewstep
+from fewstep.errors import FewstepError
+
+_BUNDLED = Path(fewstep.__file__).parent / "bundled"
+
+
+def check_model_name(name: str) -> None:
+    """FewstepError with the closest bundled name unless `name` is bundled, a folder, or looks like a hub id."""
+    bundled = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
+    looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and name[0] not in ".~/"
+    if name in bundled or Path(name).is_dir() or looks_like_hub_id:
+        return
+    close = difflib.get_close_matches(name, bundled, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"bundled are {', '.join(bundled) or 'none'}"
+    raise FewstepError(f"no model {name!r}, neither a folder nor a bundled name; {hint}")

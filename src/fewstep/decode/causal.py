@@ -1,0 +1,96 @@
+"""What the decoders of causal networks share: guesses, and the rule by which a forward verifies them.
+
+Axes: R = requests, S = positions scored in a step, L = positions.
+
+A causal row scores the next token. So a forward of the last final token and of guesses behind it tells, for each guess,
+what belongs in its place if all guesses before it are right: the guesses are right up to the first that differs, and
+the token that belongs there is final too. Autoregressive decoding is the case without guesses. Whatever is guessed, the
+tokens are those of autoregressive decoding; good guesses make the passes fewer.
+
+The keys and values of right guesses were computed from final tokens, so they count as cached. Those of wrong ones stay
+in their slots, which no row sees before they are overwritten: a causal row sees positions before its own only.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.decoder import Decoder, Drawing, open_canvas
+from fewstep.decode.policies import ONE_PER_STEP, Policy
+from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.sampling import GREEDY, Sampling, confidence
+from fewstep.decode.state import StateT, draw_tokens, finalise, scored_positions
+from fewstep.errors import FewstepError
+from fewstep.models.network import Scores
+from fewstep.models.roles import Role, RoleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Drawing):
+    """A subclass brings its name, `passes` and `plan`, and `accept` if it guesses."""
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[RoleName, ...]] = ("autoregressive",)
+    cached: ClassVar[bool] = True
+    block_size: ClassVar[int] = 1
+    policy: ClassVar[Policy] = ONE_PER_STEP
+
+    role: Role
+    sampling: Sampling = GREEDY
+    early_stop: bool = True
+
+    def canvas(self, request: Request) -> Canvas:
+        if request.canvas is not None:
+            raise FewstepError(f"the {self.name} decoder cannot infill; use a bidirectional model")
+        return open_canvas(request.max_new_tokens, 0, limit=request.max_new_tokens, early_stop=self.early_stop)
+
+    def refuse_sampling(self) -> None:
+        """FewstepError if tokens are to be drawn, for decoders that only take the most probable."""
+        if not self.sampling.greedy:
+            raise FewstepError(
+                f"the {self.name} decoder is greedy only, so it takes no temperature; sample with speculative, "
+                "prompt-lookup or autoregressive"
+            )
+
+
+def check_count(what: str, value: int, least: int) -> None:
+    """FewstepError if a decoder's number is too small."""
+    if value < least:
+        raise FewstepError(f"{what} must be at least {least}, got {value}")
+
+
+def accept_agreed(
+    decoder: Decoder, state: StateT, tokens_RS: Tensor, agreed_RS: Tensor, scores: Scores, end_R: Tensor | None = None
+) -> StateT:
+    """Make tokens final, of the S positions from the front on, that only agreed guesses precede.
+
+    `agreed_RS`: whether the guess at the position is the token. None past an end-of-text, or from `end_R` on.
+    """
+    positions_RS = scored_positions(state, tokens_RS.shape[1])
+    goes_on_RS = agreed_RS & (tokens_RS != state.stop_token_R[:, None])
+    reached_RS = torch.ones_like(goes_on_RS)
+    reached_RS[:, 1:] = goes_on_RS[:, :-1].cumprod(1).bool()
+    chosen_RS = reached_RS & ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]
+    if end_R is not None:
+        chosen_RS &= positions_RS < end_R[:, None]
+    return finalise(decoder, state, tokens_RS, chosen_RS, confidence(scores.logits_RSV, tokens_RS))
+
+
+def keep_agreed(state: StateT) -> StateT:
+    """After `accept_agreed` of guesses that stood in their own slots: all final tokens but the last are cached."""
+    return replace(state, cached_R=torch.where(state.done_R, state.cached_R, state.front_R - 1))
+
+
+def verify(decoder: Decoder, state: StateT, scores: Scores, end_R: Tensor | None = None) -> tuple[StateT, Tensor]:
+    """The state after a pass over the guesses that stand at the open positions, and what it says belongs there [R, S].
+
+    The last of the S positions was not guessed, or its guess is not used. A position is drawn with the noise of the
+    step in which autoregressive decoding comes to it, so that with the same seed sampled tokens are the same too.
+    """
+    positions_RS = scored_positions(state, scores.logits_RSV.shape[1])
+    turn_RS = positions_RS - state.context_length_R[:, None] + 1
+    tokens_RS = draw_tokens(decoder.sampling, state, scores.logits_RSV, positions_RS, turn_RS)
+    agreed_RS = state.tokens_RL.gather(1, positions_RS) == tokens_RS
+    return keep_agreed(accept_agreed(decoder, state, tokens_RS, agreed_RS, scores, end_R)), tokens_RS

@@ -1,0 +1,83 @@
+"""Prompt lookup decoding: guess what followed an earlier occurrence of the last tokens.
+
+A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487. Axes: R = requests, L = positions, C = guesses.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.causal import Causal, check_count, verify
+from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
+from fewstep.decode.state import State, scored_positions, write
+from fewstep.models.network import Plan, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLookup(Causal):
+    """`window` guesses per pass, from the longest match of up to `ngram` tokens, in the prompt or the answer so far.
+
+    Guesses are given, not drawn, so sampling needs no correction: the token is drawn as always, and the guess is right
+    or not. Plan shapes: `verify` (1 + window rows) and `prefill` (W + window).
+    """
+
+    name: ClassVar[str] = "prompt-lookup"
+
+    window: int = 10
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        check_count("the window of prompt-lookup", self.window, 1)
+        check_count("the ngram of prompt-lookup", self.ngram, 1)
+
+    @property
+    def num_guessed(self) -> int:
+        return self.window
+
+    @property
+    def span(self) -> int:
+        return 1 + self.window
+
+    def start(self, state: State) -> State:
+        return self._with_guesses(state)
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
+            yield members, [Shape("verify" if width == 1 else "prefill", width)]
+
+    def plan(self, state: State, shape: Shape) -> Plan:
+        return cached_plan(shape.kind, state, self.role, width=shape.width, active=self.window)
+
+    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+        return self._with_guesses(verify(self, state, scores)[0])
+
+    def _with_guesses(self, state: State) -> State:
+        positions_RC = scored_positions(state, self.window)
+        open_RC = ~state.final_RL.gather(1, positions_RC) & ~state.done_R[:, None]
+        guesses_RC, _ = look_up(state.tokens_RL, state.front_R, self.ngram, self.window)
+        return replace(state, tokens_RL=write(state.tokens_RL, positions_RC, open_RC, guesses_RC))
+
+
+def look_up(tokens_RL: Tensor, front_R: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
+    """What followed the last tokens before the front when they occurred before: guesses [R, C], and whether they did.
+
+    Of all earlier places the one at which the most tokens match, up to `ngram`, and of these the latest. If fewer than
+    `count` tokens follow it, they are repeated, as a text does that repeats itself.
+    """
+    length = tokens_RL.shape[1]
+    position_L = torch.arange(length, device=tokens_RL.device)
+    last_R1 = front_R[:, None] - 1
+    matches_RL = position_L < last_R1
+    num_matching_RL = torch.zeros_like(tokens_RL)
+    for back in range(ngram):
+        suffix_R1 = tokens_RL.gather(1, (last_R1 - back).clamp(min=0))
+        before_RL = tokens_RL.roll(back, 1)
+        matches_RL = matches_RL & (before_RL == suffix_R1) & (position_L >= back)
+        num_matching_RL += matches_RL
+    best_R1 = (num_matching_RL * length + position_L).masked_fill(num_matching_RL == 0, -1).argmax(1, keepdim=True)
+    period_R1 = (last_R1 - best_R1).clamp(min=1)
+    follow_RC = best_R1 + 1 + torch.arange(count, device=tokens_RL.device) % period_R1
+    return tokens_RL.gather(1, follow_RC.clamp(max=length - 1)), (num_matching_RL > 0).any(1)

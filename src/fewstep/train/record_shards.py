@@ -1,0 +1,256 @@
+"""Shards of decoded prompts on disk: Parquet files, each written whole, under a manifest that says who made them.
+
+Token ids are list columns. `RecordShards` writes and reads what every record has; a subclass adds what its kind of
+decoding left behind.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fewstep.decode.requests import Output
+from fewstep.errors import FewstepError
+from fewstep.files import Shards
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = b"fewstep"
+
+RecordT = TypeVar("RecordT")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt to decode; `id` is unique. `reference_ids`: a reference answer, stored beside what is decoded."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    reference_ids: Sequence[int] | None = None
+
+
+class RecordShards(ABC, Generic[RecordT]):
+    """Reads and writes the Parquet files of one folder, as its manifest describes them.
+
+    A subclass names its `kind` and who makes its records (`maker`), and has the abstract methods below.
+    """
+
+    kind: ClassVar[str]
+    maker: ClassVar[str]
+
+    def __init__(self, shards: Shards) -> None:
+        """FewstepError if the folder holds another kind or schema."""
+        manifest = shards.manifest
+        if manifest.get("kind") != self.kind:
+            raise FewstepError(f"{shards.folder} holds {manifest.get('kind')}, not {self.kind}; choose another folder")
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise FewstepError(
+                f"{shards.folder} has trajectory schema {manifest.get('schema_version')}, this version reads "
+                f"{SCHEMA_VERSION}; collect the trajectories again"
+            )
+        self.shards = shards
+        try:
+            self.maker_hash = str(manifest["teacher_hash"])
+            self._describe(manifest)
+        except (KeyError, TypeError) as error:
+            raise FewstepError(
+                f"the manifest of {shards.folder} is damaged ({error}); collect again elsewhere"
+            ) from None
+
+    @abstractmethod
+    def _describe(self, manifest: Mapping[str, Any]) -> None:
+        """Take what the manifest says of this kind. KeyError or TypeError if it is damaged."""
+
+    @staticmethod
+    @abstractmethod
+    def output_of(record: RecordT) -> Output:
+        """What was decoded."""
+
+    @abstractmethod
+    def _columns(
+        self, index: int, names: Sequence[str], records: Sequence[RecordT]
+    ) -> tuple[dict[str, pa.Array], dict[str, int]]:
+        """The columns of this kind, and the facts that count their flat values, `num_positions` among them.
+
+        ValueError naming a record that lacks what is to be stored.
+        """
+
+    @abstractmethod
+    def _arrays(self, column: Mapping[str, pa.Array]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Those columns as flat arrays and lengths, and which fact counts which of them.
+
+        ValueError, KeyError or ArrowException if they are damaged.
+        """
+
+    def write(
+        self, index: int, records: Sequence[tuple[PromptRow, RecordT]], *, num_prompts: int, num_forwards: int
+    ) -> dict[str, int]:
+        """Write shard `index` whole and return its facts. ValueError if a record lacks what is to be stored."""
+        rows = [row for row, _ in records]
+        own, counts = self._columns(index, [row.id for row in rows], [record for _, record in records])
+        columns: dict[str, pa.Array] = {
+            "id": pa.array([row.id for row in rows], pa.string()),
+            "prompt_ids": list_column([row.prompt_ids for row in rows]),
+            "num_forwards": pa.array([self.output_of(record).num_forwards for _, record in records], pa.int32()),
+            "reference_ids": list_column([row.reference_ids for row in rows]),
+            **own,
+        }
+        facts = {
+            "num_prompts": num_prompts,
+            "num_records": len(records),
+            "num_prompt_tokens": sum(len(row.prompt_ids) for row in rows),
+            "num_reference_tokens": sum(0 if row.reference_ids is None else len(row.reference_ids) for row in rows),
+            "num_forwards": num_forwards,
+            **counts,
+        }
+        made_by = {"schema_version": SCHEMA_VERSION, "teacher_hash": self.maker_hash, "shard": index}
+        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(made_by | facts)})
+        with self.shards.write(index) as temporary:
+            pq.write_table(
+                table,
+                temporary,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+        return facts
+
+    def facts(self, index: int) -> dict[str, int]:
+        """The counts in a shard's metadata. FewstepError if it is damaged or of another maker, schema or place."""
+        return self._checked_facts(index, self._reading(index, pq.read_schema).metadata)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The columns of a shard: ids, flat arrays and lengths. FewstepError as `facts`."""
+        table = self._reading(
+            index,
+            lambda path: pq.read_table(path, use_threads=False, page_checksum_verification=True, partitioning=None),
+        )
+        facts = self._checked_facts(index, table.schema.metadata)
+        try:
+            return self._checked_arrays(table, facts)
+        except (KeyError, ValueError, pa.ArrowException) as error:
+            raise self._damaged(index, error) from error
+
+    def _checked_arrays(self, table: pa.Table, facts: Mapping[str, int]) -> dict[str, Any]:
+        """ValueError, KeyError or ArrowException if the columns do not fit together."""
+        column = {name: _one_chunk(table.column(name)) for name in table.column_names}
+        own, counted_by = self._arrays(column)
+        arrays: dict[str, Any] = {
+            "ids": column["id"].to_pylist(),
+            "prompt_lengths": column["prompt_ids"].value_lengths().to_numpy(),
+            "prompt_ids": column["prompt_ids"].flatten().to_numpy(),
+            "has_reference": np.asarray(column["reference_ids"].is_valid()),
+            "reference_lengths": column["reference_ids"].value_lengths().fill_null(0).to_numpy(),
+            "reference_ids": column["reference_ids"].flatten().to_numpy(),
+            "num_forwards": column["num_forwards"].to_numpy(),
+            **own,
+        }
+        counted_by = {
+            "ids": "num_records", "prompt_ids": "num_prompt_tokens", "reference_ids": "num_reference_tokens",
+            **counted_by,
+        }  # fmt: skip
+        for name, fact in counted_by.items():
+            if len(arrays[name]) != facts[fact]:
+                raise ValueError(f"{name} holds {len(arrays[name])} rows, its metadata say {facts[fact]}")
+        return arrays
+
+    def _reading(self, index: int, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.shards.path(index))
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(index, error) from error
+
+    def _checked_facts(self, index: int, metadata: Mapping[bytes, bytes] | None) -> dict[str, int]:
+        path = self.shards.path(index)
+        try:
+            facts = json.loads((metadata or {})[_METADATA_KEY])
+            schema_version, maker_hash, shard = facts["schema_version"], facts["teacher_hash"], facts["shard"]
+        except (KeyError, TypeError, ValueError):
+            raise FewstepError(f"{path} is not a shard of trajectories; delete it and collect again") from None
+        if schema_version != SCHEMA_VERSION:
+            raise FewstepError(f"{path} has trajectory schema {schema_version}, not {SCHEMA_VERSION}; collect it again")
+        if maker_hash != self.maker_hash:
+            raise FewstepError(
+                f"{path} was made by another {self.maker} ({maker_hash[:12]}, not {self.maker_hash[:12]}); "
+                "delete it and collect again"
+            )
+        if shard != index:
+            raise FewstepError(f"{path} holds shard {shard}; delete it and collect again")
+        return {name: count for name, count in facts.items() if name.startswith("num_")}
+
+    def _damaged(self, index: int, error: BaseException) -> FewstepError:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return FewstepError(
+            f"the trajectory shard {self.shards.path(index)} is damaged ({reason[0]}); "
+            "delete it and collect again, which remakes only that shard"
+        )
+
+
+ShardsT = TypeVar("ShardsT", bound=RecordShards[Any])
+
+
+class RecordStore(Generic[ShardsT]):
+    """A finished folder of records, for reading."""
+
+    def __init__(self, folder: str | Path, files: type[ShardsT], *, teacher_hash: str | None = None) -> None:
+        """FewstepError if the folder is no store of this kind and schema, unfinished, or of another than
+        `teacher_hash`.
+        """
+        shards = Shards.open(folder)
+        self.files = files(shards)
+        self.folder = shards.folder
+        self.manifest = shards.manifest
+        if teacher_hash is not None and teacher_hash != self.files.maker_hash:
+            raise FewstepError(
+                f"the trajectories in {folder} were made by another {files.maker} ({self.files.maker_hash[:12]}, "
+                f"not {teacher_hash[:12]}); collect them again with this one"
+            )
+        self.finished = shards.finished()
+        if len(self.finished) < shards.num_shards:
+            raise FewstepError(
+                f"{folder} holds {len(self.finished)} of {shards.num_shards} shards; run collect again to finish it"
+            )
+        self.facts = [self.files.facts(index) for index in self.finished]
+
+    def count(self, fact: str) -> int:
+        """A sum over the shards: num_prompts, num_records, num_positions, num_forwards, ..."""
+        return sum(facts[fact] for facts in self.facts)
+
+    def __len__(self) -> int:
+        return self.count("num_records")
+
+
+def concatenated(parts: Sequence[np.ndarray], dtype: Any, width: int | None = None) -> np.ndarray:
+    """Arrays one after the other in this type; of none, an empty one."""
+    shape = (0,) if width is None else (0, width)
+    return np.concatenate([np.empty(shape, dtype), *parts], dtype=dtype, casting="same_kind")
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray, dtype: Any = np.int64) -> np.ndarray:
+    """Where each of N parts begins, and the last ends, [N + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=dtype)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def list_column(sequences: Sequence[Sequence[int] | None]) -> pa.Array:
+    """A list column of int32; None stays a null."""
+    arrays = [np.empty(0, np.int32) if part is None else np.asarray(part, dtype=np.int32) for part in sequences]
+    missing = pa.array([part is None for part in sequences], pa.bool_())
+    return list_column_of(concatenated(arrays, np.int32), [len(part) for part in arrays], missing)
+
+
+def list_column_of(flat: np.ndarray, lengths: Sequence[int], missing: pa.Array | None = None) -> pa.Array:
+    """A list column of the values `flat`, so many to a row."""
+    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths, np.int32)), pa.array(flat), mask=missing)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
