@@ -23,8 +23,9 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fewstep.engine.language_model import LanguageModel
-from fewstep.files import write_folder_whole
-from fewstep.measure.gsm_solutions import extract_answer, is_correct
+from fewstep.files import read_json, write_folder_whole, write_json_whole
+from fewstep.measure.evaluate import evaluate
+from fewstep.measure.gsm_solutions import extract_answer
 from fewstep.measure.gsm_symbolic import problems, training_rows
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
@@ -135,20 +136,14 @@ def accuracy(count: int, **settings: Any) -> Evaluate:
     """An `evaluate` callable: the share of the first development problems solved, and tokens per forward."""
     items = problems("dev", count)
 
-    def evaluate(network: Network, step: int) -> dict[str, float]:
-        lm = LanguageModel(network)
-        outputs = lm.generate(
-            [item.question for item in items], batch_size=count, max_new_tokens=MAX_ANSWER, **settings
+    def evaluate_network(network: Network, step: int) -> dict[str, float]:
+        report = evaluate(
+            LanguageModel(network), items, batch_size=count, warm_up=False, max_new_tokens=MAX_ANSWER, **settings
         )
-        right = [is_correct(output.text, item.answer) for output, item in zip(outputs, items, strict=True)]
-        tokens = sum(output.num_tokens for output in outputs)
-        print(f"sample at step {step}: {outputs[0].text!r}", flush=True)
-        return {
-            "accuracy": float(np.mean(right)),
-            "tokens_per_forward": tokens / sum(output.num_forwards for output in outputs),
-        }
+        print(f"sample at step {step}: {report.records[0].text!r}", flush=True)
+        return {"accuracy": report.accuracy, "tokens_per_forward": report.tokens_per_forward}
 
-    return evaluate
+    return evaluate_network
 
 
 def gpu_settings(**values: Any) -> TrainSettings:
@@ -353,7 +348,12 @@ def student(
 
 
 @app.command()
-def bundle(source: Path, name: str) -> None:
+def bundle(
+    source: Path,
+    name: str,
+    base: Annotated[str, typer.Option(help="the bundled model under an adapter")] = "gsm-teacher",
+    threshold: Annotated[float | None, typer.Option(help="an adapter's, chosen on development problems")] = None,
+) -> None:
     """Put a finished model among those that ship with the package: one bfloat16 file, or the adapter."""
     target = BUNDLED / name
     target.mkdir(exist_ok=True)
@@ -361,6 +361,11 @@ def bundle(source: Path, name: str) -> None:
         for path in source.iterdir():
             if path.is_file() and path.name not in ("README.md", "report.json"):
                 shutil.copy(path, target / path.name)
+        for file, change in (
+            ("adapter_config.json", {"base_model_name_or_path": f"../{base}"}),
+            ("config.json", {} if threshold is None else {"threshold": threshold}),
+        ):
+            write_json_whole(target / file, {**read_json(target / file), **change})
     else:
         save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
 

@@ -1,8 +1,8 @@
 """Does the consistency training matter? Eight ways to train the student, beside the untrained one and the teacher.
 
-`python recipes/gsm_ablation.py` spreads the jobs over the visible GPUs and may be repeated until all are done;
-gsm_ablation_report.py then writes the table and the plot from `results/ablation.json`. It needs a teacher (the bundled
-one, or a folder) and its trajectories (`recipes/gsm.py trajectories`).
+`python recipes/gsm_ablation.py run` spreads the jobs over the visible GPUs and may be repeated until all are done;
+`report` then writes the table and the plot from `results/ablation.json`. It needs a teacher (the bundled one, or a
+folder) and its trajectories (`recipes/gsm.py trajectories`).
 
 What is equal: the initialisation (the teacher's weights and, for one seed, the same fresh LoRA), the optimizer, its
 steps, and the packed tokens of each step, all documents counted as `[context | noisy response | clean response]`. A
@@ -43,6 +43,7 @@ from fewstep.train.trainer import TrainResult, TrainSettings, train
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
 from fewstep.train.trajectory_table import read_table
 
+app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
 Runs = Annotated[Path, typer.Option(help="folder for adapters and the student's own states")]
 
@@ -310,7 +311,8 @@ class Study:
         ]
 
 
-def main(
+@app.command()
+def run(
     results_folder: Results = Path("results"),
     runs: Runs = Path("runs/ablation"),
     teacher: str = "gsm-teacher",
@@ -372,5 +374,16 @@ def gather(folder: Path, about: Mapping[str, Any]) -> str:
     )
 
 
+@app.command()
+def report(
+    results_folder: Results = Path("results"),
+    threshold: Annotated[float, typer.Option(help="the main threshold of the table")] = 0.9,
+) -> None:
+    """Write `ablation.md`, `ablation.png` and `ablation.svg` from `ablation.json`."""
+    from gsm_ablation_report import write_report  # which imports the variants from here
+
+    write_report(results_folder, threshold)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,15 +1,11 @@
-"""The ablation's table and plot: `python recipes/gsm_ablation_report.py` after all jobs of gsm_ablation.py are done.
-
-Writes `ablation.md`, `ablation.png` and `ablation.svg` beside `ablation.json`. Axis: S = seeds.
-"""
+"""The ablation's table and plot, from the rows that the jobs of gsm_ablation.py left. Axis: S = seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from gsm_ablation import ALL_THREE, OWN_SEED, VARIANTS
 
 from fewstep.errors import FewstepError
@@ -155,11 +151,11 @@ def curves(rows: Sequence[Mapping[str, Any]], clusters: Sequence[int]) -> dict[s
     return series
 
 
-def main(
-    results_folder: Annotated[Path, typer.Option("--results", help="folder with ablation.json")] = Path("results"),
-    threshold: Annotated[float, typer.Option(help="the main threshold of the table")] = 0.9,
-) -> None:
-    """Write the table and the plot."""
+def write_report(results_folder: Path, threshold: float) -> None:
+    """Write `ablation.md`, `ablation.png` and `ablation.svg` beside `ablation.json`, in words at this threshold.
+
+    FewstepError if there is no row yet.
+    """
     rows = read_json(results_folder / "ablation.json")
     if not rows:
         raise FewstepError(f"{results_folder / 'ablation.json'} holds no row; run the jobs first")
@@ -170,7 +166,3 @@ def main(
     print(text)
     for path in plot_accuracy(curves(rows, clusters), results_folder / "ablation", title="Development problems"):
         print(path)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -8,7 +8,6 @@ file in the results folder as soon as it is there.
 import json
 import shlex
 import shutil
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
-from fewstep.measure.compare import Comparison, compare
-from fewstep.measure.evaluate import Record, Report, evaluate
+from fewstep.measure.compare import compare
+from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.gsm_symbolic import (
     BUNDLED_COUNTS,
     Problem,
@@ -37,6 +36,13 @@ from fewstep.measure.gsm_symbolic import (
     write_problem_file,
 )
 from fewstep.measure.plots import plot_accuracy
+from fewstep.measure.reports import (
+    agreement,
+    fastest_good_enough,
+    merge_reports,
+    report_columns,
+    with_no_fewer_passes,
+)
 from fewstep.measure.timing import Timing, describe_machine, speed_factors, time_interleaved
 from fewstep.models.load import BUNDLED
 from fewstep.models.roles import RoleName
@@ -140,68 +146,20 @@ def accuracy_jobs(
 def answer(contender: Contender, items: Sequence[Problem], batch_size: int) -> dict[str, Any]:
     """The report on these problems; records as columns, without the texts."""
     report = evaluate(loaded(contender.model, contender.role), items, batch_size=batch_size, **contender.settings)
-    records = report.records
-    return {
-        "report": report.to_json(),
-        "wall_seconds": report.wall_seconds,
-        "ids": [record.id for record in records],
-        "correct": "".join(str(int(record.correct)) for record in records),
-        "num_tokens": [record.num_tokens for record in records],
-        "num_forwards": [record.num_forwards for record in records],
-        "seconds": [round(record.seconds, 4) for record in records],
-        "machine": describe_machine(),
-        "command": this_command(),
-    }
-
-
-def merged(shards: Sequence[Mapping[str, Any]], items: Mapping[str, Problem]) -> Report:
-    """The shards of one contender as one report. Wall seconds add up, as on one device."""
-    told = shards[0]["report"]
-    records = [
-        Record(
-            id=name, template=items[name].template, answer=items[name].answer, text="", correct=mark == "1",
-            num_tokens=tokens, num_forwards=forwards, seconds=seconds, finish_reason="",
-        )
-        for part in shards
-        for name, mark, tokens, forwards, seconds in zip(
-            part["ids"], part["correct"], part["num_tokens"], part["num_forwards"], part["seconds"], strict=True
-        )
-    ]  # fmt: skip
-    shared = ("model", "role", "decoder", "engine", "task", "threshold", "steps", "batch_size", "dtype", "device")
-    return Report(
-        **{key: told[key] for key in shared},
-        records=records,
-        wall_seconds=sum(part["wall_seconds"] for part in shards),
-        step_ms=statistics.median(part["report"]["step_ms"] for part in shards),
-    )
+    return {**report_columns(report), "machine": describe_machine(), "command": this_command()}
 
 
 def choose_threshold(dev: Mapping[str, Report], slack: float) -> float:
-    """Of the student's thresholds, the one with most tokens per forward whose accuracy on development problems is at
-    most `slack` below the teacher's; if none is, the most accurate.
+    """Of the student's thresholds, the fastest whose accuracy on development problems is at most `slack` below the
+    teacher's; if none is, the most accurate.
     """
-    swept = [report for name, report in dev.items() if name.startswith("student-")]
-    enough = [report for report in swept if report.accuracy >= dev["teacher"].accuracy - slack]
-    if enough:
-        best = max(enough, key=lambda report: report.tokens_per_forward)
-    else:
-        best = max(swept, key=lambda report: report.accuracy)
+    best = fastest_good_enough(_of(dev, "student-"), dev["teacher"].accuracy - slack)
     assert best.threshold is not None
     return best.threshold
 
 
-def with_same_passes(found: Mapping[str, Report], student: Report) -> str | None:
-    """Of the teachers cut to fewer passes, the quickest that still has as many passes as the student."""
-
-    def passes(report: Report) -> float:
-        return float(report.to_json()["num_forwards_mean"])
-
-    enough = {
-        name: report
-        for name, report in found.items()
-        if name.startswith("teacher-steps-") and passes(report) >= passes(student)
-    }
-    return min(enough, key=lambda name: passes(enough[name]), default=None)
+def _of(found: Mapping[str, Report], prefix: str) -> list[Report]:
+    return [report for name, report in found.items() if name.startswith(prefix)]
 
 
 def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, Any]]:
@@ -209,10 +167,11 @@ def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, An
     student = f"student-{threshold}"
     pairs = [(student, "teacher"), (student, "ar"), ("teacher", "ar"), (student, f"untrained-{threshold}")]
     pairs += [(student, name) for name in found if name.startswith("teacher-threshold-")]
-    if student in found and (same := with_same_passes(found, found[student])):
+    cut = {name: report for name, report in found.items() if name.startswith("teacher-steps-")}
+    if student in found and (same := with_no_fewer_passes(cut, found[student])):
         pairs.append((student, same))
     return [
-        comparison_row(first, second, compare(found[first], found[second]))
+        {**compare(found[first], found[second]).to_json(), "first": first, "second": second}
         for first, second in pairs
         if first in found and second in found and _ids(found[first]) == _ids(found[second])
     ]
@@ -220,12 +179,6 @@ def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, An
 
 def _ids(report: Report) -> list[str]:
     return [record.id for record in report.records]
-
-
-def comparison_row(first: str, second: str, comparison: Comparison) -> dict[str, Any]:
-    told = comparison.to_json()
-    del told["first"], told["second"]
-    return {"first": first, "second": second, **told}
 
 
 def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: float) -> dict[str, Any]:
@@ -242,9 +195,9 @@ def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: 
     reports: dict[str, dict[str, Report]] = {name: {} for name in sets}
     for (set_name, contender), parts in shards.items():
         if set_name in sets:
-            reports[set_name][contender] = merged(parts, {item.id: item for item in sets[set_name]})
+            reports[set_name][contender] = merge_reports(parts, {item.id: item for item in sets[set_name]})
     dev = reports.get("dev", {})
-    ready = "teacher" in dev and any(name.startswith("student-") for name in dev)
+    ready = "teacher" in dev and bool(_of(dev, "student-"))
     threshold = choose_threshold(dev, slack) if ready else 0.9
     told = {
         **about,
@@ -270,13 +223,8 @@ def _without_stopping(set_name: str, found: Mapping[str, Report]) -> list[dict[s
     """Whether the published teacher and the stopping one solve the same problems."""
     if "teacher" not in found or "teacher-published" not in found:
         return []
-    stopping = {record.id: record for record in found["teacher"].records}
-    published = [record for record in found["teacher-published"].records if record.id in stopping]
-    agree = sum(
-        (record.correct, record.num_tokens) == (stopping[record.id].correct, stopping[record.id].num_tokens)
-        for record in published
-    )
-    return [{"set": set_name, "n": len(published), "same_outcome_and_length": agree}]
+    alike, n = agreement(found["teacher-published"], found["teacher"])
+    return [{"set": set_name, "n": n, "same_outcome_and_length": alike}]
 
 
 CURVES = {
@@ -394,18 +342,16 @@ def timing(
     student: str = "gsm-student",
     device: str = "cpu",
     num: Annotated[int, typer.Option(help="test problems")] = 10,
-    threshold: Annotated[
-        float | None, typer.Option(help="the student's; chosen by `accuracy` if it ran, else 0.9")
-    ] = None,
-    teacher_threshold: float = 0.9,
+    threshold: Annotated[float | None, typer.Option(help="the student's, by default its checkpoint's")] = None,
+    teacher_threshold: Annotated[float | None, typer.Option(help="by default the same")] = None,
     threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
     max_new_tokens: int = 256,
 ) -> None:
     """Seconds of one problem at a time, all contenders interleaved in one run: `timing-DEVICE.json`."""
     if threads:
         torch.set_num_threads(threads)
-    measured = results_folder / "accuracy.json"
-    chosen = threshold or (read_json(measured)["chosen_threshold"] if measured.exists() else 0.9)
+    chosen = threshold or loaded(student, device=device).network.role.threshold
+    teacher_threshold = teacher_threshold or chosen
     everyone = timing_contenders(
         Models(ar, teacher, student), student_threshold=chosen, teacher_threshold=teacher_threshold, device=device,
         max_new_tokens=max_new_tokens,

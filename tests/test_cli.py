@@ -127,6 +127,75 @@ def test_a_misspelt_option_is_an_error_with_a_suggestion(run: Run, arguments: tu
     assert "--threshold" in sentence or "--learning-rate" in sentence
 
 
+def test_models_are_listed_in_aligned_columns(run: Run) -> None:
+    header, *lines = run("models").out.splitlines()
+    assert all(
+        line[header.index("role") :].startswith(("autoregressive", "bidirectional", "block_causal")) for line in lines
+    )
+    assert all(line[header.index("what it is") :].startswith("A ") for line in lines)
+    assert {len(line) for line in lines} == {len(header)}
+
+
+WITHOUT_TORCH = """
+import sys
+from fewstep.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--model", "gsm-studnt"],
+        ["collect", "--model", "gsm-studnt", "--data", "x", "--output", "y"],
+        ["compare", "gsm-studnt,threshold=0.5", "gsm-teacher"],
+        ["demo", "--student", "gsm-studnt"],
+        ["merge", "gsm-studnt", "--output", "y"],
+    ],
+)
+def test_a_misspelt_model_is_found_before_anything_heavy_is_imported(arguments: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert (
+        ended.stderr
+        == "fewstep: no model 'gsm-studnt', neither a folder nor a bundled name; did you mean 'gsm-student'?\n"
+    )
+
+
+WITHOUT_EXTRA = """
+import importlib.abc, importlib.util, sys
+HIDDEN = {"pyarrow", "tensorboard"}
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(name=name)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in HIDDEN else find_spec(name, *package)
+sys.meta_path.insert(0, Hide())
+from fewstep.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_training_explains_itself_without_its_extra_and_names_it() -> None:
+    def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", WITHOUT_EXTRA, "train", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    for arguments in (["--help"], ["cdlm", "--help"]):
+        shown = call(*arguments)
+        assert shown.returncode == 0, shown.stderr
+        assert "Usage: fewstep train" in shown.stdout
+    refused = call("sft", "--model", "gsm-ar", "--data", "rows.jsonl", "--output", "out", "--max-steps", "1")
+    assert refused.returncode == 2
+    assert "pip install 'fewstep[train]'" in refused.stderr
+
+
 def test_models_and_doctor_report(run: Run, tmp_path: Path) -> None:
     assert run("models", "--json", tmp_path / "m.json").code == 0
     assert isinstance(json.loads((tmp_path / "m.json").read_text()), list)
@@ -422,6 +491,49 @@ def test_the_whole_way_to_a_student(run: Run, networks: dict[str, str], rows: Pa
     assert answers[0] == answers[1]
 
 
+def test_a_student_from_its_own_states(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    store, teacher, student = tmp_path / "own", networks["teacher"], networks["student"]
+    collected = run(
+        "collect", "--model", teacher, "--student", student, "--threshold", 0.3, "--data", rows, "--output", store,
+        "--max-new-tokens", 16, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert collected.code == 0, collected.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["student"], report["num_records"]) == (student, 12)
+    decoding = json.loads((store / "manifest.json").read_text())["decoding"]
+    assert (decoding["decoder"], decoding["threshold"]) == ("block", 0.3)
+    assert decoding["teacher_canvas_length"] >= 16
+    training = ("train", "cdlm", "--trajectories", store, "--teacher", teacher, "--model", student, *TINY_RUN)
+    assert "hard" in run(*training, "--output", tmp_path / "hard", "--direction", "hard").sentence()
+    trained = run(*training, "--output", tmp_path / "student")
+    assert trained.code == 0, trained.err
+
+
+def test_a_teacher_may_keep_the_alignment_of_its_causal_model(
+    run: Run, networks: dict[str, str], rows: Path, tmp_path: Path
+) -> None:
+    base = ("train", "diffusion", "--model", networks["causal"], "--data", rows, *TINY_RUN)
+    for option, shifted in (("--right-shift-logits", True), ("--no-right-shift-logits", False)):
+        trained = run(*base, "--output", tmp_path / option, option)
+        assert trained.code == 0, trained.err
+        assert fewstep.load(tmp_path / option).role.right_shift_logits is shifted
+
+
+def test_long_work_says_how_far_it_is(
+    run: Run, networks: dict[str, str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.cli.report.SECONDS_PER_LINE", 0.0)
+    short = ("--max-new-tokens", 8)
+    assert "evaluating: 2 of 2," in run("eval", "--model", networks["student"], "--limit", 2, *short).err
+    collecting = ("collect", "--model", networks["teacher"], "--data", rows, "--output", tmp_path / "t", *short)
+    assert "collecting: 12 of 12," in run(*collecting, "--shard-size", 5, "--worker", "0/1").err
+    assert run(*collecting, "--shard-size", 5).err.startswith("collecting: 12 of 12,")
+    base = ("train", "sft", "--model", networks["causal"], "--data", rows, "--output", tmp_path / "out", *TINY_RUN)
+    trained = run(*base, "--log-every", 1)
+    assert "step 1/2 loss" in trained.err
+    assert trained.out == ""
+
+
 def test_a_student_from_hidden_rows(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
     store = tmp_path / "hidden"
     teacher = networks["teacher"]
@@ -499,8 +611,8 @@ def test_precision_no_is_the_choice_and_no_boolean(
         (["--watch-num-prompts", "4"], "--watch-num-prompts has no effect without --watch-data\n"),
         (["--watch-data", "rows.jsonl"], "--watch-data has no effect without --evaluate-every\n"),
         (["--role", "block_causal", "--leftward", "0.5"], "--leftward has no effect with --role block_causal\n"),
-        (["--role", "block_causal", "--frontier", "0.5"], "--frontier has no effect with --role block_causal\n"),
         (["--role", "block_causal", "--canvas-weights", "[1]"], "--canvas-weights has no effect with"),
+        (["--frontier", "0.5"], "frontier and late are shares of the leftward documents, of which there are none"),
         (["--untouched", "0.5"], "--untouched has no effect with --role bidirectional\n"),
         (["--watch-num-prompts", "0"], "watch_num_prompts must be at least 1, got 0"),
         (["--block-size", "0"], "block_size must be at least 1, got 0"),

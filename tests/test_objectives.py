@@ -264,6 +264,20 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
     assert (counts[1::2] / 200 < 0.4).all()  # a quarter is expected
 
 
+@pytest.mark.parametrize(
+    ("shares", "sentence"),
+    [
+        ({"leftward": 1.5}, "share of documents between 0 and 1"),
+        ({"frontier": 0.5}, "set leftward too"),
+        ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same documents"),
+        ({"leftward": 0.5, "late": 0.5}, "set both or none"),
+    ],
+)
+def test_shares_that_mean_nothing_are_refused(shares, sentence):
+    with pytest.raises(FewstepError, match=sentence):
+        Corruption(**shares)
+
+
 def test_canvas_lengths_are_whole_blocks_that_hold_the_answer():
     lengths = CanvasLengths(block_size=4, weights=(1, 1, 0, 1)).draw(
         np.array([1, 4, 5, 9, 16] * 50), np.random.default_rng(0)

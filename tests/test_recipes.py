@@ -16,6 +16,7 @@ from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.reports import with_no_fewer_passes
 from fewstep.models.load import load_network, save_network
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
@@ -133,7 +134,7 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
         "threshold": [0.5, 0.9], "teacher_steps": [4], "seeds": 2, "dev": 3, "steps": 2, "rows": 2, "row_length": 128,
         "rank": 2, "max_new_tokens": CANVAS, "batch_size": 16,
     }  # fmt: skip
-    ablation.main(**settings)
+    ablation.run(**settings)
     assert not list((results / "ablation").glob("*.failed"))
     rows = json.loads((results / "ablation.json").read_text())
     trained = [row for row in rows if row["variant"] in ablation.VARIANTS]
@@ -146,9 +147,9 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     assert min(tokens) > 0.8 * 2 * 2 * 128  # rows are packed almost full, whatever the variant
     before = {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
     monkeypatch.setattr(ablation.Study, "variant", failing)
-    ablation.main(**settings)
+    ablation.run(**settings)
     assert before == {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
-    recipe("gsm_ablation_report").main(results, threshold=0.9)
+    ablation.report(results, threshold=0.9)
     text = (results / "ablation.md").read_text()
     assert all(variant.title in text for variant in ablation.VARIANTS.values())
     assert (results / "ablation.png").exists()
@@ -192,10 +193,10 @@ def test_the_fastest_threshold_that_is_good_enough_is_chosen(measure: ModuleType
     )
 
 
-def test_the_teacher_with_the_students_passes_has_no_fewer(measure: ModuleType) -> None:
+def test_the_teacher_with_the_students_passes_has_no_fewer() -> None:
     found = {f"teacher-steps-{steps}": report_of("t", "1111", steps) for steps in (2, 4, 8)}
-    assert measure.with_same_passes(found, report_of("s", "1111", 3)) == "teacher-steps-4"
-    assert measure.with_same_passes(found, report_of("s", "1111", 9)) is None
+    assert with_no_fewer_passes(found, report_of("s", "1111", 3)) == "teacher-steps-4"
+    assert with_no_fewer_passes(found, report_of("s", "1111", 9)) is None
 
 
 def test_all_figures_reach_the_cards(

@@ -180,10 +180,6 @@ class Watch:
 RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
 
 
-_OF_LEFTWARD = ("frontier", "late", "late_tokens")
-"""Settings of `Corruption` for the documents that `leftward` chooses."""
-
-
 # The subcommands
 
 
@@ -192,11 +188,9 @@ def diffusion(built: Built, json: Path | None) -> None:
     start: TeacherStart = built[TeacherStart]
     _refuse_unused(built)
     if start.role == "block_causal":
-        built.refuse(("leftward", *_OF_LEFTWARD, "canvas_weights"), "with --role block_causal")
+        built.refuse(("leftward", "canvas_weights"), "with --role block_causal")
     elif start.role == "bidirectional":
         built.refuse(("untouched",), "with --role bidirectional")
-    if not built[Corruption].leftward:
-        built.refuse(_OF_LEFTWARD, "without --leftward, of whose documents it is a share")
     network = start.load(start.model, start.role, right_shift_logits=start.right_shift_logits)
     objective = MaskedDiffusionObjective(
         network.role,
