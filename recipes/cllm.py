@@ -186,7 +186,7 @@ def draft(
 @app.command()
 def bundle(runs: Runs = RUNS, name: str = "gsm-cllm") -> None:
     """Put the finished adapter among the models that ship with the package."""
-    gsm.bundle(runs / name, name)
+    gsm.bundle(runs / name, name, base="gsm-ar")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.files import read_json, write_folder_whole, write_json_whole
 from fewstep.measure.evaluate import evaluate
 from fewstep.measure.gsm_solutions import extract_answer
-from fewstep.measure.gsm_symbolic import problems, training_rows
+from fewstep.measure.gsm_symbolic import problems, training_rows, write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
@@ -106,6 +106,12 @@ def data(runs: Runs = RUNS, examples: int = 3_000_000, workers: int = 32, seed: 
         for done, _ in enumerate(pool.imap_unordered(make_part, tasks), start=1):
             if done % 25 == 0 or done == len(tasks):
                 print(f"data: {done * ROWS_PER_TASK} rows", flush=True)
+
+
+@app.command("problems")
+def problem_files(folder: Path = BUNDLED / "gsm-symbolic") -> None:
+    """Make the bundled problem files again: the same bytes with the same reasoning-gym."""
+    write_problem_files(folder)
 
 
 # --- causal model and teacher ---

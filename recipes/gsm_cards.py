@@ -165,6 +165,7 @@ def _training(kind: Kind, folder: Path, report: Mapping[str, Any] | None, source
         ),
         ("weight decay, clipping", f"{settings['weight_decay']}, {settings['clip_norm']}"),
         ("precision", settings["precision"]),
+        *([("device", report["device"])] if "device" in report else []),
         ("seed", settings["seed"]),
     ]
     parts = ["## Training", f"`{command}`", _table(["", ""], rows), "The loss over the run:"]

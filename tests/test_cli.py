@@ -612,7 +612,7 @@ def test_precision_no_is_the_choice_and_no_boolean(
         (["--watch-data", "rows.jsonl"], "--watch-data has no effect without --evaluate-every\n"),
         (["--role", "block_causal", "--leftward", "0.5"], "--leftward has no effect with --role block_causal\n"),
         (["--role", "block_causal", "--canvas-weights", "[1]"], "--canvas-weights has no effect with"),
-        (["--frontier", "0.5"], "frontier and late are shares of the leftward documents, of which there are none"),
+        (["--frontier", "0.5"], "frontier and late are shares of the leftward documents; set leftward too"),
         (["--untouched", "0.5"], "--untouched has no effect with --role bidirectional\n"),
         (["--watch-num-prompts", "0"], "watch_num_prompts must be at least 1, got 0"),
         (["--block-size", "0"], "block_size must be at least 1, got 0"),

@@ -272,8 +272,6 @@ def test_a_manifest_of_other_settings_is_refused_with_what_differs(tmp_path):
     difference = r"\(decoding\.threshold is 0\.9 there and 0\.8 here, num_shards is 5 there and 6 here\)"
     with pytest.raises(FewstepError, match=difference):
         Shards.create(tmp_path, num_shards=6, suffix=".txt", settings=changed)
-    with pytest.raises(FewstepError, match="already begun"):
-        Shards.create(tmp_path, num_shards=5, suffix=".txt", settings=settings, resume=False)
 
 
 def test_folders_that_are_no_shards_are_refused(tmp_path):

@@ -240,13 +240,11 @@ class Shards:
         self.manifest = dict(manifest)
 
     @classmethod
-    def create(
-        cls, folder: str | Path, *, num_shards: int, suffix: str, settings: Mapping[str, Any], resume: bool = True
-    ) -> "Shards":
+    def create(cls, folder: str | Path, *, num_shards: int, suffix: str, settings: Mapping[str, Any]) -> "Shards":
         """The folder's shards, its manifest written if there is none.
 
         FewstepError if the folder holds a manifest made with other settings (the sentence names each that differs), or
-        with the same settings when `resume` is False, or files but no manifest.
+        files but no manifest.
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
@@ -259,8 +257,6 @@ class Shards:
             except FewstepError:
                 if not path.exists():  # else another worker wrote it at the same moment
                     raise
-        elif not resume:
-            raise FewstepError(f"{folder} is already begun; resume it or choose another folder")
         difference = _describe_difference(read_json(path), wanted)
         if difference:
             raise FewstepError(f"{folder} was made with other settings ({difference}); use the same or another folder")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewstep.cli.iterations import complete_in_view
+from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
 from fewstep.cli.report import note, progress_bar, write_report
 from fewstep.errors import FewstepError
@@ -47,6 +48,7 @@ def generate(
         raise FewstepError("give a prompt or --input, not both")
     if show_iterations and input_file is not None:
         raise FewstepError("--show-iterations shows one prompt; leave out --input")
+    check_model_name(model.model)
     if input_file is not None and output_file is not None:
         prompts = _read_prompts(input_file)
         lm = model.load_model()

@@ -305,9 +305,7 @@ class Corruption:
             if not 0 <= getattr(self, name) <= 1:
                 raise FewstepError(f"{name} is a share of documents between 0 and 1, got {getattr(self, name)}")
         if (self.frontier or self.late) and not self.leftward:
-            raise FewstepError(
-                "frontier and late are shares of the leftward documents, of which there are none; set leftward"
-            )
+            raise FewstepError("frontier and late are shares of the leftward documents; set leftward too")
         if self.frontier + self.late > 1:
             raise FewstepError(f"frontier and late are shares of the same documents, got {self.frontier} + {self.late}")
         if bool(self.late) != bool(self.late_tokens):

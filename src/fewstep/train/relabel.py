@@ -13,12 +13,10 @@ of. There the stored distribution says so, and a divergence teaches it; so such 
 directions `forward` and `reverse`, and `hard` is refused (`TrajectoryTable.of_student`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +26,8 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network, Plan
 from fewstep.models.roles import INVISIBLE
-from fewstep.train.collect import CollectReport, Decode, collect, teacher_of
-from fewstep.train.trajectories import PromptRow, Trajectory, TrajectoryStore
+from fewstep.train.collect import Decode, teacher_of
+from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_shards import Distribution, Teacher
 
 OF_STUDENT = "states_of"
@@ -84,72 +82,6 @@ def _check_same_tokens(first: Teacher, second: Teacher, whose: str) -> None:
 def of_student(student: Network) -> dict[str, Any]:
     """What goes into the settings of a relabelled store."""
     return {OF_STUDENT: network_hash(student)}
-
-
-def relabel(
-    store: TrajectoryStore,
-    folder: str | Path,
-    teacher: Network,
-    labelling: Labelling,
-    *,
-    shard_size: int = 1024,
-    on_shard: Callable[[CollectReport], None] | None = None,
-) -> CollectReport:
-    """Write the student's trajectories in `store`, labelled by `teacher`, as a new store in `folder`; it resumes as
-    `collect` does.
-
-    FewstepError if the two networks do not share vocabulary and mask token.
-    """
-    of_teacher = teacher_of(teacher)
-    _check_same_tokens(of_teacher, store.teacher, f"{teacher.name} and the trajectories in {store.folder}")
-    trajectories = {trajectory.id: trajectory for trajectory in store}
-    rows = [
-        PromptRow(
-            trajectory.id,
-            trajectory.prompt_ids.tolist(),
-            None if trajectory.reference_ids is None else trajectory.reference_ids.tolist(),
-        )
-        for trajectory in trajectories.values()
-    ]
-    settings = {
-        **store.manifest["decoding"],
-        OF_STUDENT: store.teacher.hash,
-        "teacher_canvas_length": labelling.canvas_length,
-    }
-
-    def stored(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
-        return [_output(trajectories[row.id]) for row in rows]
-
-    return collect(
-        labelled(stored, teacher, labelling),
-        rows,
-        folder,
-        teacher=of_teacher,
-        settings=settings,
-        distribution=labelling.distribution,
-        shard_size=shard_size,
-        on_shard=on_shard,
-    )
-
-
-def _output(trajectory: Trajectory) -> Output:
-    """A stored trajectory as the decoding that it came from, as far as labelling needs it."""
-    final_G = torch.full((trajectory.canvas_length,), trajectory.mask_token_id)
-    step_G = torch.full((trajectory.canvas_length,), -1)
-    count = len(trajectory.final_ids)
-    final_G[:count] = torch.from_numpy(trajectory.final_ids).long()
-    never = (trajectory.step_rank == 0) & (trajectory.final_ids == trajectory.mask_token_id)
-    step_G[:count] = torch.from_numpy(np.where(never, -1, trajectory.step_rank)).long()
-    return Output(
-        token_ids=trajectory.final_ids.tolist(),
-        num_tokens=count,
-        num_forwards=trajectory.num_forwards,
-        seconds=0.0,
-        finish_reason="stop",
-        canvas_ids_G=final_G,
-        step_G=step_G,
-        confidence_G=torch.zeros(trajectory.canvas_length),
-    )
 
 
 @torch.no_grad()
