@@ -461,12 +461,29 @@ def test_infilling_equals_a_plain_loop_over_full_attention(shift: bool) -> None:
             logits = net.module(torch.tensor([tokens]), attention_mask=visible).logits[0]
         logits = logits.roll(1, 0) if shift else logits
         logits[:, 2] = float("-inf")
+        logits[:-1, net.eos_token_id] = float("-inf")  # the last token is given
         best = logits.softmax(-1).max(-1)
         opened = [p for p, token in enumerate(tokens) if token == 2]
         block = [p for p in opened if (p - 2) // BLOCK == (opened[0] - 2) // BLOCK]
         position = max(block, key=lambda p: float(best.values[p]))
         tokens[position] = int(best.indices[position])
     assert decode(net, [Request(prompt_ids=[5, 6], canvas=canvas)], decoder_of(net))[0].token_ids == tokens[2:]
+
+
+def test_infilling_ends_no_text_before_what_is_given() -> None:
+    net = network("bidirectional")
+    with torch.no_grad():  # the end-of-text is by far the most probable token everywhere
+        net.module.get_output_embeddings().weight[net.eos_token_id] = 0
+        hidden_size = net.module.config.hidden_size
+        head = torch.nn.Linear(hidden_size, net.vocab_size)
+        head.weight, head.bias.data = net.module.get_output_embeddings().weight, torch.zeros(net.vocab_size)
+        head.bias[net.eos_token_id] = 1000.0
+        net.module.set_output_embeddings(head)
+    canvas = [2, 2, 7, 2, 2]
+    output = decode(net, [Request(prompt_ids=[5, 6], canvas=canvas)], decoder_of(net))[0]
+    assert net.eos_token_id not in output.token_ids[:2]
+    assert output.token_ids[3:] == [net.eos_token_id] * 2
+    assert decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=4)], decoder_of(net))[0].num_tokens == 1
 
 
 def test_infilling_can_begin_with_the_first_token_and_ignores_an_end_of_text() -> None:

@@ -15,9 +15,9 @@ from fewstep.decode.decoder import Drawing, Shape, canvas_length, first_block_st
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.decode.state import State
+from fewstep.decode.state import NEVER, State
 from fewstep.errors import FewstepError
-from fewstep.models.network import Guidance, Plan
+from fewstep.models.network import Guidance, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 LENGTH_BUCKET = 16
@@ -109,7 +109,25 @@ class Diffusion(Drawing):
             guidance=self._guidance(state, tokens_RQ) if self.guided else None,
         )
 
+    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+        _bar(state, scores.logits_RSV)
+        return super().accept(state, shape, scores)
+
     def _guidance(self, state: State, tokens_RQ: Tensor) -> Guidance:
         """The same tokens, whatever was given masked."""
         given_RQ = state.step_RL[:, : tokens_RQ.shape[1]] == 0
         return Guidance(tokens_RQ.masked_fill(given_RQ, self._mask_token_id), self.cfg_scale)
+
+
+def _bar(state: State, logits_RSV: Tensor) -> None:
+    """Rule out, in place, what would end the text before something given: models that pad with the end-of-text would
+    else fill a gap with it.
+    """
+    position_L = torch.arange(state.tokens_RL.shape[1], device=logits_RSV.device)
+    given_RL = (state.step_RL == 0) & (position_L < state.canvas_end_R[:, None])
+    last_given_R = torch.where(given_RL, position_L, -1).amax(1)
+    positions_RS = state.front_R[:, None] + torch.arange(logits_RSV.shape[1], device=logits_RSV.device)
+    barred_RS = (state.barred_R[:, None] != NEVER) & (positions_RS < last_given_R[:, None])
+    token_RS1 = state.barred_R.clamp_min(0)[:, None, None].expand(-1, logits_RSV.shape[1], 1)
+    kept_RS1 = logits_RSV.gather(-1, token_RS1).masked_fill(barred_RS[..., None], float("-inf"))
+    logits_RSV.scatter_(-1, token_RS1, kept_RS1)

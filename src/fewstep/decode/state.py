@@ -47,6 +47,7 @@ class State:
     context_length_R: Tensor
     end_R: Tensor  # the request is done when every position before this one is final
     stop_token_R: Tensor  # ... or this token and every position before it
+    barred_R: Tensor  # a token that no position takes which something given follows; NEVER = none
     canvas_end_R: Tensor
     front_R: Tensor
     cached_R: Tensor
@@ -119,6 +120,7 @@ def begin(
         context_length_R=context_length_R,
         end_R=context_length_R + integers(canvas.limit for canvas in canvases),
         stop_token_R=integers(eos_token_id if canvas.stops_early else NEVER for canvas in canvases),
+        barred_R=integers(NEVER if request.canvas is None else eos_token_id for request in requests),
         canvas_end_R=context_length_R + integers(len(canvas.tokens) for canvas in canvases),
         front_R=zeros_R,
         cached_R=zeros_R,
