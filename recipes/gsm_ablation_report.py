@@ -159,6 +159,10 @@ def write_report(results_folder: Path, threshold: float) -> None:
     rows = read_json(results_folder / "ablation.json")
     if not rows:
         raise FewstepError(f"{results_folder / 'ablation.json'} holds no row; run the jobs first")
+    # Differences are paired by seed, so all variants speak of the seeds that each of them has finished.
+    trained = {row["variant"] for row in rows if row["variant"] in VARIANTS}
+    shared = set.intersection(*({row["seed"] for row in rows if row["variant"] == variant} for variant in trained))
+    rows = [row for row in rows if row["variant"] not in VARIANTS or row["seed"] in shared]
     clusters = [item.template if item.template is not None else -1 for item in problems("dev", rows[0]["n"])]
     text = markdown(rows, clusters, threshold, read_json(results_folder / "ablation-about.json"))
     with write_whole(results_folder / "ablation.md") as temporary:

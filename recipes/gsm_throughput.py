@@ -39,7 +39,11 @@ FORMULA = (
     "mean visible "
     "keys per real token"
 )
-LORA_FORMULA = "as above with 4 instead of 6 for frozen weights, whose gradient is not formed, and 6 for the adapter's"
+BATCHES = 4  # whose work is counted
+LORA_FORMULA = (
+    "useful operations: as above with 4 instead of 6 for frozen weights, whose gradient nobody needs (an adapter "
+    "computed on the weights forms it all the same), and 6 for the adapter's"
+)
 
 
 def matmul_flops_per_second(size: int, device: torch.device, dtype: torch.dtype, repeats: int = 50) -> float:
@@ -85,7 +89,7 @@ class Work:
 
 
 def count_work(
-    objective: Objective, vocab_size: int, *, rows: int, row_length: int, device: torch.device, batches: int = 4
+    objective: Objective, vocab_size: int, *, rows: int, row_length: int, device: torch.device, batches: int
 ) -> Work:
     """Replay the first batches with a forward that only counts."""
     stream = BatchStream(objective, rows=rows, row_length=row_length)
@@ -166,9 +170,9 @@ def measure_training(
         compiled=cuda, precision="bf16" if cuda else "no",
     )  # fmt: skip
     config_parameters = sum(parameter.numel() for parameter in network.module.parameters())
-    work = count_work(objective, network.vocab_size, rows=rows, row_length=row_length, device=network.device)
-    plain = Network(network.module, network.role, network.tokenizer, name=network.name)
-    per_token_full = flops_per_token(plain, work)
+    work = count_work(
+        objective, network.vocab_size, rows=rows, row_length=row_length, device=network.device, batches=BATCHES
+    )
     # Before the adapter's layers replace the plain ones: r x (in + out) for every linear layer but the head.
     head = network.module.get_output_embeddings()
     adapter = sum(
@@ -176,7 +180,7 @@ def measure_training(
         for layer in network.module.modules()
         if lora and isinstance(layer, torch.nn.Linear) and layer is not head
     )
-    per_token = flops_per_token(plain, work, adapter_parameters=adapter) if lora else per_token_full
+    per_token = flops_per_token(network, work, adapter_parameters=adapter)
     with tempfile.TemporaryDirectory() as folder:
         done = train(network, objective, settings, Path(folder) / "model", lora=lora)
     rates = [line["tokens_per_second"] for line in done.history if "tokens_per_second" in line]
@@ -187,7 +191,7 @@ def measure_training(
         "adapter_parameters": adapter,
         "rows": rows,
         "row_length": row_length,
-        "packing": work.real_tokens / (4 * rows * row_length),
+        "packing": work.real_tokens / (BATCHES * rows * row_length),
         "mean_visible_keys": work.visible_keys / work.real_tokens,
         "scored_share": work.scored / work.real_tokens,
         "forward_without_gradient_share": work.real_tokens_without_gradient / work.real_tokens,

@@ -1,9 +1,11 @@
 """Decoders of causal networks that guess: each equals autoregressive decoding, and counts, stops and refuses as it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -478,9 +480,9 @@ def test_the_longest_right_path_wins() -> None:
 
 
 def test_the_window_of_lookahead_is_a_tree_of_columns_under_the_first_level(net: Network) -> None:
-    decoder = Lookahead(role=net.role, window=3, ngram=4, num_verified=2)
-    tree, chained = decoder.tree, 6
-    assert decoder.chains.parents == (0, 1, 2, 0, 4, 5)
+    decoder = Lookahead(role=net.role, window=3, ngram=4)
+    tree, chained = decoder.tree, 9
+    assert decoder.chains.parents == (0, 1, 2, 0, 4, 5, 0, 7, 8)
     assert tree.num_guesses == chained + 9
     # The third column of the last level: level 0 up to its column, then its own column.
     assert tree.path(chained + 9) == [0, chained + 1, chained + 2, chained + 3, chained + 6, chained + 9]
@@ -630,6 +632,26 @@ def test_a_draft_of_another_vocabulary_is_refused(net: Network) -> None:
     short = causal_network(max_positions=16)
     with pytest.raises(FewstepError, match="exceed the 16 positions"):
         decode(net, requests(8), Speculative(role=net.role, draft=short))
+
+
+@pytest.mark.parametrize("kind", [Jacobi, PromptLookup])
+def test_guesses_past_the_end_leave_a_dynamic_rotary_embedding_alone(kind: Any) -> None:
+    """Its frequencies depend on the largest position of a forward."""
+    net = tiny_network("autoregressive", head_scale=20, max_positions=64)
+    config = copy.deepcopy(net.module.config)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    module = type(net.module)(config)
+    module.load_state_dict(net.module.state_dict())
+    net = Network(module, net.role, net.tokenizer)
+    request = Request(prompt_ids=list(range(5, 29)), max_new_tokens=40)
+    expected = decode(net, [request], Autoregressive(role=net.role, early_stop=False))[0]
+    assert decode(net, [request], kind(role=net.role, early_stop=False))[0].token_ids == expected.token_ids
+
+
+def test_a_request_that_fits_nowhere_is_refused_before_anything_is_allocated(net: Network) -> None:
+    never = mock.patch.object(Network, "new_cache", side_effect=AssertionError)
+    with never, pytest.raises(FewstepError, match="exceed the 256 positions"):
+        decode(net, [Request(prompt_ids=[5], max_new_tokens=1 << 40)], Jacobi(role=net.role))
 
 
 def test_a_window_longer_than_the_room_is_refused(net: Network) -> None:

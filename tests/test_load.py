@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     assert load_network(tmp_path / "model", dtype=dtype, device="cpu").num_parameters == PARAMETERS
     monkeypatch.setattr(load, "free_memory", lambda device: PARAMETERS * size - 1)
     monkeypatch.delattr(load.AutoModelForCausalLM, "from_pretrained")
-    with pytest.raises(FewstepError, match=rf"model needs 0\.0 GB .* in {dtype}, has 0\.0 GB free on cpu; {advice}"):
+    with pytest.raises(FewstepError, match=rf"model needs 0\.0 GB .* in {dtype}, and cpu has 0\.0 GB free; {advice}"):
         load_network(tmp_path / "model", dtype=dtype, device="cpu")
 
 
@@ -103,7 +103,7 @@ def test_the_refusal_names_both_figures(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(load, "read_places", lambda folder: headers)
     monkeypatch.setattr(load, "free_memory", lambda device: 11_200_000_000)
     save_network(tiny_network(), tmp_path / "model")
-    with pytest.raises(FewstepError, match=r"needs 15\.3 GB .*, has 11\.2 GB free on cpu"):
+    with pytest.raises(FewstepError, match=r"needs 15\.3 GB .*, and cpu has 11\.2 GB free"):
         load_network(tmp_path / "model", dtype="bfloat16", device="cpu")
 
 

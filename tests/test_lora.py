@@ -48,6 +48,17 @@ def test_an_adapter_on_the_weights_gives_the_outputs_and_gradients_of_one_on_the
         assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_a_disabled_adapter_changes_nothing_and_a_merged_one_counts_once():
+    _, model = with_adapter(rank=8)
+    ids = torch.tensor([[3, 9, 4, 20, 21]])
+    plain, adapted = tiny_network("autoregressive").module(ids).logits, model(ids).logits
+    assert (plain - adapted).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert_close(model(ids).logits, plain)
+    model.merge_adapter()
+    assert_close(model(ids).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [LoRASettings(rank=1), LoRASettings(rank=8, dropout=0.1)])
 def test_a_small_rank_and_dropout_are_computed_on_the_rows(settings):
     model = add_lora(tiny_network("autoregressive", hidden=64), settings)

@@ -176,7 +176,8 @@ def cached_plan(kind: str, state: State, role: Role, *, width: int, active: int,
     positions_RQ = state.front_R[:, None] + torch.arange(-width, active, device=device)
     inert_RQ = (positions_RQ < state.cached_R[:, None]) | (positions_RQ >= end_R[:, None])
     inert_RQ |= state.done_R[:, None]
-    positions_RQ = positions_RQ.clamp(0, length - 1)
+    # Inert rows too get positions that the request has: some rotary embeddings depend on the largest of a forward.
+    positions_RQ = positions_RQ.minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
     first = width - 1 if role.name == "autoregressive" else width
     return Plan(
         kind=kind,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.decode.causal import Causal, check_count, verify
 from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
-from fewstep.decode.loop import Loop, positions_needed
+from fewstep.decode.loop import Loop, loop_for
 from fewstep.decode.prompt_lookup import look_up
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import noise_keys, uniform
@@ -123,16 +123,15 @@ def jacobi_trajectories(
     """
     if not requests:
         return []
-    longest_first = sorted(range(len(requests)), key=lambda i: -positions_needed(decoder, requests[i]))
     recorder = _Recorder(decoder)
-    loop = Loop(
+    loop: Loop
+    loop, index_of = loop_for(
         network,
         decoder,
-        num_slots=min(batch_size, len(requests)),
-        length=positions_needed(decoder, requests[longest_first[0]]),
+        requests,
+        batch_size=batch_size,
         listeners=[lambda state: recorder.observe(state, loop.live)],
     )
-    index_of = {loop.submit(requests[i]): i for i in longest_first}
     trajectories: dict[int, Trajectory] = {}
     while loop.busy:
         for number, output in loop.step():

@@ -41,9 +41,9 @@ class LookaheadState(State):
 
 @dataclass(frozen=True, kw_only=True)
 class Lookahead(Causal):
-    """`window` columns, n-grams of `ngram` tokens, of which up to `num_verified` (by default `window`) are verified.
+    """`window` columns, n-grams of `ngram` tokens, of which up to `window` are verified.
 
-    A pass accepts up to `ngram` tokens. Greedy only. Plan shapes, with (ngram - 1)(window + num_verified) rows each
+    A pass accepts up to `ngram` tokens. Greedy only. Plan shapes, with 2 window (ngram - 1) rows each
     besides the pending ones: `decode` (up to ngram pending) and `prefill`.
     """
 
@@ -52,20 +52,17 @@ class Lookahead(Causal):
 
     window: int = 8
     ngram: int = 4
-    num_verified: int | None = None
 
     def __post_init__(self) -> None:
         self.refuse_sampling()
         check_count("the window of lookahead", self.window, 1)
         check_count("the ngram of lookahead", self.ngram, 2)
-        if self.num_verified is not None:
-            check_count("num_verified", self.num_verified, 1)
 
     @cached_property
     def chains(self) -> Tree:
         """The n-grams to be verified, side by side, less their first token, which is the root."""
         length = self.ngram - 1
-        count = (self.num_verified or self.window) * length
+        count = self.window * length
         return Tree(tuple(ROOT if i % length == 0 else i for i in range(count)))
 
     @cached_property
@@ -135,8 +132,7 @@ class Lookahead(Causal):
         place_P = torch.arange(size, device=last_R1.device)
         recency_RP = (place_P - state.cursor_R[:, None]) % size + 1
         fits_RP = state.pool_RPN[:, :, 0] == last_R1
-        num_verified = min(self.num_verified or self.window, size)
-        best_RG = (recency_RP * fits_RP).topk(num_verified, 1).indices
+        best_RG = (recency_RP * fits_RP).topk(self.window, 1).indices
         chosen_RGN = state.pool_RPN.gather(1, best_RG[..., None].expand(-1, -1, self.ngram))
         return chosen_RGN[:, :, 1:].flatten(1).clamp(min=0)
 

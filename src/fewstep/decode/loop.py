@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,45 @@ def _extent(decoder: Decoder, request: Request, canvas: Canvas) -> int:
     return start + blocks + decoder.span - decoder.block_size
 
 
+def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
+    """The request's canvas. FewstepError if the network, or one that helps it, cannot decode it so."""
+    if not request.prompt_ids and (decoder.cached or network.role.scores_next_token):
+        raise FewstepError("the prompt is empty; give at least one token")
+    if request.max_new_tokens < 1:
+        raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+    for each in (network, *decoder.companions.values()):
+        _check_room(each, decoder, request, request.max_new_tokens if request.canvas is None else len(request.canvas))
+    canvas = decoder.canvas(request)
+    _check_room(network, decoder, request, len(canvas.tokens))  # in whole blocks
+    return canvas
+
+
+def _check_room(network: Network, decoder: Decoder, request: Request, num_new: int) -> None:
+    num_given = len(request.prompt_ids)
+    if num_given + num_new > network.max_positions:
+        raise FewstepError(
+            f"a prompt of {num_given} tokens and {num_new} new ones exceed the {network.max_positions} positions of "
+            f"{network.name}; shorten one of them"
+        )
+    room = network.max_positions - num_given
+    if decoder.num_guessed > room:
+        raise FewstepError(
+            f"the {decoder.name} decoder guesses {decoder.num_guessed} positions ahead, and the prompt leaves "
+            f"{room} of the {network.max_positions} of {network.name}; set a smaller window"
+        )
+
+
+def loop_for(
+    network: Network, decoder: Decoder, requests: Sequence[Request], *, batch_size: int, **options: Any
+) -> tuple["Loop", dict[int, int]]:
+    """A loop that has the requests queued, longest first, and each one's index by its number; nothing is allocated
+    before all are checked. `options`: of `Loop`.
+    """
+    lengths = [_extent(decoder, request, check_request(network, decoder, request)) for request in requests]
+    loop = Loop(network, decoder, num_slots=min(batch_size, len(requests)), length=max(lengths), **options)
+    return loop, {loop.submit(requests[i]): i for i in sorted(range(len(requests)), key=lambda i: -lengths[i])}
+
+
 class Loop:
     """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
 
@@ -146,24 +186,7 @@ class Loop:
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns the number with which `step` hands out its output. FewstepError if it cannot run."""
-        if not request.prompt_ids and (self.decoder.cached or self.network.role.scores_next_token):
-            raise FewstepError("the prompt is empty; give at least one token")
-        if request.max_new_tokens < 1:
-            raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        canvas = self.decoder.canvas(request)
-        num_positions = len(request.prompt_ids) + len(canvas.tokens)
-        for network in self._networks.values():
-            if num_positions > network.max_positions:
-                raise FewstepError(
-                    f"a prompt of {len(request.prompt_ids)} tokens and {len(canvas.tokens)} new ones exceed the "
-                    f"{network.max_positions} positions of {network.name}; shorten one of them"
-                )
-            room = network.max_positions - len(request.prompt_ids)
-            if self.decoder.num_guessed > room:
-                raise FewstepError(
-                    f"the {self.decoder.name} decoder guesses {self.decoder.num_guessed} positions ahead, and the "
-                    f"prompt leaves {room} of the {network.max_positions} of {network.name}; set a smaller window"
-                )
+        canvas = check_request(self.network, self.decoder, request)
         if _extent(self.decoder, request, canvas) > self.length:
             raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
         self._num_submitted += 1
@@ -315,16 +338,7 @@ def decode(
     """
     if not requests:
         return []
-    lengths = [positions_needed(decoder, request) for request in requests]
-    loop = Loop(
-        network,
-        decoder,
-        num_slots=min(batch_size, len(requests)),
-        length=max(lengths),
-        record=record,
-        listeners=listeners,
-    )
-    index_of = {loop.submit(requests[i]): i for i in sorted(range(len(requests)), key=lambda i: -lengths[i])}
+    loop, index_of = loop_for(network, decoder, requests, batch_size=batch_size, record=record, listeners=listeners)
     outputs: dict[int, Output] = {}
     while loop.busy:
         for number, output in loop.step():
@@ -342,8 +356,7 @@ def stream(
     Tokens past `max_new_tokens`, or past an end-of-text that is final, are left out. One finalised before the
     end-of-text in front of it was may have been yielded; the output cuts it.
     """
-    loop = Loop(network, decoder, num_slots=1, length=positions_needed(decoder, request), record=record)
-    loop.submit(request)
+    loop, _ = loop_for(network, decoder, [request], batch_size=1, record=record)
     while True:
         completed = loop.step()
         if request.canvas is None:

@@ -18,6 +18,7 @@ def report_columns(report: Report) -> dict[str, Any]:
         "correct": "".join(str(int(record.correct)) for record in records),
         "num_tokens": [record.num_tokens for record in records],
         "num_forwards": [record.num_forwards for record in records],
+        "num_draft_forwards": [record.num_draft_forwards for record in records],
         "seconds": [round(record.seconds, 4) for record in records],
     }
 
@@ -31,11 +32,12 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
     records = [
         Record(
             id=name, template=problems[name].template, answer=problems[name].answer, text="", correct=mark == "1",
-            num_tokens=tokens, num_forwards=forwards, seconds=seconds, finish_reason="",
+            num_tokens=tokens, num_forwards=forwards, num_draft_forwards=drafts, seconds=seconds, finish_reason="",
         )
         for part in shards
-        for name, mark, tokens, forwards, seconds in zip(
-            part["ids"], part["correct"], part["num_tokens"], part["num_forwards"], part["seconds"], strict=True
+        for name, mark, tokens, forwards, drafts, seconds in zip(
+            part["ids"], part["correct"], part["num_tokens"], part["num_forwards"], part["num_draft_forwards"],
+            part["seconds"], strict=True,
         )
     ]  # fmt: skip
     shared = ("model", "role", "decoder", "engine", "task", "threshold", "steps", "batch_size", "dtype", "device")

@@ -127,7 +127,7 @@ def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> Non
         advice = "choose another device" if dtype.itemsize <= 2 else "choose dtype bfloat16 or another device"
         raise FewstepError(
             f"{folder} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, "
-            f"has {free / 1e9:.1f} GB free on {device}; {advice}, or free some memory"
+            f"and {device} has {free / 1e9:.1f} GB free; {advice}, or free some memory"
         )
 
 
@@ -173,11 +173,18 @@ def save_network(network: Network, folder: str | Path) -> None:
 
 
 def network_hash(network: Network) -> str:
-    """SHA-256 over the role and the weights' names, shapes and values: which model made a trajectory.
+    """SHA-256 over the role and `weights_hash`: which model made a trajectory. How it is decoded does not matter."""
+    role = {key: value for key, value in network.role.to_config().items() if key != "threshold"}
+    return hashlib.sha256(f"{json.dumps(role, sort_keys=True)} {weights_hash(network)}".encode()).hexdigest()
 
-    Values are rounded to bfloat16, so that a model has one hash in whatever precision it was loaded.
+
+def weights_hash(network: Network) -> str:
+    """SHA-256 over the weights' names, shapes and values.
+
+    Values are rounded to bfloat16, so that a model has one hash whether it was loaded in float32 or bfloat16 (float16
+    rounds otherwise).
     """
-    digest = hashlib.sha256(json.dumps(network.role.to_config(), sort_keys=True).encode())
+    digest = hashlib.sha256()
     for name, tensor in sorted(network.module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_folder_whole, write_json_whole
-from fewstep.models.load import network_hash
+from fewstep.models.load import weights_hash
 from fewstep.models.network import Network
 
 WEIGHTS, DESCRIPTION = "medusa.safetensors", "medusa.json"
@@ -80,7 +80,7 @@ def write_heads(heads: MedusaHeads, folder: Path, network: Network) -> None:
             "width": heads.width,
             "vocab_size": heads.vocab_size,
             "base": network.name,
-            "base_hash": network_hash(network),
+            "base_hash": weights_hash(network),
         },
     )
 
@@ -99,10 +99,10 @@ def load_heads(folder: str | Path, network: Network) -> MedusaHeads:
                 f"the Medusa heads in {folder} are for rows of width {sizes[1]} and {sizes[2]} tokens, {network.name} "
                 f"has {network.module.config.hidden_size} and {network.vocab_size}; load the heads trained for it"
             )
-        if base_hash != network_hash(network):
+        if base_hash != weights_hash(network):
             raise FewstepError(
                 f"the Medusa heads in {folder} were trained for other weights ({base}) than those of {network.name}; "
-                "load the model that they belong to"
+                "load the model that they belong to, in float32 or bfloat16"
             )
         heads = MedusaHeads(*sizes)
         heads.load_state_dict(load_file(folder / WEIGHTS))

@@ -48,6 +48,8 @@ class _MergedLinear(LoRALinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
         base = cast(nn.Linear, self.get_base_layer())
         a, b = (cast(Tensor, part[name].weight) for part in (self.lora_A, self.lora_B))

@@ -70,7 +70,7 @@ class Scored:
 
 class Objective(Protocol):
     """What the trainer needs to know, in two halves: `prepare` needs no network and works on the host, so that it can
-    be done ahead; `loss` computes with what it made (tuples and dataclasses of tensors), moved to the device by
+    be done ahead; `loss` computes with what it made (NamedTuples and dataclasses of tensors), moved to the device by
     `to_device`, and waits for nothing.
 
     Everything random comes from the generators given. `fingerprint` is JSON-able and differs for other data or
@@ -104,6 +104,8 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, (list, dict)):
+        raise TypeError(f"prepared tensors stand in NamedTuples and dataclasses, not in a {type(value).__name__}")
     if isinstance(value, tuple):
         return type(value)(*(_map_tensors(part, function) for part in value))
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,7 +1,8 @@
 """One trainer on accelerate: the same entry under `python`, `torchrun` and `accelerate launch`.
 
-A micro-batch is a pure function of (seed, process, epoch, cursor), and what is random on the device is a function of
-(seed, step, micro-batch, process), so that a resumed run repeats an uninterrupted one exactly.
+A micro-batch is a pure function of (seed, process, epoch, cursor), its noise one of (seed, number of the batch,
+process), and checkpoints keep the state of torch's own generators (dropout), so that a resumed run repeats an
+uninterrupted one exactly.
 """
 
 import json
