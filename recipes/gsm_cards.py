@@ -143,11 +143,7 @@ def _training(kind: Kind, folder: Path, report: Mapping[str, Any] | None, source
         return ""
     settings, processes = report["settings"], report.get("processes")
     launch = f"torchrun --nproc-per-node {processes} " if processes and processes > 1 else "python "
-    command = (
-        f"{launch}recipes/gsm.py {kind} --steps {settings['max_steps']} --rows {settings['rows']} --row-length "
-        f"{settings['row_length']} "
-        f"--learning-rate {settings['learning_rate']:g}" + (f" --seed {settings['seed']}" if kind != "ar" else "")
-    )
+    command = f"{launch}recipes/{report['command']}"
     rows = [
         ("steps", report["steps"]),
         ("real tokens", f"{report['real_tokens']:,}"),

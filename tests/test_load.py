@@ -110,7 +110,7 @@ def test_the_refusal_names_both_figures(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_adapter_is_merged_in_float32_and_must_fit_so(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_network(student.parent / "gsm-teacher").num_parameters
     monkeypatch.setattr(load, "free_memory", lambda device: 4 * base - 1)
-    with pytest.raises(FewstepError, match="in float32, has"):
+    with pytest.raises(FewstepError, match="in float32, and cpu has"):
         load_network(student, dtype="bfloat16", device="cpu")
 
 

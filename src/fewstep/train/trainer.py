@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -54,8 +55,8 @@ It may raise FewstepError to stop the run. `train.samples.Samples` is one.
 
 @dataclass
 class TrainResult:
-    """What a finished run says of itself; also written as `report.json` beside the weights, with the settings of the
-    run and of its objective, and the device's name.
+    """What a finished run says of itself; also written as `report.json` beside the weights, with the command, the
+    settings of the run and of its objective, and the device's name.
 
     `real_tokens` are those of all processes, padding left out. `seconds` and `tokens_per_second` are of the training
     steps, without evaluation and saving.
@@ -287,6 +288,7 @@ class _Run:
                 "settings": asdict(self.settings),
                 **self.objective_settings,
                 "lora": asdict(self.lora) if self.lora else None,
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "processes": self.accelerator.num_processes,
                 "device": _device_name(self.accelerator.device),
             }
