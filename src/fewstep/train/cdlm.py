@@ -175,7 +175,10 @@ class CDLMObjective:
         check_packable(role)
         self.settings = settings or CDLMSettings()
         if self.settings.denoising and references is None:
-            raise FewstepError("the denoising loss needs reference answers; give references or set its weight to 0")
+            raise FewstepError(
+                "the denoising loss needs reference answers, which these trajectories do not hold; collect them from "
+                "rows with a completion, or set denoising to 0"
+            )
         if self.settings.distillation and self.settings.direction != "hard" and table.distributions is None:
             raise FewstepError("distillation needs the teacher's distributions, which these trajectories do not hold")
         if self.settings.distillation and self.settings.direction == "hard" and table.of_student:
