@@ -9,13 +9,12 @@ Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept)
 `trajectories` skips what is there, training resumes.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import gsm
 import typer
-from gsm import MAX_ANSWER, accuracy, device, fresh_network, gpu_settings, load_examples, prompt_rows
+from gsm import MAX_ANSWER, accuracy, device, fresh_network, gpu_settings, is_there, load_examples, prompt_rows, worker
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fewstep.decode.jacobi import Jacobi
@@ -37,13 +36,6 @@ Source = Annotated[str, typer.Option(help="the causal model: a bundled name or a
 Data = Annotated[Path, typer.Option(help="token tables of recipes/gsm.py")]
 
 RUNS, DATA = Path("runs/cllm"), Path("runs/gsm/data")
-
-
-def is_there(folder: Path, description: str = "config.json") -> bool:
-    """Whether a stage has finished already."""
-    if found := (folder / description).exists():
-        print(f"{folder} is there", flush=True)
-    return found
 
 
 @app.command()
@@ -80,7 +72,7 @@ def trajectories(
         ),
         seed=seed,
         shard_size=shard_size,
-        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+        worker=worker(),
     )
     print(report, flush=True)
 
@@ -105,7 +97,7 @@ def student(
     dev: int = 500,
 ) -> None:
     """Train the model to jump from every state of a window to its fixed point."""
-    if is_there(runs / name):
+    if is_there(runs / name / "config.json"):
         return
     network = load_network(source, dtype="float32", device=device())
     table, references = read_jacobi_table(runs / store, network)
@@ -141,7 +133,7 @@ def medusa(
     dev: int = 200,
 ) -> None:
     """Train heads on the frozen model, then let it answer development problems with them."""
-    if is_there(runs / name, "medusa.json"):
+    if is_there(runs / name / "medusa.json"):
         return
     network = load_network(source, dtype="float32", device=device())
     objective = MedusaObjective(
@@ -152,7 +144,7 @@ def medusa(
         log_every=50,
     )  # fmt: skip
     train(network, objective, settings, runs / name, heads=MedusaHeads.of(network, heads))
-    if os.environ.get("RANK", "0") == "0":
+    if worker()[0] == 0:
         answer = accuracy(dev, decoder="medusa", heads=str(runs / name))
         print(answer(load_network(source, device=device()), steps), flush=True)
 
@@ -170,7 +162,7 @@ def draft(
     dev: int = 200,
 ) -> None:
     """Train a model of the bundled shape with few layers from scratch, to draft for speculative decoding."""
-    if is_there(runs / name):
+    if is_there(runs / name / "config.json"):
         return
     full = fresh_network("cpu")
     config = LlamaConfig(**{**full.module.config.to_dict(), "num_hidden_layers": layers})

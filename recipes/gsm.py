@@ -36,7 +36,7 @@ from fewstep.train.collect import collect, decode_with, distribution_of, teacher
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
-from fewstep.train.relabel import Labelling, labelled, of_student
+from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
 from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_table import read_table
@@ -271,7 +271,7 @@ def trajectories(
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,
-        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+        worker=worker(),
         keep=lambda row, output: extract_answer(decode_text(tok, output.token_ids)) == answers[row.id],
     )
     print(report, flush=True)
@@ -296,16 +296,17 @@ def own_states(
     decoding = decode_with(
         network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution
     )
+    labelling = labelling_for(judge, network, distribution, MAX_ANSWER)
     report = collect(
-        labelled(decoding, judge, Labelling(distribution=distribution, canvas_length=MAX_ANSWER)),
+        labelled(decoding, judge, labelling),
         rows,
         runs / name,
         teacher=teacher_of(judge),
-        settings={"threshold": threshold, "teacher_canvas_length": MAX_ANSWER, **of_student(network)},
+        settings={"threshold": threshold, "teacher_canvas_length": labelling.canvas_length, **of_student(network)},
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,
-        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+        worker=worker(),
     )
     print(report, flush=True)
 
@@ -374,6 +375,18 @@ def bundle(
             write_json_whole(target / file, {**read_json(target / file), **change})
     else:
         save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
+
+
+def worker() -> tuple[int, int]:
+    """Which of how many processes this is, (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a stage has finished already, by the file or folder that it leaves; says so."""
+    if found := path.exists():
+        print(f"{path} is there", flush=True)
+    return found
 
 
 def device() -> str:

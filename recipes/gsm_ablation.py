@@ -38,7 +38,7 @@ from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import MaskedDiffusionObjective, Objective
-from fewstep.train.relabel import Labelling, labelled, of_student
+from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import TrainResult, TrainSettings, train
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
 from fewstep.train.trajectory_table import read_table
@@ -277,14 +277,15 @@ class Study:
             )
             for one in store
         ]
+        labelling = labelling_for(teacher, student, distribution, self.max_new_tokens)
         report = collect(
-            labelled(decoding, teacher, Labelling(distribution=distribution, canvas_length=self._teacher_canvas())),
+            labelled(decoding, teacher, labelling),
             rows,
             self.material.runs / OWN_STATES,
             teacher=teacher_of(teacher),
             settings={
                 "threshold": self.own_threshold,
-                "teacher_canvas_length": self._teacher_canvas(),
+                "teacher_canvas_length": labelling.canvas_length,
                 **of_student(student),
             },
             distribution=distribution,
@@ -295,10 +296,6 @@ class Study:
             "num_positions": report.num_positions,
             "num_forwards": report.num_forwards,
         }
-
-    def _teacher_canvas(self) -> int:
-        block = self.material.base.role.block_size
-        return -(-self.max_new_tokens // block) * block
 
     def _sweep(self, lm: LanguageModel, **swept: Any) -> list[dict[str, Any]]:
         """The keys of `eval --json` for each setting, and which problems were solved, as a string of 0 and 1."""

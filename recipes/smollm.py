@@ -15,7 +15,6 @@ them, with other names and numbers (arXiv 2410.05229), so a model that learnt th
 
 import hashlib
 import json
-import os
 import re
 import resource
 import shlex
@@ -35,7 +34,7 @@ from zipfile import ZipFile
 
 import torch
 import typer
-from gsm import accuracy, device, digits, gpu_settings
+from gsm import accuracy, device, digits, gpu_settings, is_there, worker
 from jobs import Job, results, spread
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -73,17 +72,6 @@ GSM8K_REPEATS = 10
 """Times that each of GSM8K's 7,473 training problems stands in the tables, beside hundreds of thousands made ones."""
 
 RUNS = Path("runs/smollm")
-
-
-def is_first() -> bool:
-    """Whether this is the only process, or the first that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_there(path: Path) -> bool:
-    if path.exists():
-        print(f"{path} is there", flush=True)
-    return path.exists()
 
 
 # --- the model as it comes ---
@@ -297,7 +285,7 @@ def shift(
             learning_rate=learning_rate, shift=shifted, dev=dev,
         )  # fmt: skip
     histories = {kind: read_json(runs / f"teacher-{kind}" / "report.json")["history"] for kind in kinds}
-    if is_first():
+    if worker()[0] == 0:
         write_json_whole(runs / "shift.json", histories)
         print(json.dumps({kind: history[-1] for kind, history in histories.items()}, indent=1), flush=True)
 
@@ -343,7 +331,7 @@ def trajectories(
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,
-        worker=(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))),
+        worker=worker(),
         keep=lambda row, output: (
             not solved or extract_answer(decode_text(network.tokenizer, output.token_ids)) == answers[row.id]
         ),
