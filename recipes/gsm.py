@@ -202,6 +202,7 @@ def teacher(
     leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
     frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
     late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
+    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.8,
     canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
     seed: int = 0,
     dev: int = 200,
@@ -221,7 +222,11 @@ def teacher(
         load_examples(runs / "data"),
         network.eos_token_id,
         corruption=Corruption(
-            leftward=leftward, frontier=frontier, late=late, late_tokens=digits(network.tokenizer) if late else ()
+            leftward=leftward,
+            frontier=frontier,
+            late=late,
+            late_tokens=digits(network.tokenizer) if late else (),
+            visited=visited,
         ),
         canvases=canvases,
     )

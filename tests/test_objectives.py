@@ -241,6 +241,43 @@ def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_th
                 assert not hidden[inside].any()
 
 
+def test_visited_states_open_the_networks_most_confident_positions_and_score_the_rest(examples):
+    network = tiny_network("bidirectional")
+    objective = MaskedDiffusionObjective(
+        network.role,
+        examples,
+        1,
+        corruption=Corruption(leftward=0.8, visited=0.8),
+        canvas=CanvasLengths(block_size=4, weights=(0, 0, 1)),
+    )
+    opened_counts = []
+    for seed in range(20):
+        batch, calls = batch_of(objective, 3, 30), []
+        prepared = objective.prepare(batch, torch.Generator().manual_seed(seed))
+        loss = objective.loss(forward_of(network, calls), prepared)
+        (before, _, _, rows), (after, _, _, same_rows) = calls
+        assert rows.tolist() == same_rows.tolist()
+        truth = dict(zip(prepared.opening.targets_S.tolist(), prepared.truth_S.tolist(), strict=True))
+        logp = forward_of(network)(*prepared.inputs).log_softmax(-1).amax(-1)
+        confidence = dict(zip(prepared.opening.targets_S.tolist(), logp.tolist(), strict=True))
+        opened = [i for i in truth if before.flatten()[i] != after.flatten()[i]]
+        assert (before != after).sum() == len(opened)
+        assert all(after.flatten()[i] == truth[i] for i in opened)
+        units = dict(zip(prepared.opening.targets_S.tolist(), prepared.opening.canvas_S.tolist(), strict=True))
+        for canvas in set(units.values()):
+            mine = sorted((i for i in units if units[i] == canvas), key=lambda i: -confidence[i])
+            count = sum(i in opened for i in mine)
+            assert set(mine[:count]) == {i for i in mine if i in opened}
+            assert count < len(mine)
+            assert count == 0 or canvas < 3
+        left = [k for k, i in enumerate(truth) if i not in opened]
+        scored = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
+        expected = -torch.stack([scored[k, prepared.truth_S[k]] for k in left]).mean()
+        assert_close(loss.total, expected, atol=1e-5, rtol=1e-5)
+        opened_counts.append(len(opened))
+    assert sum(opened_counts) > 5
+
+
 def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
     late = (20, 21, 22, 23, 24)
     network = tiny_network("bidirectional")
@@ -271,6 +308,7 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
         ({"frontier": 0.5}, "set leftward too"),
         ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same documents"),
         ({"leftward": 0.5, "late": 0.5}, "set both or none"),
+        ({"visited": 0.5}, "set leftward too"),
     ],
 )
 def test_shares_that_mean_nothing_are_refused(shares, sentence):

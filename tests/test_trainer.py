@@ -306,6 +306,24 @@ def interrupt_at(step: int) -> Callable[[Network, int], dict[str, float]]:
     return evaluate
 
 
+def test_a_run_killed_in_its_last_evaluation_only_evaluates_when_it_is_repeated(tmp_path):
+    def run(name: str, evaluate: Callable[[Network, int], dict[str, float]]) -> None:
+        network = tiny_network("autoregressive")
+        settings = replace(SETTINGS, evaluate_every=100)
+        train(network, objective_for(network), settings, tmp_path / name, evaluate=evaluate)
+
+    def probe(network: Network, step: int) -> dict[str, float]:
+        return {"probe": float(logits_of(network)[0, 0, 5])}
+
+    with pytest.raises(RuntimeError, match="plug"):
+        run("killed", interrupt_at(SETTINGS.max_steps))
+    assert checkpoints_in(tmp_path / "killed") == [f"step-{SETTINGS.max_steps:08d}"]
+    run("killed", probe)
+    run("whole", probe)
+    assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
+    assert not (tmp_path / "killed/checkpoints").exists()
+
+
 def begun(output: Path, network: Network | None = None) -> None:
     """A run in `output` that stopped at step 6 of 12, with a checkpoint of step 4."""
     network = network or tiny_network("autoregressive")

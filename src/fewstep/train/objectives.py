@@ -60,12 +60,40 @@ class Forward(Protocol):
 
 
 @dataclass(frozen=True)
+class Opening:
+    """Which of the scored positions [S] the network opens by itself before it learns.
+
+    `targets_S` are their flat places. `canvas_S` says whose choice each is, C for those that stay as they are, and
+    `index_S` tells those of a canvas apart: below `block_size`. `count_C`: how many of a canvas are opened.
+    """
+
+    targets_S: Tensor
+    canvas_S: Tensor
+    index_S: Tensor
+    count_C: Tensor
+    block_size: int
+
+    def chosen(self, logits_SV: Tensor) -> Tensor:
+        """Boolean [S]: of each canvas as many as it opens, the most confident ones."""
+        confidence_S = logits_SV.float().log_softmax(-1).amax(-1)
+        grid_CB = confidence_S.new_full((len(self.count_C) + 1, self.block_size), float("-inf"))
+        grid_CB[self.canvas_S, self.index_S] = confidence_S
+        rank_CB = grid_CB.argsort(1, descending=True).argsort(1)
+        count_C = torch.cat([self.count_C, self.count_C.new_zeros(1)])
+        return rank_CB[self.canvas_S, self.index_S] < count_C[self.canvas_S]
+
+
+@dataclass(frozen=True)
 class Scored:
-    """A forward, the token ids that belong at its scored rows [S], and their weights (None: equal)."""
+    """A forward, the token ids that belong at its scored rows [S], and their weights (None: equal).
+
+    With an `opening` it stands for the forward of the state in which the network has opened these.
+    """
 
     inputs: Inputs
     truth_S: Tensor
     weights_S: Tensor | None = None
+    opening: Opening | None = None
 
 
 class Objective(Protocol):
@@ -275,8 +303,16 @@ class CausalObjective:
 
 def scored_loss(forward: Forward, scored: Scored) -> Loss:
     """Cross-entropy of the tokens that belong at the scored rows."""
-    logits = forward(*scored.inputs)
-    loss = losses.cross_entropy(logits, scored.truth_S, scored.weights_S) if len(scored.truth_S) else logits.sum()
+    inputs, weights_S = scored.inputs, scored.weights_S
+    if scored.opening is not None:
+        opened_S = scored.opening.chosen(forward(*inputs, gradient=False))
+        tokens = inputs.tokens_RT.flatten()
+        targets_S = scored.opening.targets_S
+        tokens = tokens.scatter(0, targets_S, torch.where(opened_S, scored.truth_S, tokens[targets_S]))
+        inputs = inputs._replace(tokens_RT=tokens.view_as(inputs.tokens_RT))
+        weights_S = (~opened_S).float() if weights_S is None else weights_S * ~opened_S
+    logits = forward(*inputs)
+    loss = losses.cross_entropy(logits, scored.truth_S, weights_S) if len(scored.truth_S) else logits.sum()
     return Loss(loss, {"cross_entropy": loss.detach()})
 
 
@@ -292,6 +328,11 @@ class Corruption:
     digits, for last. The rest hides positions of the active block at random. All other documents hide each position
     with one random ratio (LLaDA, arXiv 2502.09992).
 
+    `visited`, also a share of the leftward documents: from its state the network that is trained goes on by itself. A
+    forward without gradient ranks what the active block hides by confidence, and a random number of the most confident
+    positions are opened, to the reference's tokens, before the state is learned from. So training meets the states that
+    decoding by confidence visits (as PUMA does, arXiv 2602.10314, by streams of batches).
+
     `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
 
@@ -299,15 +340,16 @@ class Corruption:
     frontier: float = 0.0
     late: float = 0.0
     late_tokens: tuple[int, ...] = ()
+    visited: float = 0.0
     untouched: float = 0.1
     weighting: Literal["uniform", "inverse_ratio"] = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("leftward", "frontier", "late", "untouched"):
+        for name in ("leftward", "frontier", "late", "visited", "untouched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FewstepError(f"{name} is a share of documents between 0 and 1, got {getattr(self, name)}")
-        if (self.frontier or self.late) and not self.leftward:
-            raise FewstepError("frontier and late are shares of the leftward documents; set leftward too")
+        if (self.frontier or self.late or self.visited) and not self.leftward:
+            raise FewstepError("frontier, late and visited are shares of the leftward documents; set leftward too")
         if self.frontier + self.late > 1:
             raise FewstepError(f"frontier and late are shares of the same documents, got {self.frontier} + {self.late}")
         if bool(self.late) != bool(self.late_tokens):
@@ -336,6 +378,8 @@ class MaskedDiffusionObjective:
         if role.name == "autoregressive":
             raise FewstepError("masked diffusion needs the role bidirectional or block_causal, not autoregressive")
         check_packable(role)
+        if role.name == "block_causal" and corruption is not None and corruption.leftward:
+            raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
         if canvases < 1:
             raise FewstepError(f"a document has at least one canvas, got {canvases}")
         if canvases > 1 and (role.name, role.context_attention) != ("bidirectional", "causal"):
@@ -370,28 +414,57 @@ class MaskedDiffusionObjective:
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id, canvases=self.canvases)
-        hidden_RT, scored_RT, ratio_RT = self._hide(documents, len(batch.examples_N), generator)
-        targets, rows = documents.rows(scored_RT, batch)
-        inputs = Inputs(documents.with_masks(hidden_RT), documents.positions_RT, documents.layout(), rows)
+        hidden = self._hide(documents, len(batch.examples_N), generator)
+        targets, rows = documents.rows(hidden.scored_RT, batch)
+        inputs = Inputs(documents.with_masks(hidden.hidden_RT), documents.positions_RT, documents.layout(), rows)
         weights = None
         if self.corruption.weighting == "inverse_ratio":
-            weights = 1 / ratio_RT.flatten()[targets].clamp_min(1e-3)
-        return Scored(inputs, documents.clean_RT.flatten()[targets], weights)
+            weights = 1 / hidden.ratio_RT.flatten()[targets].clamp_min(1e-3)
+        opening = None
+        if self.corruption.visited:
+            opening = self._opening(documents, hidden, targets, len(batch.examples_N), generator)
+        return Scored(inputs, documents.clean_RT.flatten()[targets], weights, opening)
 
     def loss(self, forward: Forward, prepared: Scored) -> Loss:
         return scored_loss(forward, prepared)
 
-    def _hide(
-        self, documents: PackedDocuments, num_documents: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden positions, those of them that are scored, and the mask ratio at each position."""
+    def _opening(
+        self,
+        documents: PackedDocuments,
+        hidden: "_Hidden",
+        targets: Tensor,
+        num_documents: int,
+        generator: torch.Generator,
+    ) -> Opening:
+        """Of each canvas that goes on by itself a random number of positions, not all that are hidden."""
+        assert hidden.leftward_RT is not None
+        num_canvases = num_documents * self.canvases
+        goes_on_C, share_C = (corruption.stratified_uniform((num_canvases,), generator) for _ in range(2))
+        canvas_S = self._canvas_of(documents).flatten()[targets]
+        goes_on_S = hidden.leftward_RT.flatten()[targets] & (goes_on_C < self.corruption.visited)[canvas_S]
+        canvas_S = torch.where(goes_on_S, canvas_S, num_canvases)
+        hidden_C = torch.bincount(canvas_S, minlength=num_canvases + 1)[:-1]
+        return Opening(
+            targets_S=targets,
+            canvas_S=canvas_S,
+            index_S=documents.packed.index_RT.flatten()[targets] % self.role.block_size,
+            count_C=(share_C * hidden_C).long(),
+            block_size=self.role.block_size,
+        )
+
+    def _canvas_of(self, documents: PackedDocuments) -> Tensor:
+        """The canvas of each position, over all documents; of a context's positions the first."""
+        return documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
+
+    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> "_Hidden":
         if self.role.name == "block_causal":
-            return documents.hide_blocks(num_documents, self.corruption.untouched, generator)
-        canvas_RT = documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
+            return _Hidden(*documents.hide_blocks(num_documents, self.corruption.untouched, generator))
+        canvas_RT = self._canvas_of(documents)
         shape = (num_documents * self.canvases,)
         ratio_C, leftward_C, frontier_C, active_C = (corruption.stratified_uniform(shape, generator) for _ in range(4))
         hidden_RT = corruption.random_mask(canvas_RT, ratio_C, generator)
         scored_RT = torch.ones_like(hidden_RT)
+        leftward_RT = None
         if self.corruption.leftward:
             leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
             # The active block is one that decoding visits: up to the one that holds the end-of-text.
@@ -410,7 +483,18 @@ class MaskedDiffusionObjective:
             hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, hidden_RT), hidden_RT)
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
-        return hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT]
+        return _Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], leftward_RT)
+
+
+class _Hidden(NamedTuple):
+    """Hidden positions, those of them that are scored, the mask ratio at each position, and for a bidirectional
+    network with leftward documents which positions are theirs.
+    """
+
+    hidden_RT: Tensor
+    scored_RT: Tensor
+    ratio_RT: Tensor
+    leftward_RT: Tensor | None = None
 
 
 def whole_blocks(lengths_N: np.ndarray, block_size: int) -> np.ndarray:

@@ -12,8 +12,8 @@ class TrainSettings:
     """Settings of a run, checked when built.
 
     `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps. A
-    checkpoint is saved `save_every` steps (None: only on Ctrl-C). With `evaluate_every` the network is evaluated so
-    often and at the end; with None it is not.
+    checkpoint is saved every `save_every` steps, on Ctrl-C, and before the last evaluation. With `evaluate_every` the
+    network is evaluated so often and at the end; with None it is not.
     """
 
     max_steps: int

@@ -173,6 +173,8 @@ class _Run:
         window = _Window(self.stream.num_tokens)
         with _Interrupt(active=self.accelerator.num_processes == 1) as interrupt, self.log, closing(self.stream):
             self.log.start(self.step)
+            if self.step == settings.max_steps and settings.evaluate_every is not None:
+                self._evaluate()  # which is all that was missing
             while self.step < settings.max_steps:
                 started = time.monotonic()
                 parts = self.learner.step(self.objective, self.stream)
@@ -189,6 +191,8 @@ class _Run:
                     self._record(figures)
                 self.log.advance(self.step)
                 self.seconds += time.monotonic() - started
+                if evaluates and is_last:
+                    self._save()  # a long last evaluation must not cost the whole training if it is killed
                 if evaluates:
                     self._evaluate()
                     stops = interrupt.wanted
