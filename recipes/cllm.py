@@ -3,12 +3,15 @@
     python recipes/cllm.py STAGE                                   on a CPU or one GPU
     torchrun --nproc-per-node 2 recipes/cllm.py STAGE              on two
 
-Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept), `student` (CLLM, an adapter), `medusa`
-(heads on the frozen model) and `draft` (a small model), which `recipes/compare_decoders.py` sets beside it, and
-`bundle`. The last two train on the token tables of `recipes/gsm.py data`. Each writes a folder under --runs;
-`trajectories` skips what is there, training resumes.
+Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept), `student` (CLLM, an adapter), `shares`
+(how much of it to keep), `medusa` (heads on the frozen model) and `draft` (a small model), which
+`recipes/compare_decoders.py` sets beside it, and `bundle`. `medusa` and `draft` train on the token tables of
+`recipes/gsm.py data`. Each writes a folder under --runs; `trajectories` skips what is there, training resumes. The
+bundled `gsm-cllm` is `bundle --source gsm-cllm-0.85` after the defaults of the others.
 """
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +21,14 @@ from gsm import MAX_ANSWER, accuracy, device, fresh_network, gpu_settings, is_th
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fewstep.decode.jacobi import Jacobi
+from fewstep.engine.language_model import load
+from fewstep.errors import FewstepError
+from fewstep.files import read_json, write_folder_whole, write_json_whole, write_whole
+from fewstep.measure.compare import compare
+from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.gsm_solutions import extract_answer
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.timing import this_command
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -83,11 +93,11 @@ def student(
     source: Source = "gsm-ar",
     name: str = "gsm-cllm",
     store: str = "jacobi",
-    steps: int = 2000,
+    steps: int = 2180,
     rows: int = 48,
     row_length: int = 2048,
     learning_rate: float = 1e-3,
-    rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 32,
+    rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 24,
     consistency: float = 1.0,
     autoregressive: float = 10.0,
     labels: Labels = "trajectory",
@@ -101,6 +111,7 @@ def student(
         return
     network = load_network(source, dtype="float32", device=device())
     table, references = read_jacobi_table(runs / store, network)
+    network = network.with_role(replace(network.role, jacobi_window=table.window))
     objective = CLLMObjective(
         network.role,
         table,
@@ -115,8 +126,7 @@ def student(
         log_every=50, evaluate_every=steps, seed=seed,
     )  # fmt: skip
     lora = LoRASettings(rank=rank, alpha=rank) if rank else None
-    evaluate = accuracy(dev, decoder=Jacobi.name, window=table.window)
-    train(network, objective, settings, runs / name, lora=lora, evaluate=evaluate)
+    train(network, objective, settings, runs / name, lora=lora, evaluate=accuracy(dev))
 
 
 @app.command()
@@ -176,9 +186,58 @@ def draft(
 
 
 @app.command()
-def bundle(runs: Runs = RUNS, name: str = "gsm-cllm") -> None:
+def shares(
+    runs: Runs = RUNS,
+    results: Annotated[Path, typer.Option(help="folder for shares.md")] = Path("results/decoders"),
+    source: Source = "gsm-ar",
+    name: str = "gsm-cllm",
+    share: Annotated[list[float], typer.Option()] = [0.7, 0.8, 0.85, 0.9, 1.0],  # noqa: B006
+    dev: int = 1000,
+    batch_size: int = 100,
+) -> None:
+    """Write parts of the adapter as NAME-SHARE, and what development problems say of each.
+
+    Between the base and the fully trained weights (weight-space interpolation, arXiv 2109.01903) accuracy is traded for
+    tokens per pass.
+    """
+    if worker()[0] != 0:
+        return
+    items = problems("dev", dev)
+
+    def answers(folder: str | Path) -> Report:
+        return evaluate(load(folder, device=device()), items, batch_size=batch_size)
+
+    baseline = answers(source)
+    lines = []
+    for part in share:
+        folder = runs / f"{name}-{part}"
+        write_share(runs / name, folder, part)
+        report = answers(folder)
+        lines.append(f"- {report.tokens_per_forward:.2f} tokens a pass: {compare(report, baseline).sentence()}")
+        print(lines[-1], flush=True)
+    with write_whole(results / "shares.md") as temporary:
+        temporary.write_text("\n".join([f"`{this_command()}`", "", *lines, ""]), encoding="utf-8")
+
+
+def write_share(adapter: Path, target: Path, share: float) -> None:
+    """A copy of an adapter's folder that adds only a share of it to the base: its alpha is what scales it."""
+    if not (adapter / "adapter_config.json").exists():
+        raise FewstepError(f"{adapter} is no adapter, so there is no part of it; train with a --rank above 0")
+    with write_folder_whole(target, overwrite=True) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("logs", "checkpoints"))
+        config = read_json(folder / "adapter_config.json")
+        config["lora_alpha"] *= share
+        write_json_whole(folder / "adapter_config.json", config)
+
+
+@app.command()
+def bundle(
+    runs: Runs = RUNS,
+    source: Annotated[str, typer.Option(help="folder of the adapter, or of a part of it")] = "gsm-cllm",
+    name: str = "gsm-cllm",
+) -> None:
     """Put the finished adapter among the models that ship with the package."""
-    gsm.bundle(runs / name, name, base="gsm-ar")
+    gsm.bundle(runs / source, name, base="gsm-ar")
 
 
 if __name__ == "__main__":

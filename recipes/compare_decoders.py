@@ -1,14 +1,12 @@
 """Every way to decode a causal model in fewer passes, side by side in one run: a table and a plot.
 
-    python recipes/compare_decoders.py --heads runs/cllm/medusa --draft runs/cllm/draft --cllm runs/cllm/gsm-cllm
+    python recipes/compare_decoders.py --heads runs/cllm/medusa --draft runs/cllm/draft
 
 The same problems are answered in a batch, which gives accuracy, passes and throughput, and then one by one, all
 contenders taking turns at each, which gives the time of a pass and the tokens per second of a single answer. What needs
 a model that is not there is left out, and the table says so.
 """
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +23,7 @@ from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.gsm_symbolic import problems
 from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy
-from fewstep.measure.timing import Timing, describe_machine, time_interleaved
+from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.load import bundled_names
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -63,17 +61,24 @@ def contenders(
     model: str, cllm: str | None, draft: str | None, heads: str | None, student: str | None, window: int
 ) -> dict[str, Contender]:
     """By name, the baseline first."""
-    jacobi, trained = {"decoder": "jacobi", "window": window}, {"cllm": cllm}
+    published: dict[str, Any] = {"decoder": "jacobi", "window": window, "fixed_windows": True}
+    sliding: dict[str, Any] = {"decoder": "jacobi", "window": window}
+    trained = {"cllm": cllm}
     return {
         BASELINE: Contender(model=model, settings={"decoder": BASELINE}),
-        "jacobi": Contender(model=model, settings=jacobi),
+        "jacobi": Contender(model=model, settings=published),
+        "jacobi, sliding": Contender(model=model, settings=sliding),
         "lookahead": Contender(model=model, settings={"decoder": "lookahead"}),
         "prompt-lookup": Contender(model=model, settings={"decoder": "prompt-lookup"}),
         "medusa": Contender(model=model, settings={"decoder": "medusa", "heads": heads}, needs={"heads": heads}),
         "speculative": Contender(
             model=model, settings={"decoder": "speculative", "draft": draft}, needs={"draft": draft}
         ),
-        "CLLM": Contender(model=cllm, settings=jacobi, needs=trained),
+        "CLLM": Contender(model=cllm, settings=published, needs=trained),
+        "CLLM, sliding": Contender(model=cllm, settings=sliding, needs=trained),
+        "CLLM, sliding, twice as long": Contender(
+            model=cllm, settings={**sliding, "window": 2 * window}, needs=trained
+        ),
         "CLLM + lookahead": Contender(model=cllm, settings={"decoder": "lookahead"}, needs=trained),
         "CLLM, one token a pass": Contender(model=cllm, settings={"decoder": BASELINE}, needs=trained),
         "CDLM student": Contender(model=student, settings={}, needs={"student": student}),
@@ -167,7 +172,7 @@ def compare(
         "results/decoders"
     ),
     model: Annotated[str, typer.Option(help="the causal model")] = "gsm-ar",
-    cllm: Annotated[str | None, typer.Option(help="the same, trained by recipes/cllm.py: a folder")] = None,
+    cllm: Annotated[str | None, typer.Option(help="the same, trained by recipes/cllm.py")] = "gsm-cllm",
     draft: Annotated[str | None, typer.Option(help="folder of a small model of the same vocabulary")] = None,
     heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
     student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
@@ -202,7 +207,7 @@ def compare(
         for name in present
     ]
     told = {
-        "command": f"python recipes/compare_decoders.py {shlex.join(sys.argv[1:])}",
+        "command": this_command(),
         "machine": describe_machine(),
         "published": SOURCE,
         "left_out": absent,

@@ -11,7 +11,6 @@ student's decoding, for a second round with `student --own`), `bundle`. Each wri
 
 import os
 import shutil
-from dataclasses import replace
 from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
@@ -202,7 +201,7 @@ def teacher(
     leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
     frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
     late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
-    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.8,
+    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.0,
     canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
     seed: int = 0,
     dev: int = 200,
@@ -338,7 +337,7 @@ def student(
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
     base = load_network(runs / source, dtype="float32", device=device())
-    network = Network(base.module, replace(base.role, name="block_causal"), base.tokenizer, name=base.name)
+    network = base.with_role(base.role.playing("block_causal"))
     table, references = read_table(runs / store, teacher=base)
     if own:
         table = join(table, read_table(runs / own, teacher=base)[0])

@@ -12,10 +12,8 @@ forward of the consistency loss, which has no gradient, adds work but no trainin
 """
 
 import copy
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +27,7 @@ from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import Report, sweep
 from fewstep.measure.gsm_symbolic import Problem, problems
-from fewstep.measure.timing import describe_machine
+from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
@@ -68,12 +66,7 @@ class Material:
 
     def student(self) -> Network:
         """The teacher's weights in the block-causal role, to be trained."""
-        return Network(
-            copy.deepcopy(self.base.module),
-            replace(self.base.role, name="block_causal"),
-            self.base.tokenizer,
-            name=self.teacher,
-        )
+        return copy.deepcopy(self.base).with_role(self.base.role.playing("block_causal"))
 
     @cached_property
     def table(self) -> TrajectoryTable:
@@ -345,7 +338,7 @@ def run(
 
     if spread(make_jobs, results_folder / "ablation", time_limit_s=time_limit):
         about = {
-            "command": f"python recipes/gsm_ablation.py {shlex.join(sys.argv[1:])}",
+            "command": this_command(),
             "machine": describe_machine(),
             "steps": steps,
             "tokens_per_step": rows * row_length,

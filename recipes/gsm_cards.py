@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fewstep.files import read_json
 from fewstep.measure.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
 
-Kind = Literal["ar", "teacher", "student"]
+Kind = Literal["ar", "teacher", "student", "cllm"]
 LOSS_ROWS = 12
 
 _WHAT: dict[Kind, str] = {
@@ -25,11 +25,16 @@ _WHAT: dict[Kind, str] = {
     "student": "A block-causal student of `gsm-teacher`, post-trained on the teacher's own decoding trajectories "
     "(CDLM, arXiv 2511.19269) so "
     "that it finalises many tokens a pass and keeps an exact key/value cache. It is an adapter on `gsm-teacher`.",
+    "cllm": "`gsm-ar` after consistency training on its own Jacobi trajectories (CLLM, arXiv 2403.00835): Jacobi "
+    "decoding, its default, finalises several tokens a pass, and the same tokens as plain autoregressive decoding of "
+    "these weights. It is an adapter on `gsm-ar`, of which a share is kept that development problems chose: all of it "
+    "is faster and less accurate (`recipes/cllm.py shares`).",
 }
 _TAGS: dict[Kind, list[str]] = {
     "ar": ["autoregressive"],
     "teacher": ["masked-diffusion"],
     "student": ["masked-diffusion", "block-causal", "consistency", "few-step"],
+    "cllm": ["autoregressive", "jacobi-decoding", "consistency", "few-step"],
 }
 
 
@@ -65,7 +70,7 @@ def card(name: str, kind: Kind, model_folder: Path, report: Mapping[str, Any] | 
         _shape(model_folder),
         _data(),
         _training(kind, model_folder, report, sources),
-        *_figures(sources),
+        *(_comparison(sources) if kind == "cllm" else _figures(sources)),
         *_picture(model_folder, "accuracy.png", "Accuracy over tokens per forward on test problems"),
     ]
     if kind == "student" and (table := sources.text("ablation.md")):
@@ -80,7 +85,7 @@ def _picture(folder: Path, name: str, says: str) -> list[str]:
 
 
 def _header(kind: Kind) -> str:
-    base = {"ar": None, "teacher": "gsm-ar", "student": "gsm-teacher"}[kind]
+    base = {"ar": None, "teacher": "gsm-ar", "student": "gsm-teacher", "cllm": "gsm-ar"}[kind]
     lines = ["license: apache-2.0", "language: en", "library_name: fewstep", "pipeline_tag: text-generation"]
     lines += [f"base_model: {base}"] if base else []
     lines += ["tags:", *(f"- {tag}" for tag in [*_TAGS[kind], "gsm-symbolic"])]
@@ -171,7 +176,8 @@ def _training(kind: Kind, folder: Path, report: Mapping[str, Any] | None, source
 def loss_table(history: Sequence[Mapping[str, float]]) -> str:
     """About a dozen of the logged steps, evenly spread, with all parts of the loss in nats."""
     logged = [line for line in history if "loss" in line]
-    names = [name for name in ("loss", "distillation", "consistency", "denoising") if name in logged[0]]
+    parts = ("loss", "distillation", "consistency", "denoising", "autoregressive")
+    names = [name for name in parts if name in logged[0]]
     count = min(LOSS_ROWS, len(logged))
     chosen = sorted({round(i * (len(logged) - 1) / max(1, count - 1)) for i in range(count)})
     rows = [[f"{logged[i]['step']:.0f}", *(f"{logged[i][name]:.4f}" for name in names)] for i in chosen]
@@ -192,6 +198,19 @@ def _figures(sources: Sources) -> list[str]:
         )
         if part
     ]
+
+
+def _comparison(sources: Sources) -> list[str]:
+    """What `compare_decoders.py` and `cllm.py shares` found."""
+    parts = []
+    if table := sources.text("decoders/comparison.md"):
+        about = sources.read("decoders/comparison.json")
+        parts.append(
+            f"## Decoders side by side\n\n`{about['command']}`, on {_device(about['machine'])}.\n\n{table.strip()}"
+        )
+    if shares := sources.text("decoders/shares.md"):
+        parts.append(f"## How much of the adapter\n\n{shares.strip()}")
+    return parts
 
 
 def _device(machine: Mapping[str, Any] | None) -> str:
@@ -252,12 +271,11 @@ def comparison_sentence(row: Mapping[str, Any]) -> str:
     clustered = row["difference_ci95_clustered"]
     low, high = clustered or row["difference_ci95"]
     kind = "clustered by template" if clustered else "by problem"
-    beyond = "exceeds" if low > 0 or high < 0 else "is within"
+    contains = "contains 0" if low <= 0 <= high else "does not contain 0"
     return (
-        f"{row['first']} less {row['second']}: {100 * row['difference']:+.2f} points ({100 * low:+.2f} to "
-        f"{100 * high:+.2f}, paired, {kind}), "
-        f"which {beyond} its interval; McNemar p = {row['mcnemar_p']:.2g}; tokens per forward "
-        f"{row['tokens_per_forward_ratio']:.2f} to 1."
+        f"{row['first']} less {row['second']}: {100 * row['difference']:+.2f} points; its interval "
+        f"({100 * low:+.2f} to {100 * high:+.2f}, paired, {kind}) {contains}; McNemar "
+        f"p = {row['mcnemar_p']:.2g}; tokens per forward {row['tokens_per_forward_ratio']:.2f} to 1."
     )
 
 

@@ -6,9 +6,7 @@ file in the results folder as soon as it is there.
 """
 
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -43,16 +41,12 @@ from fewstep.measure.reports import (
     report_columns,
     with_no_fewer_passes,
 )
-from fewstep.measure.timing import Timing, describe_machine, speed_factors, time_interleaved
+from fewstep.measure.timing import Timing, describe_machine, speed_factors, this_command, time_interleaved
 from fewstep.models.load import BUNDLED
 from fewstep.models.roles import RoleName
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
-
-
-def this_command() -> str:
-    return f"python recipes/gsm_measure.py {shlex.join(sys.argv[1:])}"
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
@@ -382,11 +376,16 @@ def cards(
     ar_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
     teacher_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
     student_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
+    cllm_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
 ) -> None:
-    """Write README.md of the three bundled models from the results and the training reports."""
-    reports: dict[Kind, Path | None] = {"ar": ar_report, "teacher": teacher_report, "student": student_report}
+    """Write README.md of the bundled models from the results and the training reports."""
+    reports: dict[Kind, Path | None] = {
+        "ar": ar_report, "teacher": teacher_report, "student": student_report, "cllm": cllm_report,
+    }  # fmt: skip
     for kind, path in reports.items():
         name = f"gsm-{kind}"
+        if not (bundled / name).exists():
+            continue
         sources = Sources(results_folder, [])
         for picture in ("accuracy.png", "ablation.png") if kind == "student" else ():
             if (results_folder / picture).exists():

@@ -4,9 +4,7 @@ Real (unpadded) tokens a second of the trainer itself, objective by objective, a
 device's measured rate of large matrix products.
 """
 
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole
-from fewstep.measure.timing import describe_machine
+from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
@@ -275,7 +273,7 @@ def main(
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     rate = matmul_flops_per_second(matmul_size, place, dtype)
     told: dict[str, Any] = {
-        "command": f"python recipes/gsm_throughput.py {shlex.join(sys.argv[1:])}",
+        "command": this_command(),
         "machine": {**describe_machine(), "device": str(place)},
         "matmul": f"{matmul_size}^3 {str(dtype).removeprefix('torch.')}",
         "matmul_flops_per_second": rate,

@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +44,7 @@ from fewstep.measure.evaluate import evaluate
 from fewstep.measure.gsm_solutions import extract_answer
 from fewstep.measure.gsm_symbolic import Problem, problems, training_rows
 from fewstep.measure.metrics import clustered_paired_interval, paired_interval
-from fewstep.measure.timing import describe_machine
+from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
@@ -473,7 +472,7 @@ def report(
     ]
     stages = [runs / name for name in ("ar", "teacher", "student") if (runs / name / "report.json").exists()]
     told = {
-        "command": f"python recipes/smollm.py {shlex.join(sys.argv[1:])}",
+        "command": this_command(),
         "machine": describe_machine(),
         "rows": rows,
         "against_teacher": comparisons,

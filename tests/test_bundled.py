@@ -9,7 +9,7 @@ from fewstep.measure.gsm_symbolic import problems
 from fewstep.models.load import BUNDLED, bundled_names, load_network
 from fewstep.models.text import encode_prompt
 
-MODELS = ("gsm-ar", "gsm-student", "gsm-teacher")
+MODELS = ("gsm-ar", "gsm-cllm", "gsm-student", "gsm-teacher")
 
 
 def test_these_models_are_bundled_with_their_cards() -> None:
@@ -27,7 +27,9 @@ def test_a_question_becomes_a_prompt_alike_for_all_models(name: str) -> None:
     assert tokenizer.eos_token_id == 1
 
 
-@pytest.mark.parametrize(("name", "right", "tokens_per_forward"), [("gsm-ar", 20, 1.0), ("gsm-student", 19, 7.0)])
+@pytest.mark.parametrize(
+    ("name", "right", "tokens_per_forward"), [("gsm-ar", 20, 1.0), ("gsm-cllm", 20, 2.4), ("gsm-student", 19, 7.0)]
+)
 def test_they_solve_most_of_a_sample_in_few_passes(name: str, right: int, tokens_per_forward: float) -> None:
     lm, items = fewstep.load(name), problems("dev", 24)
     outputs = lm.generate([item.question for item in items], batch_size=24)
@@ -43,6 +45,14 @@ def test_the_students_cache_changes_nothing() -> None:
     uncached = lm.generate(questions, max_new_tokens=64, decoder="diffusion", threshold=0.9)
     for one, other in zip(cached, uncached, strict=True):
         assert one.token_ids == other.token_ids
+
+
+def test_jacobi_is_the_default_of_the_model_trained_for_it_and_changes_nothing() -> None:
+    lm = fewstep.load("gsm-cllm")
+    questions = [item.question for item in problems("dev", 3)]
+    fast, plain = lm.generate(questions), lm.generate(questions, decoder="autoregressive")
+    assert [one.token_ids for one in fast] == [one.token_ids for one in plain]
+    assert sum(one.num_forwards for one in fast) < 0.6 * sum(one.num_forwards for one in plain)
 
 
 def test_the_teacher_answers_one_token_a_pass() -> None:

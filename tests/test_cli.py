@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,12 @@ import torch
 
 import fewstep
 from fewstep.cli.main import main
+from fewstep.cli.option_names import naming_options
+from fewstep.errors import FewstepError
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., "Result"]
 
@@ -106,6 +111,13 @@ def test_every_training_explains_itself(run: Run, command: str) -> None:
     assert shown.code == 0
     assert "--learning-rate" in shown.out
     assert "--json" in shown.out
+
+
+@pytest.mark.parametrize("command", ["cdlm", "diffusion"])
+def test_every_option_of_diffusion_training_is_documented(run: Run, command: str) -> None:
+    documented = set(re.findall(r"--[a-z-]+", (REPOSITORY / "docs" / "cdlm.md").read_text(encoding="utf-8")))
+    options = set(re.findall(r"--[a-z-]+", run("train", command, "--help").out)) - {"--help"}
+    assert {option for option in options if not option.startswith("--no-")} <= documented
 
 
 def test_version(run: Run) -> None:
@@ -218,6 +230,10 @@ def test_generate_prints_what_python_returns(run: Run, networks: dict[str, str],
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["num_tokens"], report["num_forwards"]) == (expected.num_tokens, expected.num_forwards)
     assert report["decoder"] == "block"
+    tokens, passes = expected.num_tokens, expected.num_forwards
+    assert re.fullmatch(
+        rf"{tokens} tokens in {passes} passes \({tokens / passes:.1f} per pass\), \d+\.\d\d s\n", shown.err
+    )
 
 
 def test_generate_takes_its_settings_from_options(run: Run, networks: dict[str, str]) -> None:
@@ -263,12 +279,25 @@ def test_generate_file_to_file(run: Run, networks: dict[str, str], tmp_path: Pat
     assert [row["text"] for row in outputs[0]] == [row["text"] for row in outputs[1]]
 
 
+def test_a_prompt_without_an_id_is_named_by_its_line(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    base = ("generate", "--model", networks["student"], "--max-new-tokens", 8, "--input", source, "--output", target)
+    source.write_text('{"prompt": "2 ="}\n\n{"id": "a", "prompt": "3 ="}\n{"prompt": "4 ="}\n')
+    shown = run(*base)
+    assert shown.code == 0, shown.err
+    assert [row["id"] for row in read_lines(target)] == ["1", "a", "4"]
+    assert shown.err.endswith(" s for the slowest of 3 prompts\n")
+    write_lines(source, {"id": "2", "prompt": "2 ="}, {"prompt": "3 ="})
+    assert "line 2: the id '2'" in run(*base).sentence()
+
+
 def test_generate_reads_standard_input(networks: dict[str, str]) -> None:
     process = fewstep_process("generate", "--model", networks["causal"], "--max-new-tokens", "4", stdin=subprocess.PIPE)
     out, err = process.communicate("2 + 2 =\n", timeout=120)
     assert process.returncode == 0, err
     assert out == fewstep.load(networks["causal"]).generate("2 + 2 =", max_new_tokens=4).text + "\n"
-    assert err == ""
+    assert err.startswith("4 tokens in 4 passes (1.0 per pass), ")
+    assert err.count("\n") == 1
 
 
 def test_infill_between_and_inside(run: Run, networks: dict[str, str]) -> None:
@@ -278,6 +307,18 @@ def test_infill_between_and_inside(run: Run, networks: dict[str, str]) -> None:
     assert between.out.endswith("= 4\n")
     inside = run("infill", "--model", networks["teacher"], "2 +<mask><mask><mask>= 4")
     assert inside.out == between.out
+    assert between.err.startswith("3 tokens in ")
+
+
+def test_a_gap_has_a_suffix_or_is_said_to_have_none(run: Run, networks: dict[str, str]) -> None:
+    base = ("infill", "--model", networks["teacher"])
+    at_the_end = ("--prefix", "2 +", "--num-tokens", 3)
+    assert "--suffix is missing" in run(*base, *at_the_end).sentence()
+    shown = run(*base, *at_the_end, "--suffix", "")
+    assert shown.code == 0, shown.err
+    assert shown.err.startswith("3 tokens in ")
+    assert "holds no mask token" in run(*base, "2 + 2 = 4").sentence()
+    assert "--num-tokens has no effect" in run(*base, "2 +<mask>= 4", "--num-tokens", 3).sentence()
 
 
 def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_path: Path) -> None:
@@ -299,11 +340,13 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
         (["--decoder", "blok"], "block"),
         (["--role", "bidirectinal"], "bidirectional"),
         (["--order", "sideways"], "low_confidence"),
-        (["--threshold", "1.5"], "1.5"),
+        (["--threshold", "1.5"], "fewstep: --threshold is a probability in (0, 1], got 1.5"),
         (["--threshold", "zero"], "--threshold"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "2"], "top_p"),
+        (["--max-new-tokens", "0"], "fewstep: --max-new-tokens must be at least 1"),
+        (["--temperature", "-1"], "fewstep: --temperature must"),
+        (["--alg", "origin", "--block-size", "4"], "takes no --block-size"),
+        (["--decoder", "block", "--canvas-length", "8"], "takes no --canvas-length; only diffusion can"),
+        (["--top-p", "2"], "fewstep: --top-p is"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
         (["--decoder", "diffusion", "--max-new-tokens", "12", "--steps", "2"], "steps"),
@@ -379,9 +422,45 @@ def test_missing_or_damaged_weights_are_one_sentence(run: Run, tmp_path: Path, d
     assert "model" in run("generate", "2", "--model", tmp_path / "model").sentence()
 
 
-def test_a_report_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "2"),
+        ("train", "sft", "--model", "gsm-ar", "--data", "rows.jsonl", "--output", "out", "--max-steps", 1),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_found_before_the_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("fewstep.load", never)
+    monkeypatch.setattr("fewstep.cli.training.load_network", never)
     (tmp_path / "file").write_text("")
-    assert "report.json" in run("models", "--json", tmp_path / "file" / "report.json").sentence()
+    for folder in ("file", "no/such"):
+        assert "report.json does not exist" in run(*command, "--json", tmp_path / folder / "report.json").sentence()
+    assert not (tmp_path / "no").exists()
+    assert "name a file" in run(*command, "--json", tmp_path).sentence()
+
+
+def test_an_error_names_options_and_leaves_what_only_looks_like_one() -> None:
+    options = {"max_steps": "--max-steps", "rows": "--rows", "temperature": "--temperature"}
+    for said, told in (
+        ("max_steps must be at least 1", "--max-steps must be at least 1"),
+        ("raise max_steps or lower rows (max_steps=1)", "raise --max-steps or lower rows (--max-steps=1)"),
+        ("rows must be at least 1", "--rows must be at least 1"),
+        ("temperature is a number", "--temperature is a number"),
+        ("the temperature must be 0", "--temperature must be 0"),
+        ("a temperature is a number", "a temperature is a number"),
+        ("rows of a file", "rows of a file"),
+        ("no max_steps_taken", "no max_steps_taken"),
+        ("runs/max_steps/max_steps.json, settings.max_steps", "runs/max_steps/max_steps.json, settings.max_steps"),
+        ("an unknown key 'max_steps' in max_steps.yaml", "an unknown key 'max_steps' in max_steps.yaml"),
+    ):
+        with pytest.raises(FewstepError) as caught, naming_options(options):
+            raise FewstepError(said)
+        assert str(caught.value) == told
 
 
 def test_ctrl_c_is_one_sentence_and_exit_code_130(networks: dict[str, str], tmp_path: Path) -> None:
@@ -482,6 +561,8 @@ def test_the_whole_way_to_a_student(run: Run, networks: dict[str, str], rows: Pa
     distilled = run(*distilling, "--teacher", teacher, "--lora", "--lora-rank", 4)
     assert distilled.code == 0, distilled.err
     assert (student / "adapter_config.json").exists()
+    modes = {path.name: path.stat().st_mode for path in student.iterdir() if path.is_file()}
+    assert modes["adapter_model.safetensors"] == rows.stat().st_mode == modes["config.json"]
     assert "already" in run(*distilling, "--teacher", teacher).sentence()
 
     assert run("merge", student, "--output", merged).code == 0
@@ -558,6 +639,17 @@ def test_sft_of_a_causal_model(run: Run, networks: dict[str, str], rows: Path, t
     assert fewstep.load(tmp_path / "out").role.name == "autoregressive"
 
 
+def test_a_short_run_warms_up_in_its_first_step(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    base = ("train", "sft", "--model", networks["causal"], "--data", rows, "--max-steps", 2, "--rows", 2)
+    for options, rate in (((), 1e-3), (("--warmup-steps", 2), 5e-4)):
+        output = tmp_path / f"out{rate}"
+        trained = run(
+            *base, "--row-length", 256, "--log-every", 1, "--schedule", "linear", "--output", output, *options
+        )
+        assert trained.code == 0, trained.err
+        assert json.loads((output / "report.json").read_text())["history"][0]["learning_rate"] == pytest.approx(rate)
+
+
 def test_training_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_path: Path) -> None:
     base = ("train", "sft", "--model", networks["causal"], "--output", tmp_path / "out", *TINY_RUN)
     config = tmp_path / "run.yaml"
@@ -565,7 +657,10 @@ def test_training_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pa
     config.write_text("lerning_rate: 1\n")
     assert "'learning_rate'" in run(*base, "--data", rows, "--config", config).sentence()
     config.write_text("learning_rate: fast\n")
-    assert "learning_rate" in run(*base, "--data", rows, "--config", config).sentence()
+    assert "'learning_rate' in" in run(*base, "--data", rows, "--config", config).sentence()
+    assert "--learning-rate must be above 0" in run(*base, "--data", rows, "--learning-rate", 0).sentence()
+    assert "--row-length is at most" in run(*base, "--data", rows, "--row-length", 10**6).sentence()
+    assert "--collapse-loss-factor must" in run(*base, "--data", rows, "--collapse-loss-factor", 0.5).sentence()
     config.write_text("a: [\n")
     assert "YAML" in run(*base, "--data", rows, "--config", config).sentence()
     assert "--learning-rate" in run(*base, "--data", rows, "--learning-rate", "fast").sentence()
@@ -612,12 +707,12 @@ def test_precision_no_is_the_choice_and_no_boolean(
         (["--watch-data", "rows.jsonl"], "--watch-data has no effect without --evaluate-every\n"),
         (["--role", "block_causal", "--leftward", "0.5"], "--leftward has no effect with --role block_causal\n"),
         (["--role", "block_causal", "--canvas-weights", "[1]"], "--canvas-weights has no effect with"),
-        (["--frontier", "0.5"], "frontier and late are shares of the leftward documents; set leftward too"),
+        (["--frontier", "0.5"], "frontier, late and visited are shares of the leftward documents; set leftward too"),
         (["--untouched", "0.5"], "--untouched has no effect with --role bidirectional\n"),
-        (["--watch-num-prompts", "0"], "watch_num_prompts must be at least 1, got 0"),
-        (["--block-size", "0"], "block_size must be at least 1, got 0"),
-        (["--max-prompt", "0"], "max_prompt must be at least 1, got 0"),
-        (["--max-completion", "0"], "max_completion must be at least 1, got 0"),
+        (["--watch-num-prompts", "0"], "fewstep: --watch-num-prompts must be at least 1, got 0"),
+        (["--block-size", "0"], "--block-size must be at least 1, got 0"),
+        (["--max-prompt", "0"], "--max-prompt must be at least 1, got 0"),
+        (["--max-completion", "0"], "--max-completion must be at least 1, got 0"),
     ],
 )
 def test_what_training_would_not_use_is_refused(
@@ -704,6 +799,12 @@ def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     written = json.loads((tmp_path / "c.json").read_text())
     assert written["n"] == 2
     assert (written["first"]["threshold"], written["second"]["steps"]) == (0.2, 8)
+    model = networks["student"]
+    assert f"{model} solves 0.0%" in shown.out
+    shown = run("compare", f"{student},threshold=0.2", f"{student},threshold=0.3", "--limit", 1)
+    assert f"{model} (threshold 0.2) solves 0.0%" in shown.out
+    assert f", {model} (threshold 0.3) 0.0%" in shown.out
+    assert shown.out.count(f"\n{model} (threshold 0.") == 3  # two rows of the table, and the sentence
     assert "thresold" in run("compare", f"{student},thresold=0.2", teacher).sentence()
     assert "--threshold" in run("compare", f"{student},threshold=much", teacher).sentence()
 

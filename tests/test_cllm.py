@@ -22,7 +22,7 @@ from fewstep.decode.medusa import Medusa
 from fewstep.decode.requests import Output, Request
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.models.load import network_hash, save_network
+from fewstep.models.load import load_network, network_hash, save_network
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads, load_heads, save_heads
 from fewstep.models.network import Network, Plan
@@ -481,6 +481,7 @@ def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, t
     training = ("train", "cllm", "--trajectories", store, "--model")
     assert fewstep(capsys, *training, model, "--output", tmp_path / "out", "--lora", "--lora-rank", 2, *short)[0] == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert load_network(tmp_path / "out").role.jacobi_window == 4
     code, error = fewstep(capsys, *training, other, "--output", tmp_path / "x", *short)
     assert (code, error.count("\n")) == (2, 1)
     assert "made by another model" in error

@@ -50,6 +50,24 @@ def test_a_link_keeps_pointing_at_the_replaced_file(tmp_path):
     assert (tmp_path / "real.txt").read_text() == "new"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_what_a_writer_made_private_gets_the_mode_of_the_umask(tmp_path, umask, monkeypatch):
+    monkeypatch.setattr("fewstep.files._UMASK", umask)  # read when the process began
+    before = os.umask(umask)
+    try:
+        with write_folder_whole(tmp_path / "folder") as folder:
+            (folder / "inside").mkdir()
+            for path in (folder / "private", folder / "inside" / "private", folder / "public"):
+                path.touch(0o600 if path.name == "private" else 0o666)
+        with write_whole(tmp_path / "file") as temporary:
+            temporary.touch(0o600)
+    finally:
+        os.umask(before)
+    folder = tmp_path / "folder"
+    paths = (folder / "private", folder / "inside" / "private", folder / "public", tmp_path / "file")
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o666 & ~umask}
+
+
 def test_a_pipe_is_written_directly(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     reader = subprocess.Popen(["cat", tmp_path / "pipe.json"], stdout=subprocess.PIPE)

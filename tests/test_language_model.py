@@ -212,6 +212,18 @@ def test_settings_make_the_policy(role: Role, settings: dict[str, Any], policy: 
     assert GenerationSettings.of(**settings).decoder_for(role).policy == policy
 
 
+def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
+    role = replace(AUTOREGRESSIVE, jacobi_window=6)
+    decoder = GenerationSettings().decoder_for(role)
+    assert (decoder.name, decoder.num_guessed) == ("jacobi", 6)
+    assert GenerationSettings(window=9).decoder_for(role).num_guessed == 9
+    assert GenerationSettings(decoder="autoregressive").decoder_for(role).name == "autoregressive"
+    assert GenerationSettings(temperature=0.7).decoder_for(role).name == "autoregressive"
+    for name, window in (("autoregressive", 0), ("block_causal", 6)):
+        with pytest.raises(FewstepError, match="jacobi_window counts tokens of an autoregressive network's windows"):
+            replace(BLOCK_CAUSAL if name == "block_causal" else AUTOREGRESSIVE, jacobi_window=window)
+
+
 def test_the_block_size_is_the_roles_unless_set() -> None:
     for role in (BLOCK_CAUSAL, BIDIRECTIONAL):
         assert GenerationSettings().decoder_for(role).block_size == 8

@@ -1,9 +1,12 @@
 """Loading: damaged or incomplete folders get one sentence, and a model has one hash in every precision."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,11 +32,48 @@ def test_an_adapter_is_merged_into_the_base_beside_it(student: Path) -> None:
     assert network_hash(load_network(student)) != network_hash(load_network("gsm-teacher", role="block_causal"))
 
 
+def test_a_merged_adapter_can_be_trained_like_any_model() -> None:
+    assert all(parameter.requires_grad for parameter in load_network("gsm-student").module.parameters())
+
+
 def test_a_student_keeps_the_threshold_chosen_for_it(tmp_path: Path) -> None:
     network = tiny_network("block_causal")
     chosen = Network(network.module, replace(network.role, threshold=0.97), network.tokenizer)
     save_network(chosen, tmp_path / "student")
     assert load_network(tmp_path / "student").role == chosen.role
+
+
+def test_an_adapter_is_loaded_without_a_warning_and_other_warnings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_network("gsm-student")
+    load_adapter = peft.PeftModel.from_pretrained
+
+    def worried(*arguments: Any) -> Any:
+        warnings.warn("this adapter is odd", FutureWarning, stacklevel=1)
+        return load_adapter(*arguments)
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", worried)
+    with pytest.warns(FutureWarning, match="this adapter is odd"):
+        load_network("gsm-student")
+
+
+def test_a_saved_network_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_network(tiny_network(), tmp_path / "model")
+    assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_network_that_changes_its_role_forgets_how_a_causal_one_is_decoded(tmp_path: Path) -> None:
+    network = tiny_network("autoregressive")
+    causal = network.with_role(replace(network.role, jacobi_window=6, mask_token_id=2))
+    save_network(causal, tmp_path / "causal")
+    assert load_network(tmp_path / "causal").role.jacobi_window == 6
+    assert network_hash(causal) == network_hash(causal.with_role(replace(causal.role, jacobi_window=None)))
+    other = load_network(tmp_path / "causal", role="bidirectional")
+    assert other.role.jacobi_window is None
+    save_network(other, tmp_path / "other")
+    assert load_network(tmp_path / "other").role == other.role
 
 
 def test_an_adapter_without_weights_is_refused(student: Path) -> None:

@@ -161,7 +161,24 @@ def test_compare_counts_pairs_and_ratios() -> None:
     assert found.seconds_ratio == 1
     assert found.difference_clustered is not None
     json.dumps(found.to_json(), allow_nan=False)
-    assert "within its interval" in found.sentence()
+    assert found.sentence().startswith("a solves 75.0% ")
+    assert ") contains 0 (McNemar p = 0.5, n = 4)." in found.sentence()
+
+
+def test_a_difference_whose_interval_leaves_out_0_says_so() -> None:
+    found = compare(report("a", *[True] * 50), report("b", *[False] * 50))
+    assert ") does not contain 0 (" in found.sentence()
+
+
+def test_two_settings_of_one_model_are_named_by_what_differs() -> None:
+    plain = report("a", True)
+    bold = dataclasses.replace(plain, threshold=0.5)
+    stepped = dataclasses.replace(plain, threshold=None, steps=32)
+    assert compare(plain, bold).names == (f"a (threshold {plain.threshold})", "a (threshold 0.5)")
+    assert compare(bold, stepped).names == ("a (threshold 0.5)", "a (steps 32)")
+    assert compare(plain, plain, settings=({}, {"top_k": 4})).names == ("a (default top_k)", "a (top_k 4)")
+    assert compare(plain, report("b", True)).names == ("a", "b")
+    assert compare(plain, plain).names == ("a", "a")
 
 
 def test_compare_needs_the_same_problems() -> None:

@@ -309,6 +309,7 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
         ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same documents"),
         ({"leftward": 0.5, "late": 0.5}, "set both or none"),
         ({"visited": 0.5}, "set leftward too"),
+        ({"leftward": 1.0, "visited": 0.5, "weighting": "inverse_ratio"}, "no mask ratio to weight by"),
     ],
 )
 def test_shares_that_mean_nothing_are_refused(shares, sentence):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ import torch
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
+from fewstep.files import write_json_whole
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.gsm_symbolic import problems
 from fewstep.measure.reports import with_no_fewer_passes
-from fewstep.models.load import load_network, save_network
+from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.trajectories import PromptRow
@@ -269,3 +270,27 @@ def test_operations_are_counted_by_the_formula(throughput: ModuleType) -> None:
     weights = sum(parameter.numel() for parameter in network.module.parameters()) - 2 * 64 * 16
     expected = 6 * weights + 6 * 64 * 16 * 0.5 + 12 * 2 * 16 * 3.5
     assert throughput.flops_per_token(network, work) == pytest.approx(expected)
+
+
+def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) -> None:
+    lossless = recipe("lossless")
+    with pytest.raises(lossless.typer.Exit) as ended:
+        lossless.main(results=tmp_path, model=["gsm-cllm"], count=3, max_new_tokens=20, batch_size=2, device="cpu")
+    assert ended.value.exit_code == 0
+    rows = json.loads((tmp_path / "lossless.json").read_text())["rows"]
+    assert [row["same"] for row in rows] == [3] * 6
+    one, other = (SimpleNamespace(token_ids=ids, num_tokens=2, num_forwards=1) for ids in ([1, 2], [1, 3]))
+    wrong = lossless.row_of("model", "decoder", [one, one], [one, other])
+    assert (wrong["same"], wrong["n"], wrong["tokens_per_forward"]) == (1, 2, 2.0)
+
+
+def test_a_share_of_an_adapter_scales_what_it_adds(tmp_path: Path) -> None:
+    cllm = recipe("cllm")
+    source = BUNDLED / "gsm-cllm"
+    cllm.write_share(source, tmp_path / "half", 0.5)
+    config = json.loads((tmp_path / "half" / "adapter_config.json").read_text())
+    write_json_whole(tmp_path / "half" / "adapter_config.json", {**config, "base_model_name_or_path": "gsm-ar"})
+    base, half, whole = (load_network(name).module.state_dict() for name in ("gsm-ar", tmp_path / "half", source))
+    name = "model.layers.3.mlp.up_proj.weight"
+    torch.testing.assert_close(half[name] - base[name], 0.5 * (whole[name] - base[name]), atol=1e-6, rtol=1e-4)
+    assert not torch.equal(half[name], base[name])

@@ -39,6 +39,13 @@ SETTINGS = TrainSettings(
 )
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "given", "taken"), [(3, None, 1), (500, None, 50), (10_000, None, 100), (3, 100, 100), (3, 0, 0)]
+)
+def test_the_warm_up_is_cut_to_the_run_unless_it_is_given(max_steps: int, given: int | None, taken: int) -> None:
+    assert TrainSettings(max_steps=max_steps, warmup_steps=given).num_warmup_steps == taken
+
+
 def counting_examples(count: int = 40, seed: int = 0) -> Examples:
     """A prompt names a token, the answer counts upwards from it."""
     starts = np.random.default_rng(seed).integers(10, 40, count)

@@ -45,6 +45,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         with _storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            give_usual_mode(temporary)
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
@@ -74,6 +75,7 @@ def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterat
             temporary.mkdir(parents=True)
             yield temporary
             for inside in [temporary, *temporary.rglob("*")]:
+                give_usual_mode(inside)
                 _flush(inside)
             if occupied:
                 os.replace(target, aside)
@@ -93,6 +95,21 @@ def remove_leftovers(path: str | Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
         with suppress(OSError):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+_UMASK = os.umask(0o077)  # it can only be read by setting it: once, before there are threads
+os.umask(_UMASK)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let a file be read and written by whom the umask lets; nothing for a folder.
+
+    Some writers, safetensors among them, write through a private file of their own, which others could not read.
+    """
+    mode = path.stat().st_mode
+    if path.is_file() and mode & 0o666 != 0o666 & ~_UMASK:
+        with suppress(PermissionError):  # some file systems have one mode for all
+            path.chmod(mode & 0o7111 | 0o666 & ~_UMASK)
 
 
 def _temporary_name(path: Path) -> str:

@@ -36,8 +36,8 @@ def compare(
             evaluate(lm, asked, task=problems.task, batch_size=problems.batch_size, progress=advance, **settings)
             for lm, (_, settings) in zip(models, contenders, strict=True)
         ]
-    comparison = compare_reports(*reports)
-    print_figures([report.to_json() for report in reports])
+    comparison = compare_reports(reports[0], reports[1], settings=(contenders[0][1], contenders[1][1]))
+    print_figures([{**report.to_json(), "model": name} for report, name in zip(reports, comparison.names, strict=True)])
     print(comparison.sentence())
     print(
         f"First / second: tokens per pass {comparison.tokens_per_forward_ratio:.2f}x, "

@@ -24,7 +24,7 @@ def generate(
         str | None, typer.Argument(help="The prompt; without it and without --input, standard input.")
     ] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help='Prompts: JSON lines {"id", "prompt"}.')
+        Path | None, typer.Option("--input", metavar="FILE", help='Prompts: JSON lines {"prompt"}, perhaps with "id".')
     ] = None,
     output_file: Annotated[
         Path | None,
@@ -61,8 +61,7 @@ def generate(
         complete = complete_in_view if show_iterations else _complete_one
         outputs = [complete(lm, text, raw=raw, **decoding.given())]
     report = summary(lm, outputs, decoding.given())
-    if sys.stdout.isatty():
-        note(describe(report))
+    note(describe(report))
     write_report(json, report)
 
 
@@ -75,19 +74,19 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _read_prompts(path: Path) -> dict[Any, Any]:
-    """Id -> prompt, in the order of the file."""
+    """Id -> prompt, in the order of the file; a prompt without an id has the number of its line."""
     from fewstep.files import numbered_rows
 
     prompts: dict[Any, Any] = {}
     for line, row in numbered_rows(path):
-        for field in ("id", "prompt"):
-            if field not in row:
-                raise FewstepError(f'{path} line {line} has no field {field!r}; a line is {{"id": 1, "prompt": "..."}}')
-        if not isinstance(row["id"], str | int) or row["id"] in prompts:
-            raise FewstepError(f"{path} line {line}: the id {row['id']!r} is no text or number of its own")
+        if "prompt" not in row:
+            raise FewstepError(f'{path} line {line} has no field \'prompt\'; a line is {{"id": 1, "prompt": "..."}}')
+        name = row.get("id", str(line))
+        if not isinstance(name, str | int) or name in prompts:
+            raise FewstepError(f"{path} line {line}: the id {name!r} is no text or number of its own")
         if not row["prompt"] or not isinstance(row["prompt"], str | list):
             raise FewstepError(f"{path} line {line}: the prompt is empty or no text")
-        prompts[row["id"]] = row["prompt"]
+        prompts[name] = row["prompt"]
     if not prompts:
         raise FewstepError(f"{path} holds no prompts")
     return prompts
@@ -179,10 +178,9 @@ def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, An
 
 def describe(report: dict[str, Any]) -> str:
     """The report in one line."""
-    longest = max(report["seconds"])
     drafts = f" and {report['num_draft_forwards']} of the draft" if report["num_draft_forwards"] else ""
     return (
-        f"{report['num_tokens']} tokens in {report['num_forwards']} passes{drafts}, "
-        f"{report['tokens_per_forward']:.2f} tokens per pass, {longest:.2f} s"
-        + (f" at the longest of {report['n']}" if report["n"] > 1 else "")
+        f"{report['num_tokens']} tokens in {report['num_forwards']} passes{drafts} "
+        f"({report['tokens_per_forward']:.1f} per pass), {max(report['seconds']):.2f} s"
+        + (f" for the slowest of {report['n']} prompts" if report["n"] > 1 else "")
     )

@@ -1,6 +1,5 @@
 """`fewstep infill`: fill a gap between two texts, or the mask tokens inside one."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +32,10 @@ def infill(
     """Fills the gap between --prefix and --suffix, or the mask tokens inside TEXT."""
     if (text is None) == (prefix is None and suffix is None):
         raise FewstepError("give either a text with mask tokens or --prefix and --suffix")
+    if text is not None and num_tokens is not None:
+        raise FewstepError("--num-tokens has no effect on a text, whose mask tokens are the gap; leave it out")
+    if text is None and suffix is None:
+        raise FewstepError("--suffix is missing: what stands after the gap? Give --suffix '' if nothing does")
     if text is None and num_tokens is None:
         raise FewstepError("--num-tokens is missing: how many tokens is the gap between --prefix and --suffix?")
     check_model_name(model.model)
@@ -47,8 +50,7 @@ def infill(
     output = lm.infill(prefix or "", suffix or "", prompt=prompt, raw=raw, **gap, **decoding.given())
     print(output.text)
     report = summary(lm, [output], decoding.given())
-    if sys.stdout.isatty():
-        note(describe(report))
+    note(describe(report))
     write_report(json, report)
 
 

@@ -2,14 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from fewstep.cli.interruption import spoken_interrupts
+from fewstep.cli.option_names import naming_options, option_name
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -18,7 +21,20 @@ if TYPE_CHECKING:
 
 _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report to this file as JSON.")]
+
+def _check_report(path: Path | None) -> Path | None:
+    """FewstepError for a report that could not be written, before the work whose end it is."""
+    if path is not None and path.is_dir():
+        raise FewstepError(f"--json {path} is a folder, not a file; name a file")
+    if path is not None and not path.parent.is_dir():
+        raise FewstepError(f"the folder of --json {path} does not exist; make it first, or name another")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report to this file as JSON.", callback=_check_report),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +221,14 @@ class DecodingOptions(PolicyOptions):
             rich_help_panel=_DECODING,
         ),
     ] = None
+    fixed_windows: Annotated[
+        bool | None,
+        typer.Option(
+            "--fixed-windows",
+            help="Jacobi windows one after the other, as published, in place of one that slides.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -218,16 +242,30 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
+    options = _option_names(parameters)
+
     @functools.wraps(command)
     def flat(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        with spoken_interrupts():
+        with spoken_interrupts(), naming_options(options):
             command(**values)
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
+
+
+def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
+    """Parameter -> option, without the arguments."""
+    options = {}
+    for parameter in parameters:
+        for info in get_args(parameter.annotation):
+            if isinstance(info, OptionInfo):
+                # In an Annotated the first name that an option was given stands in the place of its default.
+                named = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+                options[parameter.name] = named[0].split("/")[0] if named else option_name(parameter.name)
+    return options
 
 
 def _group_parameters(group: Any) -> list[inspect.Parameter]:

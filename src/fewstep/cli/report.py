@@ -54,7 +54,8 @@ def _print_plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], nu
 
 
 def note(sentence: str) -> None:
-    """A remark for a person on standard error; a pipe's output stays clean."""
+    """A remark for a person on standard error, behind what was printed; a pipe's output stays clean."""
+    sys.stdout.flush()
     print(sentence, file=sys.stderr)
 
 

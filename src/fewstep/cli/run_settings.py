@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from fewstep.cli.interruption import spoken_interrupts
+from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
 from fewstep.errors import FewstepError
 
@@ -37,7 +38,7 @@ class Built(dict[type, Any]):
         """FewstepError if one of these settings was given, since nothing would read it."""
         for name in names:
             if name in self.given:
-                raise FewstepError(f"{_option(name)} has no effect {because}")
+                raise FewstepError(f"{option_name(name)} has no effect {because}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Setting:
 
     @property
     def option(self) -> str:
-        return _option(self.name)
+        return option_name(self.name)
 
     @property
     def default(self) -> Any:
@@ -89,10 +90,6 @@ class Setting:
         return f"Default: {self.default}." if self.default is not None else "Not set by default."
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def settings_of(groups: Groups) -> dict[str, Setting]:
     """Name -> setting, over all fields that the groups' constructors take. No two may have the same name."""
     found: dict[str, Setting] = {}
@@ -119,10 +116,13 @@ def build_settings(groups: Groups, config: Path | None, given: Mapping[str, Any]
     missing = [setting for name, setting in known.items() if setting.default is MISSING and name not in values]
     if missing:
         raise FewstepError(f"{missing[0].option} is missing; give it as an option or in --config")
-    instances = {
-        group: group(**{s.field.name: values[name] for name, s in known.items() if s.group is group and name in values})
-        for group in groups
-    }
+    instances = {}
+    for group in groups:
+        own = [setting for setting in known.values() if setting.group is group]
+        with naming_options({setting.field.name: setting.option for setting in own}):
+            instances[group] = group(
+                **{setting.field.name: values[setting.name] for setting in own if setting.name in values}
+            )
     return Built(instances, [name for name, value in values.items() if value is not None])
 
 
@@ -143,7 +143,9 @@ def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise FewstepError(f"{path} has an unknown key {key!r}; {hint}")
-    return {key: known[key].read(_spelt(value, known[key].type), f"{key} in {path}") for key, value in content.items()}
+    return {
+        key: known[key].read(_spelt(value, known[key].type), f"{key!r} in {path}") for key, value in content.items()
+    }
 
 
 def _spelt(value: Any, wanted: Any) -> Any:
@@ -200,10 +202,14 @@ def with_settings(command: Callable[[Built, Path | None], None], groups: Groups)
         inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Json),
     ]
 
+    options = {name: setting.option for name, setting in settings_of(groups).items()}
+
     @functools.wraps(command)
     def flat(*, config: Path | None, json: Path | None, **given: Any) -> None:
         with spoken_interrupts():
-            command(build_settings(groups, config, given), json)
+            built = build_settings(groups, config, given)
+            with naming_options(options):
+                command(built, json)
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

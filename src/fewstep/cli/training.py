@@ -69,13 +69,12 @@ class NetworkSettings:
             mask_token_id = network.tokenizer.mask_token_id
         wanted = replace(
             own,
-            name=name_of_role,
             block_size=own.block_size if self.block_size is None else self.block_size,
             context_attention=self.context_attention or own.context_attention,
             right_shift_logits=own.right_shift_logits if right_shift_logits is None else right_shift_logits,
             mask_token_id=mask_token_id,
         )
-        return Network(network.module, wanted, network.tokenizer, name=name)
+        return network.with_role(wanted.playing(name_of_role))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ class Watch:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise FewstepError(f"watch_{name} must be at least 1, got {getattr(self, name)}")
+                raise FewstepError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
@@ -242,6 +241,7 @@ def cllm(built: Built, json: Path | None) -> None:
 
     network = NetworkSettings(device=start.device).load(start.model)
     table, references = read_jacobi_table(start.trajectories, network)
+    network = network.with_role(replace(network.role, jacobi_window=table.window))
     objective = CLLMObjective(
         network.role, table, network.eos_token_id, references=references, settings=built[CLLMSettings]
     )

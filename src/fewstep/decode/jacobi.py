@@ -23,10 +23,12 @@ from fewstep.models.network import Network, Plan, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Jacobi(Causal):
-    """Windows of `window` tokens, one after the other; what is right from the left on is final and cached at once.
+    """A window of `window` guesses; what is right from the left on is final and cached at once.
 
-    A window begins with random tokens of the prompt, or, with `ngram`, with what followed the longest match of up to so
-    many last tokens. It takes at most one pass per token. Greedy only. Plan shapes: `iterate` (window rows) and
+    The window slides: as many new guesses enter at its end as tokens became final. With `fixed_windows` they stand one
+    after the other, as published, and the next begins when one is final: trajectories for training are made so. New
+    guesses are random tokens of the prompt, or, with `ngram`, what followed the longest match of up to so many last
+    final tokens. It takes at most one pass per token. Greedy only. Plan shapes: `iterate` (window rows) and
     `prefill` (W + window - 1).
     """
 
@@ -34,6 +36,7 @@ class Jacobi(Causal):
 
     window: int = 16
     ngram: int | None = None
+    fixed_windows: bool = False
 
     def __post_init__(self) -> None:
         self.refuse_sampling()
@@ -50,7 +53,7 @@ class Jacobi(Causal):
         return self.window
 
     def start(self, state: State) -> State:
-        return self._filled(state, ~state.done_R)
+        return self._filled(state, state.front_R, ~state.done_R)
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window - 1):
@@ -66,10 +69,12 @@ class Jacobi(Causal):
         positions_RS = scored_positions(state, tokens_RS.shape[1])
         guessed_RS = ~after.final_RL.gather(1, positions_RS) & (positions_RS < end_R[:, None]) & ~state.done_R[:, None]
         after = replace(after, tokens_RL=write(after.tokens_RL, positions_RS, guessed_RS, tokens_RS))
-        return self._filled(after, ~after.done_R & (after.front_R >= end_R))
+        return self._filled(after, end_R, ~after.done_R & (self.window_end(after) > end_R))
 
     def window_end(self, state: State) -> Tensor:
         """The position after the window that the front is in, [R]; the last window may reach past the canvas."""
+        if not self.fixed_windows:
+            return state.front_R + self.window
         return state.front_R + self.window - (state.front_R - state.context_length_R) % self.window
 
     def first_guesses(self, state: State, start_R: Tensor) -> Tensor:
@@ -82,10 +87,10 @@ class Jacobi(Causal):
         found_RN, is_found_R = look_up(state.tokens_RL, start_R, self.ngram, self.window)
         return torch.where(is_found_R[:, None], found_RN, guesses_RN)
 
-    def _filled(self, state: State, fresh_R: Tensor) -> State:
-        """With the windows that begin at the front of these requests filled."""
+    def _filled(self, state: State, end_R: Tensor, fresh_R: Tensor) -> State:
+        """With new guesses for these requests, from the position `end_R` to the end of the window."""
         positions_RN = scored_positions(state, self.window)
-        chosen_RN = ~state.final_RL.gather(1, positions_RN) & fresh_R[:, None]
+        chosen_RN = ~state.final_RL.gather(1, positions_RN) & (positions_RN >= end_R[:, None]) & fresh_R[:, None]
         guesses_RN = self.first_guesses(state, state.front_R)
         return replace(state, tokens_RL=write(state.tokens_RL, positions_RN, chosen_RN, guesses_RN))
 
@@ -117,12 +122,13 @@ def jacobi_trajectories(
     batch_size: int = 32,
     on_trajectory: Callable[[int, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Decode all requests and keep every state of every window, on the CPU; in the given order.
+    """Decode all requests in fixed windows and keep every state of each, on the CPU; in the given order.
 
     `on_trajectory(index, trajectory)` is called as each completes.
     """
     if not requests:
         return []
+    decoder = replace(decoder, fixed_windows=True)
     recorder = _Recorder(decoder)
     loop: Loop
     loop, index_of = loop_for(

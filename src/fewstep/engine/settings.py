@@ -36,7 +36,7 @@ _SPECIAL_SETTINGS = {
     "autoregressive": set[str](),
     "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length", "alg", "eps", "cfg_scale"},
     "block": {"threshold", "policy", "block_size"},
-    "jacobi": {"window", "ngram"},
+    "jacobi": {"window", "ngram", "fixed_windows"},
     "lookahead": {"window", "ngram"},
     "speculative": {"draft", "window"},
     "prompt-lookup": {"window", "ngram"},
@@ -51,17 +51,20 @@ _CAUSAL = {"autoregressive", "jacobi", "lookahead", "speculative", "prompt-looku
 class GenerationSettings:
     """How to generate; None = the decoder's default. FewstepError if a setting has no meaning.
 
-    `decoder`: by default the role's. `threshold`: probability from which tokens are finalised, by default the role's
-    for `block` and none for `diffusion`, which then takes `steps` over the whole canvas (by default one per token) in
-    the given `order`. `policy` replaces threshold, steps and order. `canvas_length` (diffusion): by default
-    `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of `order`, over the canvas as a single block,
-    with the last step at time `eps` (by default 0.001); see `DreamSchedule`. `early_stop=False` runs all passes of the
-    canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
+    `decoder`: by default the role's; greedily `jacobi` if the checkpoint names a window. `threshold`: probability from
+    which tokens are finalised, by default the role's for `block` and none for `diffusion`, which then takes `steps`
+    over the whole canvas (by default one per token) in the given `order`. `policy` replaces threshold, steps and order.
+    `canvas_length` (diffusion): by default `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of
+    `order`, over the canvas as a single block, with the last step at time `eps` (by default 0.001); see
+    `DreamSchedule`. `early_stop=False` runs all passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion):
+    LLaDA's classifier-free guidance.
 
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
-    `window` counts guesses: tokens of a window (jacobi, 16), columns (lookahead, 8), tokens drafted (speculative, 4;
-    prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram (lookahead, 4), the longest match
-    (prompt-lookup, 3; jacobi, which without it begins windows with random tokens). `typical`: see `Medusa`.
+    `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
+    drafted (speculative, 4; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram
+    (lookahead, 4), the longest match (prompt-lookup, 3; jacobi, whose new guesses are random tokens without it).
+    `fixed_windows` (jacobi): windows one after the other, as published, in place of one that slides. `typical`: see
+    `Medusa`.
     """
 
     decoder: str | None = None
@@ -84,6 +87,7 @@ class GenerationSettings:
     heads: str | None = None
     window: int | None = None
     ngram: int | None = None
+    fixed_windows: bool = False
     typical: float | None = None
 
     def __post_init__(self) -> None:
@@ -137,7 +141,7 @@ class GenerationSettings:
 
         FewstepError if a setting is not one of that decoder's.
         """
-        name = self.decoder or DEFAULT_DECODER[role.name]
+        name = self.decoder or self._default_decoder(role)
         for field in fields(self):
             special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
             if special and field.name not in _SPECIAL_SETTINGS[name] and getattr(self, field.name) != field.default:
@@ -167,6 +171,10 @@ class GenerationSettings:
             early_stop=self.early_stop,
         )
 
+    def _default_decoder(self, role: Role) -> str:
+        """The role's; for a checkpoint trained on Jacobi windows `jacobi`, which cannot sample."""
+        return "jacobi" if role.jacobi_window and self.sampling.greedy else DEFAULT_DECODER[role.name]
+
     def _causal_decoder(self, name: str, role: Role, draft: Network | None, heads: MedusaHeads | None) -> Decoder:
         shared: dict[str, Any] = {"role": role, "sampling": self.sampling, "early_stop": self.early_stop}
         counts = {"window": self.window, "ngram": self.ngram}
@@ -175,7 +183,8 @@ class GenerationSettings:
             case "autoregressive":
                 return Autoregressive(**shared)
             case "jacobi":
-                return Jacobi(**shared, **given)
+                trained = {} if role.jacobi_window is None else {"window": role.jacobi_window}
+                return Jacobi(**shared, **{**trained, **given}, fixed_windows=self.fixed_windows)
             case "lookahead":
                 return Lookahead(**shared, **given)
             case "prompt-lookup":

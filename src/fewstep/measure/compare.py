@@ -1,5 +1,6 @@
 """A against B on the same problems: paired accuracy, tokens per forward and time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ from fewstep.measure.metrics import Interval, clustered_paired_interval, mcnemar
 class Comparison:
     """The first report against the second; differences are first - second, ratios first / second.
 
-    `difference_clustered` treats the problems of one template as one cluster; it is None if the problems name no
-    templates. `p_value` is McNemar's exact test. `seconds_ratio` compares the medians and means something only if both
-    reports come from one run on the same machine, at the same batch size.
+    `names` tells the two apart: the models, with what differs if they are the same. `difference_clustered` treats the
+    problems of one template as one cluster; it is None if the problems name no templates. `p_value` is McNemar's exact
+    test. `seconds_ratio` compares the medians and means something only if both reports come from one run on the same
+    machine, at the same batch size.
     """
 
     first: Report
     second: Report
+    names: tuple[str, str]
     only_first: int
     only_second: int
     both: int
@@ -33,6 +36,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         clustered = self.difference_clustered
         return {
+            "names": list(self.names),
             "first": self.first.to_json(),
             "second": self.second.to_json(),
             "n": self.first.n,
@@ -50,18 +54,26 @@ class Comparison:
         }
 
     def sentence(self) -> str:
-        """The result in words, saying whether the difference exceeds its interval."""
+        """The result in words, saying whether the interval of the difference contains 0."""
         points = [100 * value for value in (self.difference.estimate, self.difference.low, self.difference.high)]
-        beyond = "exceeds its interval" if points[1] > 0 or points[2] < 0 else "is within its interval"
+        contains = "contains 0" if points[1] <= 0 <= points[2] else "does not contain 0"
         return (
-            f"{self.first.model} solves {_share(self.first)}, {self.second.model} {_share(self.second)}; "
-            f"the difference of {points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f}) {beyond} "
-            f"(McNemar p = {self.p_value:.2g}, n = {self.first.n})."
+            f"{self.names[0]} solves {_share(self.first)}, {self.names[1]} {_share(self.second)}; "
+            f"the difference is {points[0]:+.1f} points, and its 95 % interval ({points[1]:+.1f} to {points[2]:+.1f}) "
+            f"{contains} (McNemar p = {self.p_value:.2g}, n = {self.first.n})."
         )
 
 
-def compare(first: Report, second: Report) -> Comparison:
-    """Compare two evaluations. FewstepError unless they answered the same problems in the same order."""
+def compare(
+    first: Report,
+    second: Report,
+    *,
+    settings: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
+) -> Comparison:
+    """Compare two evaluations; `settings`, of which one model may have two, give them names.
+
+    FewstepError unless they answered the same problems in the same order.
+    """
     if [(record.id, record.answer) for record in first.records] != [
         (record.id, record.answer) for record in second.records
     ]:
@@ -74,6 +86,7 @@ def compare(first: Report, second: Report) -> Comparison:
     return Comparison(
         first=first,
         second=second,
+        names=_names((first, second), settings),
         only_first=only_first,
         only_second=only_second,
         both=pairs.count((True, True)),
@@ -87,6 +100,32 @@ def compare(first: Report, second: Report) -> Comparison:
         num_forwards_ratio=_num_forwards(first) / _num_forwards(second),
         seconds_ratio=first.to_json()["seconds_median"] / second.to_json()["seconds_median"],
     )
+
+
+def _names(reports: tuple[Report, Report], settings: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str]:
+    """The models; one model twice has beside it, in brackets, what differs.
+
+    That is what the reports say of the decoding, since a default may have been the checkpoint's, and otherwise the
+    settings, of which one may have been left to its default.
+    """
+    if reports[0].model != reports[1].model:
+        return reports[0].model, reports[1].model
+    told = [
+        {**given, **{name: getattr(report, name) for name in _TOLD_BY_REPORTS}}
+        for report, given in zip(reports, settings, strict=True)
+    ]
+    differing = [name for name in told[0] | told[1] if told[0].get(name) != told[1].get(name)]
+    first, second = ({name: one.get(name) for name in differing} for one in told)
+    return _in_brackets(reports[0].model, first), _in_brackets(reports[1].model, second)
+
+
+_TOLD_BY_REPORTS = ("role", "decoder", "threshold", "steps", "batch_size", "dtype", "device")
+
+
+def _in_brackets(model: str, settings: Mapping[str, Any]) -> str:
+    values = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    values = values or [f"default {name}" for name in settings]
+    return f"{model} ({', '.join(values)})" if values else model
 
 
 def _num_forwards(report: Report) -> int:

@@ -6,7 +6,9 @@ before the next one comes, so drift of the machine falls on all of them alike.
 
 import os
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +111,11 @@ def time_interleaved(
         if progress is not None:
             progress()
     return timings
+
+
+def this_command() -> str:
+    """How this program was started, for a figure that names its source."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
+from fewstep.files import give_usual_mode
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
@@ -78,7 +80,7 @@ def load_network(
         reason = " ".join(str(error).split())
         raise FewstepError(f"cannot load the model {str(name)!r}: {reason[:300]}") from error
     if role is not None:
-        spec = replace(spec, name=role)
+        spec = spec.playing(role)
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     return Network(module, spec, tokenizer, name=str(name))
@@ -154,14 +156,19 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     beside = folder / base_name
     base_source = beside.resolve() if beside.is_dir() else resolve(base_name)
     base = _load_module(base_source, torch.float32, torch.device("cpu"))
-    model: Any = PeftModel.from_pretrained(base, folder)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for this by its old name, about which whoever loads a model can do nothing. Other
+        # warnings may be about the adapter, so only this one is silenced.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model: Any = PeftModel.from_pretrained(base, folder)
     with safe_open(weights, framework="pt") as stored:
         different = sorted(set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     if different:
         raise FewstepError(
             f"{weights} does not fit its adapter_config.json: missing or left over, first {different[0]}"
         )
-    return model.merge_and_unload().to(dtype)
+    merged: PreTrainedModel = model.merge_and_unload().to(dtype)
+    return merged.requires_grad_(True)  # PEFT froze the base; what is merged can be trained like any model
 
 
 def save_network(network: Network, folder: str | Path) -> None:
@@ -169,12 +176,15 @@ def save_network(network: Network, folder: str | Path) -> None:
     for key, value in network.role.to_config().items():
         setattr(network.module.config, key, value)
     network.module.save_pretrained(folder)
+    for weights in Path(folder).glob("*.safetensors"):
+        give_usual_mode(weights)
     network.tokenizer.save_pretrained(folder)
 
 
 def network_hash(network: Network) -> str:
     """SHA-256 over the role and `weights_hash`: which model made a trajectory. How it is decoded does not matter."""
-    role = {key: value for key, value in network.role.to_config().items() if key != "threshold"}
+    how_decoded = network.role.decoding_config()
+    role = {key: value for key, value in network.role.to_config().items() if key not in how_decoded}
     return hashlib.sha256(f"{json.dumps(role, sort_keys=True)} {weights_hash(network)}".encode()).hexdigest()
 
 

@@ -83,6 +83,10 @@ class Network:
                 f"{self.name}: the tokenizer has no end-of-text token; set eos_token in its configuration"
             )
 
+    def with_role(self, role: Role) -> "Network":
+        """The same weights and tokenizer in another role."""
+        return Network(self.module, role, self.tokenizer, name=self.name)
+
     @property
     def device(self) -> torch.device:
         return self.module.device

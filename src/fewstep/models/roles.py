@@ -8,7 +8,7 @@ Causal attention numbers each position by itself, full attention gives all posit
 attention one number per block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,7 +30,8 @@ class Role:
     `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default
     schedule. `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores
     token t. A causal network's rows always score the next token. `threshold`, of a block-causal student: the
-    probability from which its tokens are finalised, chosen on development data.
+    probability from which its tokens are finalised, chosen on development data. `jacobi_window`, of a causal network
+    trained on its Jacobi trajectories (CLLM): tokens of the windows that it is decoded in.
     """
 
     name: RoleName
@@ -39,6 +40,7 @@ class Role:
     right_shift_logits: bool = False
     context_attention: ContextAttention = "bidirectional"
     threshold: float = 0.9
+    jacobi_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(RoleName):
@@ -50,6 +52,11 @@ class Role:
             raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
         if not 0 < self.threshold <= 1:
             raise FewstepError(f"threshold is a probability in (0, 1], got {self.threshold}")
+        if self.jacobi_window is not None and (self.name != "autoregressive" or self.jacobi_window < 1):
+            raise FewstepError(
+                f"jacobi_window counts tokens of an autoregressive network's windows, got {self.jacobi_window} for the "
+                f"role {self.name}"
+            )
         if self.name != "autoregressive" and self.mask_token_id is None:
             raise FewstepError(
                 f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json"
@@ -93,9 +100,8 @@ class Role:
 
     def to_config(self) -> dict[str, Any]:
         """The keys stored in a checkpoint's config.json."""
-        decoding = {"threshold": self.threshold} if self.name == "block_causal" else {}
         return {
-            **decoding,
+            **self.decoding_config(),
             "role": self.name,
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
@@ -103,6 +109,15 @@ class Role:
             "context_attention": self.context_attention,
             "is_causal": self.name == "autoregressive",
         }
+
+    def decoding_config(self) -> dict[str, Any]:
+        """Those of them that only say how the network is decoded."""
+        threshold = {"threshold": self.threshold} if self.name == "block_causal" else {}
+        return {**threshold, "jacobi_window": self.jacobi_window}
+
+    def playing(self, name: RoleName) -> "Role":
+        """The same weights' role by another name, without what only a causal network is decoded by."""
+        return replace(self, name=name, jacobi_window=self.jacobi_window if name == "autoregressive" else None)
 
     @classmethod
     def from_config(cls, config: Any) -> "Role":
@@ -114,4 +129,5 @@ class Role:
             right_shift_logits=getattr(config, "right_shift_logits", False),
             context_attention=getattr(config, "context_attention", "bidirectional"),
             threshold=getattr(config, "threshold", 0.9),
+            jacobi_window=getattr(config, "jacobi_window", None),
         )

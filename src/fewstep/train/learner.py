@@ -76,7 +76,7 @@ class Learner:
         scheduler = get_scheduler(
             settings.schedule,
             optimizer,
-            num_warmup_steps=settings.warmup_steps * accelerator.num_processes,
+            num_warmup_steps=settings.num_warmup_steps * accelerator.num_processes,
             num_training_steps=settings.max_steps * accelerator.num_processes,
         )
         self._packed = _PackedForward(body, heads)

@@ -310,7 +310,7 @@ def scored_loss(forward: Forward, scored: Scored) -> Loss:
         targets_S = scored.opening.targets_S
         tokens = tokens.scatter(0, targets_S, torch.where(opened_S, scored.truth_S, tokens[targets_S]))
         inputs = inputs._replace(tokens_RT=tokens.view_as(inputs.tokens_RT))
-        weights_S = (~opened_S).float() if weights_S is None else weights_S * ~opened_S
+        weights_S = (~opened_S).float()  # `Corruption` has no other weights with an opening
     logits = forward(*inputs)
     loss = losses.cross_entropy(logits, scored.truth_S, weights_S) if len(scored.truth_S) else logits.sum()
     return Loss(loss, {"cross_entropy": loss.detach()})
@@ -356,6 +356,19 @@ class Corruption:
             raise FewstepError("late is the share of documents whose late_tokens are hidden longest; set both or none")
         if self.weighting not in ("uniform", "inverse_ratio"):
             raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
+        if self.visited and self.weighting == "inverse_ratio":
+            raise FewstepError("visited states have no mask ratio to weight by; use the weighting uniform")
+
+
+class _Hidden(NamedTuple):
+    """Hidden positions, those of them that are scored, the mask ratio at each position, and for a bidirectional
+    network with leftward documents which positions are theirs.
+    """
+
+    hidden_RT: Tensor
+    scored_RT: Tensor
+    ratio_RT: Tensor
+    leftward_RT: Tensor | None = None
 
 
 class MaskedDiffusionObjective:
@@ -431,7 +444,7 @@ class MaskedDiffusionObjective:
     def _opening(
         self,
         documents: PackedDocuments,
-        hidden: "_Hidden",
+        hidden: _Hidden,
         targets: Tensor,
         num_documents: int,
         generator: torch.Generator,
@@ -448,7 +461,7 @@ class MaskedDiffusionObjective:
             targets_S=targets,
             canvas_S=canvas_S,
             index_S=documents.packed.index_RT.flatten()[targets] % self.role.block_size,
-            count_C=(share_C * hidden_C).long(),
+            count_C=(share_C * hidden_C).long().minimum((hidden_C - 1).clamp_min(0)),
             block_size=self.role.block_size,
         )
 
@@ -456,7 +469,7 @@ class MaskedDiffusionObjective:
         """The canvas of each position, over all documents; of a context's positions the first."""
         return documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
 
-    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> "_Hidden":
+    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> _Hidden:
         if self.role.name == "block_causal":
             return _Hidden(*documents.hide_blocks(num_documents, self.corruption.untouched, generator))
         canvas_RT = self._canvas_of(documents)
@@ -468,8 +481,8 @@ class MaskedDiffusionObjective:
         if self.corruption.leftward:
             leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
             # The active block is one that decoding visits: up to the one that holds the end-of-text.
-            visited_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
-            active_RT = (active_C[canvas_RT] * visited_RT).long()
+            num_blocks_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
+            active_RT = (active_C[canvas_RT] * num_blocks_RT).long()
             block_RT = documents.block_of_response()
             kind_RT = frontier_C[canvas_RT]
             open_RT = ((1 - ratio_C) * self.role.block_size).long()[canvas_RT]
@@ -484,17 +497,6 @@ class MaskedDiffusionObjective:
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
         return _Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], leftward_RT)
-
-
-class _Hidden(NamedTuple):
-    """Hidden positions, those of them that are scored, the mask ratio at each position, and for a bidirectional
-    network with leftward documents which positions are theirs.
-    """
-
-    hidden_RT: Tensor
-    scored_RT: Tensor
-    ratio_RT: Tensor
-    leftward_RT: Tensor | None = None
 
 
 def whole_blocks(lengths_N: np.ndarray, block_size: int) -> np.ndarray:

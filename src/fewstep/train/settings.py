@@ -11,9 +11,10 @@ from fewstep.models.masks import MAX_ROW_LENGTH
 class TrainSettings:
     """Settings of a run, checked when built.
 
-    `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps. A
-    checkpoint is saved every `save_every` steps, on Ctrl-C, and before the last evaluation. With `evaluate_every` the
-    network is evaluated so often and at the end; with None it is not.
+    `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps; over
+    the first `warmup_steps` (None: see `num_warmup_steps`) the learning rate rises. A checkpoint is saved every
+    `save_every` steps, on Ctrl-C, and before the last evaluation. With `evaluate_every` the network is evaluated so
+    often and at the end; with None it is not.
     """
 
     max_steps: int
@@ -22,7 +23,7 @@ class TrainSettings:
     accumulation: int = 1
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant_with_warmup", "linear"] = "cosine"
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
@@ -44,8 +45,9 @@ class TrainSettings:
             if not getattr(self, name) > 0:
                 raise FewstepError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise FewstepError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise FewstepError(f"{name} must not be negative, got {value}")
         if self.row_length > MAX_ROW_LENGTH:
             raise FewstepError(f"row_length is at most {MAX_ROW_LENGTH}, got {self.row_length}; use more rows")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -59,3 +61,8 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 raise FewstepError(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(choices)}")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """`warmup_steps`; where it is not set 100, or in a short run a tenth of the steps and at least one."""
+        return max(1, min(100, self.max_steps // 10)) if self.warmup_steps is None else self.warmup_steps

@@ -289,7 +289,7 @@ class _Run:
             report = {
                 **asdict(result),
                 "folder": self.output.name,
-                "settings": asdict(self.settings),
+                "settings": {**asdict(self.settings), "warmup_steps": self.settings.num_warmup_steps},
                 **self.objective_settings,
                 "lora": asdict(self.lora) if self.lora else None,
                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

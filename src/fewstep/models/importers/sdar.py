@@ -48,7 +48,9 @@ def _role(config: Config, mask_token_id: int | None) -> Role:
 def _block_size(config: Config) -> int:
     size = config.get("block_size")
     if not isinstance(size, int):
-        raise FewstepError("config.json has no block_size; give the one that the model was trained with (--block-size)")
+        raise FewstepError(
+            "config.json has no 'block_size'; give the one that the model was trained with (--block-size)"
+        )
     return size
 
 

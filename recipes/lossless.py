@@ -1,0 +1,76 @@
+"""Are the decoders that verify guesses lossless? Their tokens beside those of plain autoregressive decoding.
+
+    python recipes/lossless.py --problems 200
+
+At temperature 0 and in float32 every one of them must give the very same tokens, on any weights: here the causal model,
+the model of consistency training, and the teacher's weights with causal attention, which were never trained for it.
+Guesses come from wherever they come, here a draft is the model beside and Medusa heads are untrained: bad guesses cost
+passes, not tokens.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel, load
+from fewstep.files import write_json_whole
+from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.timing import describe_machine, this_command
+from fewstep.models.medusa import MedusaHeads, save_heads
+
+MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher")
+
+
+def contenders(lm: LanguageModel, draft: str, heads: Path) -> dict[str, Mapping[str, Any]]:
+    """Settings by name; writes untrained heads for this network."""
+    save_heads(MedusaHeads.of(lm.network, 3), heads, lm.network)
+    return {
+        "jacobi": {"decoder": "jacobi"},
+        "jacobi, fixed windows": {"decoder": "jacobi", "fixed_windows": True},
+        "lookahead": {"decoder": "lookahead"},
+        "prompt-lookup": {"decoder": "prompt-lookup"},
+        "speculative": {"decoder": "speculative", "draft": draft},
+        "medusa": {"decoder": "medusa", "heads": str(heads)},
+    }
+
+
+def row_of(model: str, name: str, outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:
+    """How many answers are the same, and tokens per pass."""
+    same = sum(one.token_ids == other.token_ids for one, other in zip(outputs, expected, strict=True))
+    tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
+    return {"model": model, "decoder": name, "n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="folder for lossless.json")] = Path("results/decoders"),
+    model: Annotated[list[str], typer.Option(help="each in the causal role")] = list(MODELS),  # noqa: B006
+    count: Annotated[int, typer.Option("--problems", help="test problems")] = 200,
+    batch_size: int = 50,
+    max_new_tokens: int = 128,
+    device: str = "auto",
+) -> None:
+    """Compare, and end with exit code 1 if any answer differs."""
+    questions = [item.question for item in problems("test", count)]
+    shared: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    rows = []
+    for name in model:
+        lm = load(name, role="autoregressive", dtype="float32", device=device)
+        draft = next(other for other in ("gsm-ar", "gsm-cllm") if other != name)
+        expected = lm.generate(questions, decoder="autoregressive", **shared)
+        with tempfile.TemporaryDirectory() as folder:
+            for decoder, settings in contenders(lm, draft, Path(folder) / "heads").items():
+                rows.append(row_of(name, decoder, lm.generate(questions, **settings, **shared), expected))
+                print(
+                    "{model:12} {decoder:20} {same} of {n} the same, {tokens_per_forward:.2f} a pass".format(**rows[-1])
+                )
+    told = {"command": this_command(), "machine": describe_machine(), "rows": rows}
+    write_json_whole(results / "lossless.json", told)
+    raise typer.Exit(any(row["same"] < row["n"] for row in rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,63 @@
+"""How alike the answers of two decoders or models are, token for token; which of them are better it does not say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from statistics import fmean
+from typing import Any
+
+from fewstep.measure.metrics import Interval, wilson_interval
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of `n` answers with their references.
+
+    `identical`: share of answers equal to the reference. `common_prefix`: mean share of a reference's tokens that stand
+    before the first difference. `similarity`: mean of `similarity`.
+    """
+
+    n: int
+    identical: Interval
+    common_prefix: float
+    similarity: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "identical": self.identical.estimate,
+            "identical_ci95": [self.identical.low, self.identical.high],
+            "common_prefix": self.common_prefix,
+            "similarity": self.similarity,
+        }
+
+
+def measure_agreement(answers: Sequence[Tokens], references: Sequence[Tokens]) -> Agreement:
+    """The agreement of answers with the references of the same places. ValueError for other numbers of them, or none.
+
+    The interval takes the answers as independent.
+    """
+    if len(answers) != len(references) or not answers:
+        raise ValueError(f"agreement needs a reference for each answer, got {len(answers)} and {len(references)}")
+    pairs = [(list(answer), list(reference)) for answer, reference in zip(answers, references, strict=True)]
+    return Agreement(
+        n=len(pairs),
+        identical=wilson_interval(sum(answer == reference for answer, reference in pairs), len(pairs)),
+        common_prefix=fmean(common_prefix(answer, reference) for answer, reference in pairs),
+        similarity=fmean(similarity(answer, reference) for answer, reference in pairs),
+    )
+
+
+def common_prefix(answer: Tokens, reference: Tokens) -> float:
+    """Share of the reference's tokens before the first difference; 1 if the reference is empty."""
+    if not reference:
+        return 1.0
+    same = [mine == theirs for mine, theirs in zip(answer, reference, strict=False)]
+    return (same.index(False) if False in same else len(same)) / len(reference)
+
+
+def similarity(answer: Tokens, reference: Tokens) -> float:
+    """difflib's ratio: twice the tokens in matching blocks over the tokens of both; 1 if both are empty."""
+    return SequenceMatcher(None, answer, reference, autojunk=False).ratio()
