@@ -26,9 +26,9 @@ _WHAT: dict[Kind, str] = {
     "(CDLM, arXiv 2511.19269) so "
     "that it finalises many tokens a pass and keeps an exact key/value cache. It is an adapter on `gsm-teacher`.",
     "cllm": "A causal language model that answers in few passes: `gsm-ar` after consistency training on its own Jacobi "
-    "trajectories (CLLM, arXiv 2403.00835). Jacobi decoding, its default, finalises several tokens a pass, and the same tokens as plain autoregressive decoding of "
-    "these weights. It is an adapter on `gsm-ar`, of which a share is kept that development problems chose: all of it "
-    "is faster and less accurate (`recipes/cllm.py shares`).",
+    "trajectories (CLLM, arXiv 2403.00835). Jacobi decoding, its default, finalises several tokens a pass, and the "
+    "same tokens as plain autoregressive decoding of these weights. It is an adapter on `gsm-ar`, of which a share is "
+    "kept that development problems chose: all of it is faster and less accurate (`recipes/cllm.py shares`).",
 }
 _TAGS: dict[Kind, list[str]] = {
     "ar": ["autoregressive"],
