@@ -37,7 +37,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without a template.")] = False,
     show_iterations: Annotated[
-        bool, typer.Option("--show-iterations", help="Show what the jacobi decoder guesses in every pass.")
+        bool,
+        typer.Option("--show-iterations", help="Show what the jacobi decoder guesses in every pass, in fixed windows."),
     ] = False,
     json: Json = None,
 ) -> None:

@@ -117,7 +117,7 @@ class PolicyOptions:
         str | None,
         typer.Option(
             help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, prompt-lookup "
-            "or medusa. The role picks the default.",
+            "or medusa. The role picks the default, jacobi for a CLLM.",
             rich_help_panel=_DECODING,
         ),
     ] = None
@@ -210,7 +210,7 @@ class DecodingOptions(PolicyOptions):
     window: Annotated[
         int | None,
         typer.Option(
-            help="Guesses per pass (jacobi 16, lookahead 8, speculative 4, prompt-lookup 10, medusa 32).",
+            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4, prompt-lookup 10, medusa 32).",
             rich_help_panel=_DECODING,
         ),
     ] = None
