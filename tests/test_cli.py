@@ -74,6 +74,8 @@ def fewstep_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
+        # A shell starts what it runs in the background deaf to Ctrl-C, and this may be such a process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
