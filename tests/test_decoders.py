@@ -86,7 +86,9 @@ def reads(context: str, context_length: int, query: int, key: int) -> bool:
     return key < context_length or (key - context_length) // BLOCK <= (query - context_length) // BLOCK
 
 
-def uncached_block_decoding(net: Network, prompt: Sequence[int], limit: int, at_least: float) -> tuple[list[int], int]:
+def uncached_block_decoding(
+    net: Network, prompt: Sequence[int], limit: int, at_least: float, gaps: int | None
+) -> tuple[list[int], int]:
     """The canvas and the number of forwards: a full forward over everything for every step, and no early stop."""
     context, mask_id = net.role.context_attention, net.role.mask_token_id
     assert mask_id is not None
@@ -106,34 +108,44 @@ def uncached_block_decoding(net: Network, prompt: Sequence[int], limit: int, at_
             opened = [p for p in every if p >= len(prompt) and tokens[p] == mask_id]
             # With shifted logits the row before a block does not see it: its first position is settled at once.
             settled = [p for p in opened if net.role.right_shift_logits and (p - start) % BLOCK == 0]
-            sure = sorted({*settled, *(p for p in opened if best.values[p] >= at_least)})
+            certain = {*settled, *(p for p in opened if best.values[p] >= at_least)}
+            if gaps is not None:
+                opened = [p for p in opened if sum(q < p for q in opened if q not in certain) <= gaps]
+            sure = [p for p in opened if p in certain]
             for p in sure or [max(opened, key=lambda p: float(best.values[p]))]:
                 tokens[p] = int(best.indices[p])
             forwards += 1
     return tokens[len(prompt) :], forwards
 
 
-@pytest.mark.parametrize("batch_size", [8, 3])
+@pytest.mark.parametrize(("batch_size", "gaps"), [(8, None), (3, None), (3, 0), (3, 1)])
 @pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_cached_block_decoding_equals_an_uncached_loop(context: Any, shift: bool, batch_size: int) -> None:
+def test_cached_block_decoding_equals_an_uncached_loop(
+    context: Any, shift: bool, batch_size: int, gaps: int | None
+) -> None:
     net = network(context_attention=context, right_shift_logits=shift)
-    outputs = decode(net, requests(), decoder_of(net, early_stop=False), batch_size=batch_size)
+    decoder = decoder_of(net, policy=Threshold(at_least=0.3, gaps=gaps), early_stop=False)
+    outputs = decode(net, requests(), decoder, batch_size=batch_size)
     num_passes = set()
     for request, output in zip(requests(), outputs, strict=True):
-        tokens, forwards = uncached_block_decoding(net, request.prompt_ids, request.max_new_tokens, 0.3)
+        tokens, forwards = uncached_block_decoding(net, request.prompt_ids, request.max_new_tokens, 0.3, gaps)
         assert output.canvas_ids_G.tolist() == tokens
         assert output.num_forwards == forwards, "a fused prefill and fused commits add no pass"
         num_passes.add(forwards / len(tokens))
     assert min(num_passes) < 1, "some steps finalise several tokens, or the test shows little"
 
 
+@pytest.mark.parametrize("gaps", [None, 1])
 @pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_the_uncached_decoder_runs_a_block_causal_model_as_the_cached_one_does(context: Any, shift: bool) -> None:
+def test_the_uncached_decoder_runs_a_block_causal_model_as_the_cached_one_does(
+    context: Any, shift: bool, gaps: int | None
+) -> None:
     net = network(context_attention=context, right_shift_logits=shift)
-    uncached = Diffusion(role=net.role, block_size=BLOCK, policy=Threshold(at_least=0.3))
-    for one, other in zip(decode(net, requests(), decoder_of(net)), decode(net, requests(), uncached), strict=True):
+    policy = Threshold(at_least=0.3, gaps=gaps)
+    cached, uncached = decoder_of(net, policy=policy), Diffusion(role=net.role, block_size=BLOCK, policy=policy)
+    for one, other in zip(decode(net, requests(), cached), decode(net, requests(), uncached), strict=True):
         same(one, other)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,9 @@ def test_only_the_bidirectional_role_infills() -> None:
         ({"top_p": 2}, "top_p"),
         ({"threshold": 0.9, "steps": 8}, "threshold replaces steps"),
         ({"policy": Margin(), "threshold": 0.9}, "policy replaces"),
+        ({"policy": Margin(), "gaps": 1}, "policy replaces threshold, gaps, steps and order"),
+        ({"gaps": -1}, "gaps must be 0 or more, got -1"),
+        ({"alg": "origin", "gaps": 1}, "takes no gaps"),
         ({"seed": 1 << 64}, "64 bits"),
     ],
 )
@@ -184,6 +188,9 @@ def test_settings_without_meaning_are_refused(settings: dict[str, Any], message:
     [
         (BLOCK_CAUSAL, {"steps": 8}, "the block decoder takes no steps; only diffusion can"),
         (AUTOREGRESSIVE, {"threshold": 0.5}, "the autoregressive decoder takes no threshold"),
+        (AUTOREGRESSIVE, {"gaps": 1}, "the autoregressive decoder takes no gaps; only diffusion and block can"),
+        (BIDIRECTIONAL, {"gaps": 1}, "gaps limits what a threshold finalises; set threshold with it"),
+        (BIDIRECTIONAL, {"gaps": 1, "steps": 8}, "gaps limits what a threshold finalises; set threshold with it"),
         (AUTOREGRESSIVE, {"decoder": "block"}, "a causal model cannot run the block decoder"),
         (AUTOREGRESSIVE, {"decoder": "diffusion"}, "a causal model cannot run the diffusion decoder"),
     ],
@@ -199,13 +206,20 @@ def test_a_setting_the_decoder_does_not_take_is_refused(role: Role, settings: di
         (BLOCK_CAUSAL, {}, Threshold(at_least=0.9)),
         (BLOCK_CAUSAL, {"threshold": 0.5}, Threshold(at_least=0.5)),
         (replace(BLOCK_CAUSAL, threshold=0.97), {}, Threshold(at_least=0.97)),
+        (replace(BLOCK_CAUSAL, gaps=2), {}, Threshold(gaps=2)),
+        (replace(BLOCK_CAUSAL, gaps=2), {"threshold": 0.5}, Threshold(at_least=0.5, gaps=2)),
+        (replace(BLOCK_CAUSAL, gaps=2), {"gaps": 0}, Threshold(gaps=0)),
+        (BLOCK_CAUSAL, {"gaps": 1}, Threshold(gaps=1)),
         (BLOCK_CAUSAL, {"policy": Margin()}, Margin()),
+        (replace(BLOCK_CAUSAL, gaps=2), {"policy": Margin()}, Margin()),
         (BIDIRECTIONAL, {}, FixedCount(num_tokens=1)),
         (BIDIRECTIONAL, {"order": "margin"}, FixedCount(num_tokens=1, order="margin")),
         (BIDIRECTIONAL, {"steps": 16, "order": "entropy"}, EvenSplit(order="entropy")),
         (BIDIRECTIONAL, {"order": "origin"}, Origin()),
         (BIDIRECTIONAL, {"threshold": 0.7}, Threshold(at_least=0.7)),
+        (BIDIRECTIONAL, {"threshold": 0.7, "gaps": 3}, Threshold(at_least=0.7, gaps=3)),
         (BLOCK_CAUSAL, {"decoder": "diffusion", "threshold": 0.7}, Threshold(at_least=0.7)),
+        (replace(BLOCK_CAUSAL, gaps=2), {"decoder": "diffusion", "threshold": 0.7}, Threshold(at_least=0.7, gaps=2)),
     ],
 )
 def test_settings_make_the_policy(role: Role, settings: dict[str, Any], policy: Any) -> None:
@@ -222,6 +236,17 @@ def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
     for name, window in (("autoregressive", 0), ("block_causal", 6)):
         with pytest.raises(FewstepError, match="jacobi_window counts tokens of an autoregressive network's windows"):
             replace(BLOCK_CAUSAL if name == "block_causal" else AUTOREGRESSIVE, jacobi_window=window)
+
+
+def test_gaps_belong_to_the_block_causal_role() -> None:
+    role = replace(BLOCK_CAUSAL, threshold=0.97, gaps=2)
+    assert Role.from_config(SimpleNamespace(**role.to_config())) == role
+    assert Role.from_config(SimpleNamespace(**BLOCK_CAUSAL.to_config())).gaps is None
+    assert role.playing("block_causal") == role
+    assert role.playing("bidirectional").gaps is role.playing("autoregressive").gaps is None
+    for other, gaps in ((BIDIRECTIONAL, 2), (AUTOREGRESSIVE, 2), (BLOCK_CAUSAL, -1)):
+        with pytest.raises(FewstepError, match="gaps counts positions left open in a block_causal network's blocks"):
+            replace(other, gaps=gaps)
 
 
 def test_the_block_size_is_the_roles_unless_set() -> None:

@@ -36,9 +36,9 @@ def test_a_merged_adapter_can_be_trained_like_any_model() -> None:
     assert all(parameter.requires_grad for parameter in load_network("gsm-student").module.parameters())
 
 
-def test_a_student_keeps_the_threshold_chosen_for_it(tmp_path: Path) -> None:
+def test_a_student_keeps_the_threshold_and_gaps_chosen_for_it(tmp_path: Path) -> None:
     network = tiny_network("block_causal")
-    chosen = Network(network.module, replace(network.role, threshold=0.97), network.tokenizer)
+    chosen = Network(network.module, replace(network.role, threshold=0.97, gaps=2), network.tokenizer)
     save_network(chosen, tmp_path / "student")
     assert load_network(tmp_path / "student").role == chosen.role
 
@@ -72,6 +72,16 @@ def test_a_network_that_changes_its_role_forgets_how_a_causal_one_is_decoded(tmp
     assert network_hash(causal) == network_hash(causal.with_role(replace(causal.role, jacobi_window=None)))
     other = load_network(tmp_path / "causal", role="bidirectional")
     assert other.role.jacobi_window is None
+    save_network(other, tmp_path / "other")
+    assert load_network(tmp_path / "other").role == other.role
+
+
+def test_a_student_that_changes_its_role_forgets_its_gaps(tmp_path: Path) -> None:
+    network = tiny_network("block_causal")
+    student = network.with_role(replace(network.role, gaps=2))
+    save_network(student, tmp_path / "student")
+    assert network_hash(student) == network_hash(network)
+    other = load_network(tmp_path / "student", role="bidirectional")
     save_network(other, tmp_path / "other")
     assert load_network(tmp_path / "other").role == other.role
 

@@ -26,6 +26,7 @@ EVAL_KEYS = [
     "engine",
     "task",
     "threshold",
+    "gaps",
     "steps",
     "batch_size",
     "dtype",
@@ -70,6 +71,7 @@ def report(name: str, *rights: bool, tokens: int = 10, forwards: int = 5, **chan
         engine="off",
         task="gsm-symbolic",
         threshold=0.9,
+        gaps=None,
         steps=None,
         batch_size=1,
         dtype="float32",
@@ -93,6 +95,7 @@ def test_report_has_the_promised_keys_and_one_record_each(student: LanguageModel
         batch_size=batch_size,
         max_new_tokens=8,
         threshold=0.5,
+        gaps=2,
         progress=lambda: calls.append(None),
     )
     as_json = found.to_json()
@@ -101,7 +104,7 @@ def test_report_has_the_promised_keys_and_one_record_each(student: LanguageModel
     json.dumps(found.records_json(), allow_nan=False)
     assert [record.id for record in found.records] == [problem.id for problem in PROBLEMS]
     assert len(calls) == len(PROBLEMS)
-    assert (as_json["n"], as_json["threshold"], as_json["decoder"]) == (5, 0.5, "block")
+    assert (as_json["n"], as_json["threshold"], as_json["gaps"], as_json["decoder"]) == (5, 0.5, 2, "block")
     assert (as_json["dtype"], as_json["device"], as_json["batch_size"]) == ("float32", "cpu", batch_size)
     assert as_json["step_ms"] > 0
 
@@ -112,8 +115,12 @@ def test_answers_do_not_depend_on_the_batch(student: LanguageModel) -> None:
     assert [record.text for record in alone.records] == [record.text for record in together.records]
 
 
-def test_the_decoders_default_threshold_is_reported(student: LanguageModel) -> None:
-    assert evaluate(student, PROBLEMS[:1], max_new_tokens=4).threshold == 0.9
+def test_the_decoders_default_threshold_and_gaps_are_reported(student: LanguageModel) -> None:
+    plain = evaluate(student, PROBLEMS[:1], max_new_tokens=4)
+    assert (plain.threshold, plain.gaps) == (0.9, None)
+    network = student.network
+    chosen = LanguageModel(network.with_role(dataclasses.replace(network.role, gaps=2)))
+    assert evaluate(chosen, PROBLEMS[:1], max_new_tokens=4).gaps == 2
     causal = LanguageModel(tiny_network("autoregressive"))
     assert evaluate(causal, PROBLEMS[:1], max_new_tokens=4).threshold is None
 
@@ -175,6 +182,8 @@ def test_two_settings_of_one_model_are_named_by_what_differs() -> None:
     bold = dataclasses.replace(plain, threshold=0.5)
     stepped = dataclasses.replace(plain, threshold=None, steps=32)
     assert compare(plain, bold).names == (f"a (threshold {plain.threshold})", "a (threshold 0.5)")
+    few, many = (dataclasses.replace(plain, gaps=gaps) for gaps in (0, 2))
+    assert compare(few, many).names == ("a (gaps 0)", "a (gaps 2)")
     assert compare(bold, stepped).names == ("a (threshold 0.5)", "a (steps 32)")
     assert compare(plain, plain, settings=({}, {"top_k": 4})).names == ("a (default top_k)", "a (top_k 4)")
     assert compare(plain, report("b", True)).names == ("a", "b")

@@ -19,6 +19,7 @@ from fewstep.errors import FewstepError
 ALL = torch.ones(1, 4, dtype=torch.bool)
 POLICIES: list[Policy] = [
     Threshold(at_least=0.9),
+    Threshold(at_least=0.9, gaps=1),
     Margin(at_least=0.5),
     EntropyBelow(nats=0.1),
     Factor(factor=0.5),
@@ -38,6 +39,69 @@ def chosen(policy: Policy, certainty_RB: torch.Tensor, masked_RB: torch.Tensor =
 def test_threshold_takes_every_masked_position_that_reaches_it() -> None:
     masked = torch.tensor([[True, False, True, True]])
     assert chosen(Threshold(at_least=0.9), row(0.9, 0.99, 0.89, 0.95), masked) == [0, 3]
+
+
+@pytest.mark.parametrize(("gaps", "positions"), [(0, [0]), (1, [0, 2]), (2, [0, 2, 4]), (None, [0, 2, 4, 6])])
+def test_what_has_more_uncertain_positions_before_it_than_the_gaps_waits(
+    gaps: int | None, positions: list[int]
+) -> None:
+    confidence = row(0.95, 0.5, 0.96, 0.4, 0.97, 0.3, 0.98)
+    assert chosen(Threshold(at_least=0.9, gaps=gaps), confidence, torch.ones(1, 7, dtype=torch.bool)) == positions
+
+
+@pytest.mark.parametrize(("gaps", "positions"), [(0, [0]), (1, [2]), (2, [2, 5]), (None, [2, 5])])
+def test_open_positions_are_no_gaps(gaps: int | None, positions: list[int]) -> None:
+    masked = torch.tensor([[True, False, True, True, False, True]])
+    confidence = row(0.5, 0.1, 0.95, 0.4, 0.2, 0.99)
+    assert chosen(Threshold(at_least=0.9, gaps=gaps), confidence, masked) == positions
+
+
+@pytest.mark.parametrize(("gaps", "position"), [(0, 1), (1, 1), (2, 3), (None, 4)])
+def test_where_nothing_is_certain_the_best_within_the_gaps_is_taken_alone(gaps: int | None, position: int) -> None:
+    masked = torch.tensor([[False, True, True, True, True]])
+    assert chosen(Threshold(at_least=0.9, gaps=gaps), row(0.99, 0.3, 0.2, 0.5, 0.8), masked) == [position]
+
+
+def test_a_certain_position_beyond_the_gaps_does_not_make_up_for_those_before_it() -> None:
+    confidence = row(0.5, 0.6, 0.99, 0.99)
+    assert chosen(Threshold(at_least=0.9, gaps=0), confidence) == [0]
+    assert chosen(Threshold(at_least=0.9, gaps=1), confidence) == [1]
+    assert chosen(Threshold(at_least=0.9, gaps=2), confidence) == [2, 3]
+
+
+def by_hand(confidence: list[float], masked: list[bool], at_least: float, gaps: int) -> list[int]:
+    """Left to right over the masked positions, until more uncertain ones than the gaps have been passed."""
+    within: list[int] = []
+    uncertain = 0
+    for position in (i for i, is_masked in enumerate(masked) if is_masked):
+        if uncertain > gaps:
+            break
+        within.append(position)
+        uncertain += confidence[position] < at_least
+    certain = [i for i in within if confidence[i] >= at_least]
+    return certain or [max(within, key=lambda i: confidence[i])]
+
+
+@pytest.mark.parametrize("gaps", [0, 1, 3, 16])
+def test_gaps_on_random_rows(gaps: int) -> None:
+    generator = torch.Generator().manual_seed(gaps)
+    confidence = torch.rand(300, 16, generator=generator)
+    masked = torch.rand(300, 16, generator=generator) < torch.rand(300, 1, generator=generator).clamp_min(0.2)
+    masked[:, 3] = True
+    picked = Threshold(at_least=0.6, gaps=gaps)(confidence, masked)
+    assert picked.any(-1).all()
+    assert not (picked & ~masked).any()
+    for chosen_B, confidence_B, masked_B in zip(picked, confidence, masked, strict=True):
+        expected = by_hand(confidence_B.tolist(), masked_B.tolist(), 0.6, gaps)
+        assert chosen_B.nonzero()[:, 0].tolist() == expected
+    if gaps == 16:
+        assert torch.equal(picked, Threshold(at_least=0.6)(confidence, masked)), "as many as the block: no limit"
+
+
+def test_a_requests_own_threshold_says_what_a_gap_is() -> None:
+    confidence = row(0.7, 0.5, 0.95, 0.2).expand(2, 4)
+    picked = Threshold(at_least=0.9, gaps=0)(confidence, ALL.expand(2, 4), torch.tensor([[0.6], [0.4]]))
+    assert [one.nonzero()[:, 0].tolist() for one in picked] == [[0], [0, 1, 2]]
 
 
 def test_margin_and_entropy_bounds_are_inclusive() -> None:
@@ -129,5 +193,7 @@ def test_other_settings_without_meaning_are_refused() -> None:
         Factor(factor=0)
     with pytest.raises(FewstepError, match="in nats"):
         EntropyBelow(nats=0)
+    with pytest.raises(FewstepError, match="0 or more, got -1"):
+        Threshold(gaps=-1)
     with pytest.raises(FewstepError, match="unknown order"):
         EvenSplit(order="best")  # type: ignore[arg-type]

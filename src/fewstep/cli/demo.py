@@ -79,7 +79,7 @@ def demo(
         str | None, typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled.")
     ] = None,
     num_problems: Annotated[int, typer.Option(min=1, help="The first so many of the bundled test problems.")] = 5,
-    threshold: Annotated[float | None, typer.Option(help="The student's threshold (0.9).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="The student's threshold (as its checkpoint says).")] = None,
     json: Json = None,
 ) -> None:
     """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""

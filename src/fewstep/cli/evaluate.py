@@ -94,7 +94,8 @@ def _solved(figure: dict[str, Any]) -> str:
 def _decoding(figure: dict[str, Any]) -> str:
     if figure["steps"] is not None:
         return f"{figure['decoder']} {figure['steps']} steps"
-    return figure["decoder"] + ("" if figure["threshold"] is None else f" {figure['threshold']:g}")
+    threshold = "" if figure["threshold"] is None else f" {figure['threshold']:g}"
+    return figure["decoder"] + threshold + ("" if figure["gaps"] is None else f", gaps {figure['gaps']}")
 
 
 def _numbers(text: str | None, kind: type, option: str) -> list[Any]:

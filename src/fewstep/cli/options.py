@@ -128,6 +128,14 @@ class PolicyOptions:
             rich_help_panel=_DECODING,
         ),
     ] = None
+    gaps: Annotated[
+        int | None,
+        typer.Option(
+            help="Such a token may leave so many less probable ones of its block before it (as the checkpoint says, or "
+            "any).",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
     steps: Annotated[
         int | None,
         typer.Option(help="Passes in total over the canvas (diffusion: one per token).", rich_help_panel=_DECODING),

@@ -4,8 +4,9 @@ Axes: R = requests, B = positions of a block, V = vocabulary.
 
 A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, setting_R1) -> chosen_RB`. It chooses masked
 positions only, at least one for every request that has any (`Origin` and `DreamSchedule` may choose none), and exactly
-one when nothing is certain enough, also on ties. Its one number is checked when it is built and handed over as a tensor
-at call time, so that a captured step serves every setting. `setting_R1=None` uses the policy's own number.
+one when nothing is certain enough, also on ties. Its setting is checked when it is built and handed over as a tensor at
+call time, so that a captured step serves every setting (`gaps` are a part of the step). `setting_R1=None` uses the
+policy's own setting.
 
 What "certain" means is the policy's `order`: see `certainty`.
 """
@@ -56,22 +57,33 @@ def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618."""
+    """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618.
+
+    With `gaps` only those that leave at most so many masked positions of a lower probability before them. What stands
+    further right waits: its confidence is that of a reading of the text which the uncertain positions may not bear out.
+    """
 
     at_least: float = 0.9
+    gaps: int | None = None
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.at_least <= 1:
             raise FewstepError(f"the threshold is a probability in (0, 1], got {self.at_least}; try 0.9")
+        if self.gaps is not None and self.gaps < 0:
+            raise FewstepError(f"gaps must be 0 or more, got {self.gaps}; try 2")
 
     @property
     def setting(self) -> float:
         return self.at_least
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return _or_best(certainty_RB >= _number(self, setting_R1), certainty_RB, masked_RB)
+        enough_RB = certainty_RB >= _number(self, setting_R1)
+        if self.gaps is not None:
+            uncertain_RB = (masked_RB & ~enough_RB).int()
+            masked_RB = masked_RB & (uncertain_RB.cumsum(-1) - uncertain_RB <= self.gaps)
+        return _or_best(enough_RB, certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)

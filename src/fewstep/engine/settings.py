@@ -34,8 +34,19 @@ ALIASES = {"gen_length": "max_new_tokens", "block_length": "block_size", "remask
 # The settings that not every decoder takes; the others hold for all.
 _SPECIAL_SETTINGS = {
     "autoregressive": set[str](),
-    "diffusion": {"threshold", "policy", "steps", "order", "block_size", "canvas_length", "alg", "eps", "cfg_scale"},
-    "block": {"threshold", "policy", "block_size"},
+    "diffusion": {
+        "threshold",
+        "gaps",
+        "policy",
+        "steps",
+        "order",
+        "block_size",
+        "canvas_length",
+        "alg",
+        "eps",
+        "cfg_scale",
+    },
+    "block": {"threshold", "gaps", "policy", "block_size"},
     "jacobi": {"window", "ngram", "fixed_windows"},
     "lookahead": {"window", "ngram"},
     "speculative": {"draft", "window"},
@@ -53,7 +64,9 @@ class GenerationSettings:
 
     `decoder`: by default the role's; greedily `jacobi` if the checkpoint names a window. `threshold`: probability from
     which tokens are finalised, by default the role's for `block` and none for `diffusion`, which then takes `steps`
-    over the whole canvas (by default one per token) in the given `order`. `policy` replaces threshold, steps and order.
+    over the whole canvas (by default one per token) in the given `order`. `gaps`: how many less probable positions of
+    the block such a token may leave before it, by default the role's, and any number if that names none.
+    `policy` replaces threshold, gaps, steps and order.
     `canvas_length` (diffusion): by default `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of
     `order`, over the canvas as a single block, with the last step at time `eps` (by default 0.001); see
     `DreamSchedule`. `early_stop=False` runs all passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion):
@@ -70,6 +83,7 @@ class GenerationSettings:
     decoder: str | None = None
     max_new_tokens: int = 256
     threshold: float | None = None
+    gaps: int | None = None
     policy: Policy | None = None
     steps: int | None = None
     order: str = "low_confidence"
@@ -97,14 +111,15 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FewstepError(f"{name} must be at least 1, got {value}")
-        if self.threshold is not None:
-            Threshold(at_least=self.threshold)
-        if self.policy is not None and (self.threshold, self.steps, self.order) != (None, None, "low_confidence"):
-            raise FewstepError("a policy replaces threshold, steps and order; set one or the other")
+        if self.threshold is not None or self.gaps is not None:
+            Threshold(at_least=1.0 if self.threshold is None else self.threshold, gaps=self.gaps)
+        replaced = (self.threshold, self.gaps, self.steps, self.order)
+        if self.policy is not None and replaced != (None, None, None, "low_confidence"):
+            raise FewstepError("a policy replaces threshold, gaps, steps and order; set one or the other")
         if self.threshold is not None and (self.steps is not None or self.order != "low_confidence"):
             raise FewstepError("a threshold replaces steps and order; set one or the other")
         if self.alg is not None:
-            taken = {"threshold": None, "policy": None, "order": "low_confidence", "block_size": None}
+            taken = {"threshold": None, "gaps": None, "policy": None, "order": "low_confidence", "block_size": None}
             for name, default in taken.items():
                 if getattr(self, name) != default:
                     raise FewstepError(f"alg is Dream's own sampler, which takes no {name}; set one or the other")
@@ -156,14 +171,18 @@ class GenerationSettings:
         if name == "block":
             return Block(
                 role=role,
-                policy=self.policy or Threshold(at_least=role.threshold if self.threshold is None else self.threshold),
+                policy=self.policy
+                or Threshold(
+                    at_least=role.threshold if self.threshold is None else self.threshold,
+                    gaps=role.gaps if self.gaps is None else self.gaps,
+                ),
                 sampling=self.sampling,
                 early_stop=self.early_stop,
             )
         return Diffusion(
             role=role,
             block_size=self.block_size or (role.block_size if self.alg is None else self._canvas_room()),
-            policy=self.policy or self._diffusion_policy(),
+            policy=self.policy or self._diffusion_policy(role),
             steps=self.steps,
             canvas_length=self.canvas_length,
             cfg_scale=self.cfg_scale,
@@ -208,11 +227,13 @@ class GenerationSettings:
         eps = DreamSchedule.eps if self.eps is None else self.eps
         return DreamSchedule(alg=self.alg, num_steps=self.steps or self._canvas_room(), eps=eps)
 
-    def _diffusion_policy(self) -> Policy:
+    def _diffusion_policy(self, role: Role) -> Policy:
         if self.alg is not None:
             return self._dream_schedule()
         if self.threshold is not None:
-            return Threshold(at_least=self.threshold)
+            return Threshold(at_least=self.threshold, gaps=role.gaps if self.gaps is None else self.gaps)
+        if self.gaps is not None:
+            raise FewstepError("gaps limits what a threshold finalises; set threshold with it")
         if self.order == "origin":
             return Origin()
         order: Order = self.order  # type: ignore[assignment]  # checked when built

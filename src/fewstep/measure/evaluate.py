@@ -49,6 +49,7 @@ class Report:
     engine: str
     task: str
     threshold: float | None
+    gaps: int | None
     steps: int | None
     batch_size: int
     dtype: str
@@ -95,6 +96,7 @@ class Report:
             "engine": self.engine,
             "task": self.task,
             "threshold": self.threshold,
+            "gaps": self.gaps,
             "steps": self.steps,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
@@ -141,14 +143,15 @@ def evaluate(
     started_s = time.perf_counter()
     outputs = _answer(model, [problem.question for problem in problems], batch_size, clock, progress, settings)
     wall_seconds = time.perf_counter() - started_s
-    policy = decoder.policy
+    rule = decoder.policy if isinstance(decoder.policy, Threshold) and decoder.name != "autoregressive" else None
     return Report(
         model=model.network.name,
         role=model.role.name,
         decoder=decoder.name,
         engine=PLAIN_ENGINE,
         task=task,
-        threshold=policy.at_least if isinstance(policy, Threshold) and decoder.name != "autoregressive" else None,
+        threshold=rule.at_least if rule else None,
+        gaps=rule.gaps if rule else None,
         steps=settings.get("steps"),
         batch_size=batch_size,
         dtype=str(model.network.dtype).removeprefix("torch."),

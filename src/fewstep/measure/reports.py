@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fewstep.errors import FewstepError
 from fewstep.measure.evaluate import Record, Report
 from fewstep.measure.gsm_symbolic import Problem
 
@@ -40,7 +41,12 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
             part["seconds"], strict=True,
         )
     ]  # fmt: skip
-    shared = ("model", "role", "decoder", "engine", "task", "threshold", "steps", "batch_size", "dtype", "device")
+    shared = (
+        "model", "role", "decoder", "engine", "task", "threshold", "gaps", "steps", "batch_size", "dtype", "device",
+    )  # fmt: skip
+    for part in shards:
+        if differing := [key for key in shared if part["report"].get(key) != told.get(key)]:
+            raise FewstepError(f"shards of one report differ in {', '.join(differing)}; empty their folder")
     return Report(
         **{key: told[key] for key in shared},
         records=records,

@@ -29,8 +29,9 @@ class Role:
 
     `block_size` is structural (the attention's block) for `block_causal`; for the other roles it is the default
     schedule. `right_shift_logits`: row t scores token t + 1 (Dream); otherwise a diffusion network's row t scores
-    token t. A causal network's rows always score the next token. `threshold`, of a block-causal student: the
-    probability from which its tokens are finalised, chosen on development data. `jacobi_window`, of a causal network
+    token t. A causal network's rows always score the next token. `threshold` and `gaps`, of a block-causal student: the
+    probability from which its tokens are finalised, and how many less probable positions of a block they may leave
+    before them (None: any), both chosen on development data. `jacobi_window`, of a causal network
     trained on its Jacobi trajectories (CLLM): tokens of the windows that it is decoded in.
     """
 
@@ -40,6 +41,7 @@ class Role:
     right_shift_logits: bool = False
     context_attention: ContextAttention = "bidirectional"
     threshold: float = 0.9
+    gaps: int | None = None
     jacobi_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +54,11 @@ class Role:
             raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
         if not 0 < self.threshold <= 1:
             raise FewstepError(f"threshold is a probability in (0, 1], got {self.threshold}")
+        if self.gaps is not None and (self.name != "block_causal" or self.gaps < 0):
+            raise FewstepError(
+                f"gaps counts positions left open in a block_causal network's blocks, got {self.gaps} for the role "
+                f"{self.name}"
+            )
         if self.jacobi_window is not None and (self.name != "autoregressive" or self.jacobi_window < 1):
             raise FewstepError(
                 f"jacobi_window counts tokens of an autoregressive network's windows, got {self.jacobi_window} for the "
@@ -112,12 +119,17 @@ class Role:
 
     def decoding_config(self) -> dict[str, Any]:
         """Those of them that only say how the network is decoded."""
-        threshold = {"threshold": self.threshold} if self.name == "block_causal" else {}
-        return {**threshold, "jacobi_window": self.jacobi_window}
+        own = {"threshold": self.threshold} if self.name == "block_causal" else {"block_size": self.block_size}
+        return {**own, "gaps": self.gaps, "jacobi_window": self.jacobi_window}
 
     def playing(self, name: RoleName) -> "Role":
-        """The same weights' role by another name, without what only a causal network is decoded by."""
-        return replace(self, name=name, jacobi_window=self.jacobi_window if name == "autoregressive" else None)
+        """The same weights' role by another name, without what only another role is decoded by."""
+        return replace(
+            self,
+            name=name,
+            gaps=self.gaps if name == "block_causal" else None,
+            jacobi_window=self.jacobi_window if name == "autoregressive" else None,
+        )
 
     @classmethod
     def from_config(cls, config: Any) -> "Role":
@@ -129,5 +141,6 @@ class Role:
             right_shift_logits=getattr(config, "right_shift_logits", False),
             context_attention=getattr(config, "context_attention", "bidirectional"),
             threshold=getattr(config, "threshold", 0.9),
+            gaps=getattr(config, "gaps", None),
             jacobi_window=getattr(config, "jacobi_window", None),
         )
