@@ -260,6 +260,16 @@ def test_generate_takes_its_settings_from_options(run: Run, networks: dict[str, 
     assert shown.out == expected.text + "\n"
 
 
+def test_gaps_are_an_option_of_a_student(run: Run, networks: dict[str, str]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "gaps": 1}
+    shown = run(
+        "generate", "--model", networks["student"], "--max-new-tokens", 12, "--threshold", 0.3, "--gaps", 1, "2 + 2 ="
+    )
+    expected = fewstep.load(networks["student"]).generate("2 + 2 =", **options)
+    assert shown.out == expected.text + "\n"
+    assert shown.err.startswith(f"{expected.num_tokens} tokens in {expected.num_forwards} passes")
+
+
 def test_generate_file_to_file(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     source = write_lines(
         tmp_path / "in.jsonl",
@@ -344,6 +354,8 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
         (["--order", "sideways"], "low_confidence"),
         (["--threshold", "1.5"], "fewstep: --threshold is a probability in (0, 1], got 1.5"),
         (["--threshold", "zero"], "--threshold"),
+        (["--gaps", "-1"], "0 or more, got -1"),
+        (["--decoder", "diffusion", "--gaps", "1"], "gaps limits what a threshold finalises"),
         (["--max-new-tokens", "0"], "fewstep: --max-new-tokens must be at least 1"),
         (["--temperature", "-1"], "fewstep: --temperature must"),
         (["--alg", "origin", "--block-size", "4"], "takes no --block-size"),
@@ -627,7 +639,7 @@ def test_a_student_from_hidden_rows(run: Run, networks: dict[str, str], rows: Pa
     assert collected.code == 0, collected.err
     distilled = run(
         "train", "cdlm", "--trajectories", store, "--teacher", teacher, "--output", tmp_path / "student", *TINY_RUN,
-        "--direction", "reverse", "--consistency", 1, "--later-state", "next",
+        "--direction", "reverse", "--consistency", 1, "--later-state", "next", "--reference-visited", 0.5,
     )  # fmt: skip
     assert distilled.code == 0, distilled.err
     assert fewstep.load(tmp_path / "student").role.name == "block_causal"
@@ -683,6 +695,8 @@ def test_training_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pa
     )
     assert "collapse" in run("train", "cdlm", *store, *unanchored).sentence()
     assert "none" in run("train", "cdlm", *store).sentence()
+    undenoised = run("train", "cdlm", *store, "--denoising", 0, "--reference-visited", 0.5)
+    assert undenoised.sentence().endswith("--reference-visited has no effect with --denoising 0\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -750,8 +764,9 @@ def test_collect_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pat
 # eval, compare, demo
 
 EVAL_KEYS = set(
-    "model role decoder engine task threshold steps batch_size dtype device n accuracy accuracy_ci95 num_tokens_mean "
-    "num_forwards_mean tokens_per_forward tokens_per_forward_correct seconds_median tokens_per_second step_ms".split()
+    "model role decoder engine task threshold gaps steps batch_size dtype device n accuracy accuracy_ci95 "
+    "num_tokens_mean num_forwards_mean tokens_per_forward tokens_per_forward_correct seconds_median tokens_per_second "
+    "step_ms".split()
 )
 
 
@@ -807,6 +822,9 @@ def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     assert f"{model} (threshold 0.2) solves 0.0%" in shown.out
     assert f", {model} (threshold 0.3) 0.0%" in shown.out
     assert shown.out.count(f"\n{model} (threshold 0.") == 3  # two rows of the table, and the sentence
+    shown = run("compare", f"{student},gaps=0", f"{student},gaps=2", "--limit", 1)
+    assert f"{model} (gaps 0) solves 0.0%" in shown.out
+    assert f", {model} (gaps 2) 0.0%" in shown.out
     assert "thresold" in run("compare", f"{student},thresold=0.2", teacher).sentence()
     assert "--threshold" in run("compare", f"{student},threshold=much", teacher).sentence()
 

@@ -29,6 +29,7 @@ from fewstep.train.corruption import later_state, stratified_uniform
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import (
     Batch,
+    BlockCorruption,
     CanvasLengths,
     CausalObjective,
     Corruption,
@@ -263,7 +264,7 @@ def test_visited_states_open_the_networks_most_confident_positions_and_score_the
         opened = [i for i in truth if before.flatten()[i] != after.flatten()[i]]
         assert (before != after).sum() == len(opened)
         assert all(after.flatten()[i] == truth[i] for i in opened)
-        units = dict(zip(prepared.opening.targets_S.tolist(), prepared.opening.canvas_S.tolist(), strict=True))
+        units = dict(zip(prepared.opening.targets_S.tolist(), prepared.opening.unit_S.tolist(), strict=True))
         for canvas in set(units.values()):
             mine = sorted((i for i in units if units[i] == canvas), key=lambda i: -confidence[i])
             count = sum(i in opened for i in mine)
@@ -304,17 +305,75 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ({"leftward": 1.5}, "share of documents between 0 and 1"),
-        ({"frontier": 0.5}, "set leftward too"),
-        ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same documents"),
+        ({"leftward": 1.5}, "share between 0 and 1"),
+        ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same states"),
         ({"leftward": 0.5, "late": 0.5}, "set both or none"),
-        ({"visited": 0.5}, "set leftward too"),
         ({"leftward": 1.0, "visited": 0.5, "weighting": "inverse_ratio"}, "no mask ratio to weight by"),
     ],
 )
 def test_shares_that_mean_nothing_are_refused(shares, sentence):
     with pytest.raises(FewstepError, match=sentence):
         Corruption(**shares)
+
+
+@pytest.mark.parametrize(
+    ("role", "shares", "sentence"),
+    [
+        ("bidirectional", {"frontier": 0.5}, "set leftward too"),
+        ("bidirectional", {"visited": 0.5}, "set leftward too"),
+        ("block_causal", {"leftward": 0.5}, "leftward states are for the role bidirectional"),
+    ],
+)
+def test_shares_that_mean_nothing_for_a_role_are_refused(examples, role, shares, sentence):
+    with pytest.raises(FewstepError, match=sentence):
+        MaskedDiffusionObjective(tiny_network(role).role, examples, 1, corruption=Corruption(**shares))
+
+
+def test_blocks_of_a_block_causal_network_hide_late_tokens_or_all_after_a_point():
+    late = (20, 21, 22, 23, 24)
+    role = replace(tiny_network("block_causal").role, block_size=6)
+    examples = Examples.from_ids([[3, 9]], [[20, 30, 21, 31, 22, 32, 23, 33, 24, 34, 20, 35]])
+
+    def hidden_blocks(**shares):
+        objective = MaskedDiffusionObjective(role, examples, 1, corruption=Corruption(untouched=0, **shares))
+        for seed in range(100):
+            batch = batch_of(objective, 1, 32, [0])
+            inputs = objective.prepare(batch, torch.Generator().manual_seed(seed)).inputs
+            yield from (inputs.tokens_RT.flatten()[2:14] == 2).view(2, 6)
+
+    seen = torch.stack(list(hidden_blocks(late=1.0, late_tokens=late)))
+    assert all(block[0::2].tolist() == sorted(block[0::2].tolist()) for block in seen)
+    assert seen[:, 4].float().mean() > 0.75
+    assert (seen[:, 1::2].float().mean(0) < 0.4).all()
+    assert all(block.tolist() == sorted(block.tolist()) for block in hidden_blocks(frontier=1.0))
+
+
+def test_a_block_causal_network_goes_on_from_a_state_of_each_block(examples):
+    network = tiny_network("block_causal", right_shift_logits=True)
+    objective = MaskedDiffusionObjective(network.role, examples, 1, corruption=Corruption(visited=1.0))
+    went_on = 0
+    for seed in range(10):
+        batch, calls = batch_of(objective, 3, 40), []
+        prepared = objective.prepare(batch, torch.Generator().manual_seed(seed))
+        loss = objective.loss(forward_of(network, calls), prepared)
+        documents = PackedDocuments(network.role, examples, batch, 1)
+        before, after = calls[0][0], calls[1][0]
+        opened_RT = before != after
+        # All that stays hidden is learned, and the settled positions in every state.
+        left_S = ~opened_RT.flatten()[prepared.opening.targets_S] | prepared.opening.settled_S
+        logp_SV = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
+        expected_S = -logp_SV.gather(1, prepared.truth_S[:, None])[:, 0]
+        assert_close(loss.total, expected_S[left_S].mean(), atol=1e-5, rtol=1e-5)
+        went_on += int(opened_RT.sum())
+        assert (documents.clean_RT[opened_RT] == after[opened_RT]).all()
+        # A state that shows anything of a block shows its settled first position.
+        unit_RT, _ = documents.block_units(3, torch.Generator().manual_seed(0))
+        hidden_RT = (after == network.role.mask_token_id) & documents.is_noisy_RT
+        for unit in unit_RT[documents.is_noisy_RT].unique():
+            block = (unit_RT == unit) & documents.is_noisy_RT
+            assert hidden_RT[block].all() or not (hidden_RT & documents.settled_RT)[block].any()
+            assert hidden_RT[block].any() or not opened_RT[block].any()
+    assert went_on > 10
 
 
 def test_canvas_lengths_are_whole_blocks_that_hold_the_answer():
@@ -359,7 +418,7 @@ def test_positions_of_one_pass_open_together_and_a_later_state_is_another_one():
     assert all(0.7 < block[4, 1] / 300 < 0.8 for block in seen)
 
 
-def cdlm(network, settings, *, references=None, distributions=True):
+def cdlm(network, settings, *, references=None, distributions=True, corruption=None):
     rng = np.random.default_rng(0)
     finals = [[20, 21, 22, 23, 24, 1], [30, 31, 1], [40, 41, 42, 43, 44, 45, 46, 47, 48, 1]]
     ranks = [[2, 1, 4, 3, 6, 5], [3, 1, 2], [4, 3, 2, 1, 5, 6, 7, 8, 10, 9]]
@@ -371,7 +430,8 @@ def cdlm(network, settings, *, references=None, distributions=True):
     table = TrajectoryTable(
         table_examples, torch.tensor([rank for document in ranks for rank in document]), dist if distributions else None
     )
-    return CDLMObjective(network.role, table, 1, references=references, settings=settings), finals, ranks
+    objective = CDLMObjective(network.role, table, 1, references=references, settings=settings, corruption=corruption)
+    return objective, finals, ranks
 
 
 def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later():
@@ -448,6 +508,43 @@ def test_cdlm_trains_references_beside_trajectories(examples):
     )
     assert set(loss.parts) == {"distillation", "consistency", "denoising"}
     assert loss.total.isfinite()
+
+
+def test_in_cdlm_references_go_on_by_themselves_and_trajectories_stay_as_they_are(examples):
+    network = tiny_network("block_causal")
+    settings = CDLMSettings(denoising=1.0, consistency=0.5)
+    objective, _, _ = cdlm(network, settings, references=examples, corruption=BlockCorruption(visited=1.0))
+    batch, calls = batch_of(objective, 6, 40, range(6)), []
+    prepared = objective.prepare(batch, torch.Generator().manual_seed(1))
+    loss = objective.loss(forward_of(network, calls), prepared)
+    (before, _, _, _), (after, _, _, _), _ = calls
+    documents = PackedDocuments(network.role, objective.examples, batch, 1)
+    opened_RT = before != after
+    assert opened_RT.any()
+    assert (batch.examples_N[documents.document_RT[opened_RT]] >= objective.num_trajectories).all()
+    logp = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
+    open_rows = set(opened_RT.flatten().nonzero()[:, 0].tolist())
+    left = [i for i in prepared.denoised.tolist() if prepared.opening.targets_S[i].item() not in open_rows]
+    assert_close(loss.parts["denoising"], -torch.stack([logp[i, prepared.truth_S[i]] for i in left]).mean())
+
+
+def test_untouched_blocks_of_trajectories_and_of_references_are_counted_apart(examples):
+    network = tiny_network("block_causal")
+    for of_trajectories, of_references in ((1.0, 0.0), (0.0, 1.0)):
+        settings = CDLMSettings(denoising=1.0, consistency=0.0, untouched=of_trajectories)
+        corruption = BlockCorruption(untouched=of_references)
+        objective, _, _ = cdlm(network, settings, references=examples, corruption=corruption)
+        batch = batch_of(objective, 6, 40, range(6))
+        documents = PackedDocuments(network.role, objective.examples, batch, 1)
+        reference_RT = batch.examples_N[documents.document_RT] >= objective.num_trajectories
+        whole = {True: [], False: []}
+        for seed in range(5):
+            tokens_RT = objective.prepare(batch, torch.Generator().manual_seed(seed)).inputs.tokens_RT
+            hidden_RT = (tokens_RT == network.role.mask_token_id)[documents.is_noisy_RT]
+            for reference in (True, False):
+                whole[reference].append(hidden_RT[reference_RT[documents.is_noisy_RT] == reference].all().item())
+        assert all(whole[True]) == bool(of_references)
+        assert all(whole[False]) == bool(of_trajectories)
 
 
 def test_consistency_alone_is_refused_unless_forced():

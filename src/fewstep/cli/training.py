@@ -26,7 +26,14 @@ from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
-from fewstep.train.objectives import CanvasLengths, CausalObjective, Corruption, MaskedDiffusionObjective, Objective
+from fewstep.train.objectives import (
+    BlockCorruption,
+    CanvasLengths,
+    CausalObjective,
+    Corruption,
+    MaskedDiffusionObjective,
+    Objective,
+)
 from fewstep.train.samples import Samples
 from fewstep.train.settings import TrainSettings
 
@@ -190,6 +197,7 @@ def diffusion(built: Built, json: Path | None) -> None:
         built.refuse(("leftward", "canvas_weights"), "with --role block_causal")
     elif start.role == "bidirectional":
         built.refuse(("untouched",), "with --role bidirectional")
+    built[Corruption].check(start.role)
     network = start.load(start.model, start.role, right_shift_logits=start.right_shift_logits)
     objective = MaskedDiffusionObjective(
         network.role,
@@ -205,6 +213,8 @@ def cdlm(built: Built, json: Path | None) -> None:
     """A block-causal student, from a teacher's trajectories (CDLM, arXiv 2511.19269)."""
     start: StudentStart = built[StudentStart]
     _refuse_unused(built)
+    if not built[CDLMSettings].denoising:
+        built.refuse(settings_of({BlockCorruption: "reference_"}), "with --denoising 0")
     from fewstep.train.trajectory_table import read_table
 
     # Its own copy of the weights: the teacher's head must not move with the student's.
@@ -212,7 +222,12 @@ def cdlm(built: Built, json: Path | None) -> None:
     network = start.load(start.model or start.teacher, "block_causal")
     table, references = read_table(start.trajectories, teacher)
     objective = CDLMObjective(
-        network.role, table, network.eos_token_id, references=references, settings=built[CDLMSettings]
+        network.role,
+        table,
+        network.eos_token_id,
+        references=references,
+        settings=built[CDLMSettings],
+        corruption=built[BlockCorruption],
     )
     _run(network, objective, built, json)
 
@@ -266,7 +281,7 @@ def medusa(built: Built, json: Path | None) -> None:
 app.command("diffusion")(
     with_settings(diffusion, {TeacherStart: "", Data: "", **RUN, Corruption: "", Canvas: "canvas_"})
 )
-app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: ""}))
+app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: "", BlockCorruption: "reference_"}))
 app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
 app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))

@@ -19,7 +19,17 @@ from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
 from fewstep.train.examples import Examples, fingerprint
-from fewstep.train.objectives import Batch, Forward, Inputs, Loss, PackedDocuments, check_packable, whole_blocks
+from fewstep.train.objectives import (
+    Batch,
+    BlockCorruption,
+    Forward,
+    Inputs,
+    Loss,
+    Opening,
+    PackedDocuments,
+    check_packable,
+    whole_blocks,
+)
 
 Distillation = Literal["forward", "reverse", "hard"]
 LaterState = Literal["next", "uniform", "last"]
@@ -124,9 +134,9 @@ class BlockOrders:
 class CDLMSettings:
     """Weights of the three losses and how each is formed.
 
-    A share `untouched` of the blocks is shown with nothing open, the state that decoding meets in every block; the
-    others draw their state with equal chances (as published, with `untouched` 0). FewstepError for a consistency loss
-    without an anchor, unless forced.
+    A share `untouched` of the trajectories' blocks is shown with nothing open, the state that decoding meets in every
+    block; the others draw their state with equal chances (as published, with `untouched` 0). FewstepError for a
+    consistency loss without an anchor, unless forced.
     """
 
     distillation: float = 1.0
@@ -169,11 +179,14 @@ class CDLMObjective:
         *,
         references: Examples | None = None,
         settings: CDLMSettings | None = None,
+        corruption: BlockCorruption | None = None,
     ) -> None:
+        """`corruption`: how the blocks of references are hidden. FewstepError for what has no meaning together."""
         if role.name != "block_causal":
             raise FewstepError(f"CDLM trains a block_causal student, not {role.name}")
         check_packable(role)
         self.settings = settings or CDLMSettings()
+        self.corruption = corruption or BlockCorruption()
         if self.settings.denoising and references is None:
             raise FewstepError(
                 "the denoising loss needs reference answers, which these trajectories do not hold; collect them from "
@@ -201,6 +214,7 @@ class CDLMObjective:
     def fingerprint(self) -> dict[str, Any]:
         return {
             "cdlm": asdict(self.settings),
+            "corruption": asdict(self.corruption),
             "examples": self.examples.fingerprint(),
             "ranks": fingerprint(self.rank_P),
             "distributions": self.distributions.fingerprint() if self.distributions else None,
@@ -220,8 +234,8 @@ class CDLMObjective:
         state_RT = torch.where((whole_U < settings.untouched)[unit_RT], 0, (cut_U[unit_RT] * states.count_RT).long())
         hidden_RT = states.hidden_in(state_RT)
         distilled_RT = (hidden_RT | (documents.settled_RT & ~states.reference_RT)) & states.recorded_RT
-        masked_RT, denoised_RT, _ = documents.hide_blocks(num_documents, settings.untouched, generator)
-        masked_RT, denoised_RT = masked_RT & states.reference_RT, denoised_RT & states.reference_RT
+        masked = documents.hide_blocks(num_documents, self.corruption, generator)
+        masked_RT, denoised_RT = masked.hidden_RT & states.reference_RT, masked.scored_RT & states.reference_RT
         targets, rows = documents.rows(distilled_RT | denoised_RT, batch)
 
         def inputs(hidden_RT: Tensor, rows: Tensor) -> Inputs:
@@ -246,25 +260,33 @@ class CDLMObjective:
             later_inputs = inputs(still_hidden_RT, later_rows)
             # What a later state hides, this one hides too, so its logits are at hand.
             later_S = torch.searchsorted(targets, later)
+        opening = None
+        if settings.denoising and self.corruption.visited:
+            masked = masked._replace(goes_on_RT=masked.goes_on_RT & states.reference_RT)
+            opening = documents.opening(masked, targets, self.corruption.visited, generator)
         return CDLMBatch(
             inputs=inputs(hidden_RT, rows),
+            truth_S=truth_S,
+            opening=opening,
             distilled=distilled,
-            drawn_D=truth_S[distilled],
             goals_D=goals,
             denoised=denoised,
-            truth_N=truth_S[denoised],
             later_inputs=later_inputs,
             later=later_S,
         )
 
     def loss(self, forward: Forward, prepared: "CDLMBatch") -> Loss:
-        settings = self.settings
-        logits_SV = forward(*prepared.inputs)
+        settings, inputs, truth_S = self.settings, prepared.inputs, prepared.truth_S
+        left_S = torch.ones_like(truth_S, dtype=torch.float)
+        if prepared.opening is not None:
+            inputs, left_S = prepared.opening.go_on(forward, inputs, truth_S)
+        logits_SV = forward(*inputs)
         parts: dict[str, Tensor] = {}
         if settings.distillation:
             parts["distillation"] = self._distillation(logits_SV[prepared.distilled], prepared)
         if settings.denoising:
-            parts["denoising"] = _hard(logits_SV[prepared.denoised], prepared.truth_N)
+            at = prepared.denoised
+            parts["denoising"] = _hard(logits_SV[at], truth_S[at], left_S[at])
         if prepared.later_inputs is not None:
             goal_LV = forward(*prepared.later_inputs, gradient=False)
             student_LV = logits_SV[prepared.later]
@@ -280,7 +302,7 @@ class CDLMObjective:
     def _distillation(self, student_DV: Tensor, prepared: "CDLMBatch") -> Tensor:
         """Against the teacher's distributions, or against the tokens drawn."""
         if self.settings.direction == "hard":
-            return _hard(student_DV, prepared.drawn_D)
+            return _hard(student_DV, prepared.truth_S[prepared.distilled])
         if not len(student_DV):
             return student_DV.sum()
         assert prepared.goals_D is not None
@@ -289,25 +311,26 @@ class CDLMObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class CDLMBatch:
-    """Two forwards and the goals of what they score.
+    """The forwards of a step and the goals of what they score.
 
-    Indices into the first's S scored rows: `distilled` [D], whose teacher drew `drawn_D` from `goals_D`; `denoised`
-    [N], where the reference has `truth_N`; `later` [L], the rows that the second forward, of later states, scores too.
+    `truth_S`: what belongs at the first's S scored rows, and indices into these: `distilled` [D], whose teacher drew
+    that from `goals_D`; `denoised` [N], where the reference has it; `later` [L], the rows that the second forward, of
+    later states, scores too. With an `opening` the first forward is that of the states which it goes on to.
     """
 
     inputs: Inputs
+    truth_S: Tensor
+    opening: Opening | None
     distilled: Tensor
-    drawn_D: Tensor
     goals_D: TopDistributions | HiddenDistributions | None
     denoised: Tensor
-    truth_N: Tensor
     later_inputs: Inputs | None
     later: Tensor
 
 
-def _hard(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+def _hard(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """Cross-entropy; without a position 0, with a gradient."""
-    return losses.cross_entropy(logits_NV, targets_N) if len(targets_N) else logits_NV.sum()
+    return losses.cross_entropy(logits_NV, targets_N, weights_N) if len(targets_N) else logits_NV.sum()
 
 
 class _BlockStates:

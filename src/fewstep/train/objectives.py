@@ -1,7 +1,7 @@
 """Objectives: which documents are packed, which forwards run on them, and which losses follow.
 
-Axes: N = documents of a batch, G = segments, C = canvases, R = packed rows, T = positions, S = scored positions,
-V = vocabulary.
+Axes: N = documents of a batch, G = segments, C = canvases, U = states (of blocks or canvases), R = packed rows,
+T = positions, S = scored positions, V = vocabulary.
 
 A diffusion document is `[context | noisy response]`, perhaps with further noisy responses, and for the block-causal
 role `[context | noisy response | clean response]`, so that one forward trains all blocks (see `models.masks.Layout`).
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.models.masks import Layout
-from fewstep.models.roles import Role
+from fewstep.models.roles import Role, RoleName
 from fewstep.train import corruption, losses
 from fewstep.train.examples import Examples
 from fewstep.train.packing import Packed
@@ -63,24 +63,36 @@ class Forward(Protocol):
 class Opening:
     """Which of the scored positions [S] the network opens by itself before it learns.
 
-    `targets_S` are their flat places. `canvas_S` says whose choice each is, C for those that stay as they are, and
-    `index_S` tells those of a canvas apart: below `block_size`. `count_C`: how many of a canvas are opened.
+    `targets_S` are their flat places. `unit_S` says in which of U states each is, U for those that stay as they are,
+    and `index_S` tells those of a state apart: below `block_size`. `count_U`: how many of a state are opened; those of
+    `settled_S` come first, as in decoding.
     """
 
     targets_S: Tensor
-    canvas_S: Tensor
+    unit_S: Tensor
     index_S: Tensor
-    count_C: Tensor
+    count_U: Tensor
+    settled_S: Tensor
     block_size: int
 
-    def chosen(self, logits_SV: Tensor) -> Tensor:
-        """Boolean [S]: of each canvas as many as it opens, the most confident ones."""
-        confidence_S = logits_SV.float().log_softmax(-1).amax(-1)
-        grid_CB = confidence_S.new_full((len(self.count_C) + 1, self.block_size), float("-inf"))
-        grid_CB[self.canvas_S, self.index_S] = confidence_S
-        rank_CB = grid_CB.argsort(1, descending=True).argsort(1)
-        count_C = torch.cat([self.count_C, self.count_C.new_zeros(1)])
-        return rank_CB[self.canvas_S, self.index_S] < count_C[self.canvas_S]
+    def go_on(self, forward: Forward, inputs: Inputs, truth_S: Tensor) -> tuple[Inputs, Tensor]:
+        """The inputs of the states that the network goes on to, and which of the scored positions [S] they leave to
+        learn, as 0 and 1.
+        """
+        opened_S = self._chosen(forward(*inputs, gradient=False))
+        tokens = inputs.tokens_RT.flatten()
+        tokens = tokens.scatter(0, self.targets_S, torch.where(opened_S, truth_S, tokens[self.targets_S]))
+        left_S = (~opened_S | self.settled_S).float()
+        return inputs._replace(tokens_RT=tokens.view_as(inputs.tokens_RT)), left_S
+
+    def _chosen(self, logits_SV: Tensor) -> Tensor:
+        """Boolean [S]: of each state as many as it opens, the most confident ones."""
+        confidence_S = logits_SV.float().log_softmax(-1).amax(-1).masked_fill(self.settled_S, 1.0)
+        grid_UB = confidence_S.new_full((len(self.count_U) + 1, self.block_size), float("-inf"))
+        grid_UB[self.unit_S, self.index_S] = confidence_S
+        rank_UB = grid_UB.argsort(1, descending=True).argsort(1)
+        count_U = torch.cat([self.count_U, self.count_U.new_zeros(1)])
+        return rank_UB[self.unit_S, self.index_S] < count_U[self.unit_S]
 
 
 @dataclass(frozen=True)
@@ -227,19 +239,31 @@ class PackedDocuments:
         shifted = self.role.right_shift_logits and self.role.name == "block_causal"
         return self.is_noisy_RT & (self.packed.index_RT % self.role.block_size == 0) & shifted
 
-    def hide_blocks(
-        self, num_documents: int, untouched: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy positions hidden at random with a ratio for each block, those of them to score, and the ratios.
-
-        A share `untouched` of the blocks is hidden whole.
-        """
+    def hide_blocks(self, num_documents: int, corrupt: "BlockCorruption", generator: torch.Generator) -> "Hidden":
+        """A state of every block of its own: what it hides, what of it is scored, and which of them go on."""
         unit_RT, ratio_U = self.block_units(num_documents, generator)
         _, whole_U = self.block_units(num_documents, generator)
-        whole_RT = (whole_U < untouched)[unit_RT]
-        hidden_RT = whole_RT | (corruption.random_mask(unit_RT, ratio_U, generator) & ~self.settled_RT)
+        whole_RT = (whole_U < corrupt.untouched)[unit_RT]
+        hidden_RT = whole_RT | (corrupt.within_blocks(self, unit_RT, ratio_U, generator) & ~self.settled_RT)
         hidden_RT = hidden_RT & self.is_noisy_RT
-        return hidden_RT, hidden_RT | self.settled_RT, torch.where(whole_RT, 1.0, ratio_U[unit_RT])
+        ratio_RT = torch.where(whole_RT, 1.0, ratio_U[unit_RT])
+        return Hidden(hidden_RT, hidden_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
+
+    def opening(self, hidden: "Hidden", targets: Tensor, visited: float, generator: torch.Generator) -> "Opening":
+        """Of a share `visited` of the states that can go on a random number of positions, not all that are hidden."""
+        goes_on_U, share_U = (corruption.stratified_uniform((hidden.num_units,), generator) for _ in range(2))
+        unit_S = hidden.unit_RT.flatten()[targets]
+        free_S = hidden.goes_on_RT.flatten()[targets] & hidden.hidden_RT.flatten()[targets]
+        unit_S = torch.where(free_S & (goes_on_U < visited)[unit_S], unit_S, hidden.num_units)
+        hidden_U = torch.bincount(unit_S, minlength=hidden.num_units + 1)[:-1]
+        return Opening(
+            targets_S=targets,
+            unit_S=unit_S,
+            index_S=self.packed.index_RT.flatten()[targets] % self.role.block_size,
+            count_U=(share_U * hidden_U).long().minimum((hidden_U - 1).clamp_min(0)),
+            settled_S=self.settled_RT.flatten()[targets],
+            block_size=self.role.block_size,
+        )
 
     def with_masks(self, hidden_RT: Tensor) -> Tensor:
         """Token ids with the mask token at hidden positions."""
@@ -305,70 +329,110 @@ def scored_loss(forward: Forward, scored: Scored) -> Loss:
     """Cross-entropy of the tokens that belong at the scored rows."""
     inputs, weights_S = scored.inputs, scored.weights_S
     if scored.opening is not None:
-        opened_S = scored.opening.chosen(forward(*inputs, gradient=False))
-        tokens = inputs.tokens_RT.flatten()
-        targets_S = scored.opening.targets_S
-        tokens = tokens.scatter(0, targets_S, torch.where(opened_S, scored.truth_S, tokens[targets_S]))
-        inputs = inputs._replace(tokens_RT=tokens.view_as(inputs.tokens_RT))
-        weights_S = (~opened_S).float()  # `Corruption` has no other weights with an opening
+        # `Corruption` has no other weights with an opening.
+        inputs, weights_S = scored.opening.go_on(forward, inputs, scored.truth_S)
     logits = forward(*inputs)
     loss = losses.cross_entropy(logits, scored.truth_S, weights_S) if len(scored.truth_S) else logits.sum()
     return Loss(loss, {"cross_entropy": loss.detach()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corruption:
-    """How responses are hidden.
+class BlockCorruption:
+    """What the states of a block hide.
 
-    For a block-causal network every block has its own random ratio, and a share `untouched` is hidden whole, which is
-    the state that decoding meets in every block. The rest is for a bidirectional teacher: `leftward` is the share of
-    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, of
-    which `frontier` (a share of these documents) shows the part before a random point, and `late` hides the
-    `late_tokens` after such a point and few others: decoding by confidence leaves what has to be computed, such as
-    digits, for last. The rest hides positions of the active block at random. All other documents hide each position
-    with one random ratio (LLaDA, arXiv 2502.09992).
+    A share `untouched` begins hidden whole, the state that decoding meets in every block of a block-causal network. A
+    share `frontier` of the others shows the part before a random point, a share `late` hides the `late_tokens` after
+    such a point and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
+    the rest hides positions at random.
 
-    `visited`, also a share of the leftward documents: from its state the network that is trained goes on by itself. A
-    forward without gradient ranks what the active block hides by confidence, and a random number of the most confident
-    positions are opened, to the reference's tokens, before the state is learned from. So training meets the states that
-    decoding by confidence visits (as PUMA does, arXiv 2602.10314, by streams of batches).
-
-    `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
+    From a share `visited` of the states the network that is trained goes on by itself: a forward without gradient ranks
+    what the block hides by confidence, and a random number of the most confident positions are opened, to the
+    reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
+    visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
 
-    leftward: float = 0.0
     frontier: float = 0.0
     late: float = 0.0
     late_tokens: tuple[int, ...] = ()
     visited: float = 0.0
     untouched: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check_shares("frontier", "late", "visited", "untouched")
+        if self.frontier + self.late > 1:
+            raise FewstepError(f"frontier and late are shares of the same states, got {self.frontier} + {self.late}")
+        if bool(self.late) != bool(self.late_tokens):
+            raise FewstepError("late is the share of states whose late_tokens are hidden longest; set both or none")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+
+    def within_blocks(
+        self, documents: PackedDocuments, unit_RT: Tensor, ratio_U: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """What each unit's state hides within a block, [R, T]: at random with the unit's ratio, or as `frontier` and
+        `late` say.
+        """
+        hidden_RT = corruption.random_mask(unit_RT, ratio_U, generator)
+        if not self.frontier and not self.late:
+            return hidden_RT
+        kind_RT = corruption.stratified_uniform(tuple(ratio_U.shape), generator)[unit_RT]
+        block_size = documents.role.block_size
+        after_RT = documents.packed.index_RT % block_size >= ((1 - ratio_U) * block_size).long()[unit_RT]
+        if self.late:
+            few_RT = corruption.random_mask(unit_RT, ratio_U**3, generator)
+            late_RT = torch.isin(documents.clean_RT, torch.tensor(self.late_tokens))
+            is_late_RT = kind_RT < self.frontier + self.late
+            hidden_RT = torch.where(is_late_RT, torch.where(late_RT, after_RT, few_RT), hidden_RT)
+        return torch.where(kind_RT < self.frontier, after_RT, hidden_RT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corruption(BlockCorruption):
+    """How responses are hidden.
+
+    A block-causal network is shown a state of every block. For a bidirectional teacher `leftward` is the share of
+    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, whose
+    state is one of `BlockCorruption`'s (never `untouched`). All other documents hide each position with one random
+    ratio (LLaDA, arXiv 2502.09992).
+
+    `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
+    """
+
+    leftward: float = 0.0
     weighting: Literal["uniform", "inverse_ratio"] = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("leftward", "frontier", "late", "visited", "untouched"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FewstepError(f"{name} is a share of documents between 0 and 1, got {getattr(self, name)}")
-        if (self.frontier or self.late or self.visited) and not self.leftward:
-            raise FewstepError("frontier, late and visited are shares of the leftward documents; set leftward too")
-        if self.frontier + self.late > 1:
-            raise FewstepError(f"frontier and late are shares of the same documents, got {self.frontier} + {self.late}")
-        if bool(self.late) != bool(self.late_tokens):
-            raise FewstepError("late is the share of documents whose late_tokens are hidden longest; set both or none")
+        super().__post_init__()
+        self._check_shares("leftward")
         if self.weighting not in ("uniform", "inverse_ratio"):
             raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
-        if self.visited and self.weighting == "inverse_ratio":
-            raise FewstepError("visited states have no mask ratio to weight by; use the weighting uniform")
+        if (self.visited or self.late) and self.weighting == "inverse_ratio":
+            raise FewstepError("visited and late states have no mask ratio to weight by; use the weighting uniform")
+
+    def check(self, role: RoleName) -> None:
+        """FewstepError where a share has no meaning for the role."""
+        if role == "block_causal" and self.leftward:
+            raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
+        if role == "bidirectional" and (self.frontier or self.late or self.visited) and not self.leftward:
+            raise FewstepError("frontier, late and visited are shares of the leftward documents; set leftward too")
 
 
-class _Hidden(NamedTuple):
-    """Hidden positions, those of them that are scored, the mask ratio at each position, and for a bidirectional
-    network with leftward documents which positions are theirs.
+class Hidden(NamedTuple):
+    """Hidden positions, those of them that are scored, and the mask ratio at each position, [R, T] each.
+
+    `unit_RT`: in which of `num_units` states each position is, and `goes_on_RT`: where the state is one of decoding,
+    from which a network can go on by itself.
     """
 
     hidden_RT: Tensor
     scored_RT: Tensor
     ratio_RT: Tensor
-    leftward_RT: Tensor | None = None
+    unit_RT: Tensor
+    num_units: int
+    goes_on_RT: Tensor
 
 
 class MaskedDiffusionObjective:
@@ -391,8 +455,6 @@ class MaskedDiffusionObjective:
         if role.name == "autoregressive":
             raise FewstepError("masked diffusion needs the role bidirectional or block_causal, not autoregressive")
         check_packable(role)
-        if role.name == "block_causal" and corruption is not None and corruption.leftward:
-            raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
         if canvases < 1:
             raise FewstepError(f"a document has at least one canvas, got {canvases}")
         if canvases > 1 and (role.name, role.context_attention) != ("bidirectional", "causal"):
@@ -404,9 +466,9 @@ class MaskedDiffusionObjective:
         self.examples = examples
         self.eos_token_id = eos_token_id
         self.corruption = corruption or Corruption()
+        self.corruption.check(role.name)
         self.canvas = canvas or CanvasLengths(block_size=role.block_size)
         self.canvases = canvases
-        self._late_tokens = torch.tensor(self.corruption.late_tokens, dtype=torch.long)
         self.num_examples = len(examples)
         self._lengths = examples.lengths()
 
@@ -435,68 +497,31 @@ class MaskedDiffusionObjective:
             weights = 1 / hidden.ratio_RT.flatten()[targets].clamp_min(1e-3)
         opening = None
         if self.corruption.visited:
-            opening = self._opening(documents, hidden, targets, len(batch.examples_N), generator)
+            opening = documents.opening(hidden, targets, self.corruption.visited, generator)
         return Scored(inputs, documents.clean_RT.flatten()[targets], weights, opening)
 
     def loss(self, forward: Forward, prepared: Scored) -> Loss:
         return scored_loss(forward, prepared)
 
-    def _opening(
-        self,
-        documents: PackedDocuments,
-        hidden: _Hidden,
-        targets: Tensor,
-        num_documents: int,
-        generator: torch.Generator,
-    ) -> Opening:
-        """Of each canvas that goes on by itself a random number of positions, not all that are hidden."""
-        assert hidden.leftward_RT is not None
-        num_canvases = num_documents * self.canvases
-        goes_on_C, share_C = (corruption.stratified_uniform((num_canvases,), generator) for _ in range(2))
-        canvas_S = self._canvas_of(documents).flatten()[targets]
-        goes_on_S = hidden.leftward_RT.flatten()[targets] & (goes_on_C < self.corruption.visited)[canvas_S]
-        canvas_S = torch.where(goes_on_S, canvas_S, num_canvases)
-        hidden_C = torch.bincount(canvas_S, minlength=num_canvases + 1)[:-1]
-        return Opening(
-            targets_S=targets,
-            canvas_S=canvas_S,
-            index_S=documents.packed.index_RT.flatten()[targets] % self.role.block_size,
-            count_C=(share_C * hidden_C).long().minimum((hidden_C - 1).clamp_min(0)),
-            block_size=self.role.block_size,
-        )
-
-    def _canvas_of(self, documents: PackedDocuments) -> Tensor:
-        """The canvas of each position, over all documents; of a context's positions the first."""
-        return documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
-
-    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> _Hidden:
+    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> Hidden:
         if self.role.name == "block_causal":
-            return _Hidden(*documents.hide_blocks(num_documents, self.corruption.untouched, generator))
-        canvas_RT = self._canvas_of(documents)
-        shape = (num_documents * self.canvases,)
-        ratio_C, leftward_C, frontier_C, active_C = (corruption.stratified_uniform(shape, generator) for _ in range(4))
+            return documents.hide_blocks(num_documents, self.corruption, generator)
+        canvas_RT = documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
+        num_canvases = num_documents * self.canvases
+        ratio_C, leftward_C, active_C = (corruption.stratified_uniform((num_canvases,), generator) for _ in range(3))
+        leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
         hidden_RT = corruption.random_mask(canvas_RT, ratio_C, generator)
         scored_RT = torch.ones_like(hidden_RT)
-        leftward_RT = None
         if self.corruption.leftward:
-            leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
             # The active block is one that decoding visits: up to the one that holds the end-of-text.
             num_blocks_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
             active_RT = (active_C[canvas_RT] * num_blocks_RT).long()
             block_RT = documents.block_of_response()
-            kind_RT = frontier_C[canvas_RT]
-            open_RT = ((1 - ratio_C) * self.role.block_size).long()[canvas_RT]
-            after_RT = documents.packed.index_RT % self.role.block_size >= open_RT
-            if self.corruption.late:
-                few_RT = corruption.random_mask(canvas_RT, ratio_C**3, generator)
-                late_RT = torch.isin(documents.clean_RT, self._late_tokens)
-                is_late_RT = leftward_RT & (kind_RT < self.corruption.frontier + self.corruption.late)
-                hidden_RT = torch.where(is_late_RT, torch.where(late_RT, after_RT, few_RT), hidden_RT)
-            hidden_RT = torch.where(leftward_RT & (kind_RT < self.corruption.frontier), after_RT, hidden_RT)
-            hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, hidden_RT), hidden_RT)
+            within_RT = self.corruption.within_blocks(documents, canvas_RT, ratio_C, generator)
+            hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, within_RT), hidden_RT)
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
-        return _Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], leftward_RT)
+        return Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], canvas_RT, num_canvases, leftward_RT)
 
 
 def whole_blocks(lengths_N: np.ndarray, block_size: int) -> np.ndarray:

@@ -13,6 +13,7 @@ of. There the stored distribution says so, and a divergence teaches it; so such 
 directions `forward` and `reverse`, and `hard` is refused (`TrajectoryTable.of_student`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,11 +68,12 @@ def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Dec
 
 
 def labelling_for(teacher: Network, student: Network, distribution: Distribution, max_new_tokens: int) -> Labelling:
-    """The teacher sees the canvas on which it would decode itself. FewstepError unless both have the same vocabulary
-    and mask token.
+    """The teacher sees the canvas on which it would decode itself, in whole blocks of both. FewstepError unless both
+    have the same vocabulary and mask token.
     """
     _check_same_tokens(teacher_of(teacher), teacher_of(student), f"{teacher.name} and {student.name}")
-    return Labelling(distribution=distribution, canvas_length=whole_blocks(max_new_tokens, teacher.role.block_size))
+    block_size = math.lcm(teacher.role.block_size, student.role.block_size)
+    return Labelling(distribution=distribution, canvas_length=whole_blocks(max_new_tokens, block_size))
 
 
 def _check_same_tokens(first: Teacher, second: Teacher, whose: str) -> None:
