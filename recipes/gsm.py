@@ -11,6 +11,7 @@ student's decoding, for a second round with `student --own`), `bundle`. Each wri
 
 import os
 import shutil
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
@@ -34,7 +35,7 @@ from fewstep.train.cdlm import CDLMObjective, CDLMSettings, join
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.objectives import BlockCorruption, CausalObjective, Corruption, MaskedDiffusionObjective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
 from fewstep.train.trajectories import PromptRow
@@ -265,13 +266,13 @@ def trajectories(
     tok = network.tokenizer
     rows, answers = prompt_rows(tok, prompts, seed)
     distribution = distribution_of(network)
-    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER)
+    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, block_size=BLOCK)
     report = collect(
         decode_with(network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution),
         rows,
         runs / name,
         teacher=teacher_of(network),
-        settings={"steps": MAX_ANSWER, "early_stop": True, "keep": "solved"},
+        settings={"steps": MAX_ANSWER, "block_size": BLOCK, "early_stop": True, "keep": "solved"},
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,
@@ -332,12 +333,14 @@ def student(
     rank: int = 32,
     denoising: float = 0.1,
     consistency: float = 0.5,
+    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
+    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.0,
     seed: int = 0,
     dev: int = 500,
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
     base = load_network(runs / source, dtype="float32", device=device())
-    network = base.with_role(base.role.playing("block_causal"))
+    network = base.with_role(replace(base.role.playing("block_causal"), block_size=BLOCK))
     table, references = read_table(runs / store, teacher=base)
     if own:
         table = join(table, read_table(runs / own, teacher=base)[0])
@@ -349,6 +352,7 @@ def student(
         network.eos_token_id,
         references=references,
         settings=CDLMSettings(denoising=denoising, consistency=consistency),
+        corruption=BlockCorruption(late=late, late_tokens=digits(network.tokenizer) if late else (), visited=visited),
     )
     settings = gpu_settings(
         max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=30, log_every=50,
@@ -363,7 +367,9 @@ def bundle(
     source: Path,
     name: str,
     base: Annotated[str, typer.Option(help="the bundled model under an adapter")] = "gsm-teacher",
-    threshold: Annotated[float | None, typer.Option(help="an adapter's, chosen on development problems")] = None,
+    threshold: Annotated[float | None, typer.Option(help="a student's, chosen on development problems")] = None,
+    gaps: Annotated[int | None, typer.Option(help="a student's, chosen likewise")] = None,
+    block_size: Annotated[int | None, typer.Option(help="a teacher's in decoding, chosen likewise")] = None,
 ) -> None:
     """Put a finished model among those that ship with the package: one bfloat16 file, or the adapter."""
     target = BUNDLED / name
@@ -372,13 +378,16 @@ def bundle(
         for path in source.iterdir():
             if path.is_file() and path.name not in ("README.md", "report.json"):
                 shutil.copy(path, target / path.name)
-        for file, change in (
-            ("adapter_config.json", {"base_model_name_or_path": f"../{base}"}),
-            ("config.json", {} if threshold is None else {"threshold": threshold}),
-        ):
-            write_json_whole(target / file, {**read_json(target / file), **change})
+        change_json(target / "adapter_config.json", base_model_name_or_path=f"../{base}")
     else:
         save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
+    chosen = {"threshold": threshold, "gaps": gaps, "block_size": block_size}
+    change_json(target / "config.json", **{key: value for key, value in chosen.items() if value is not None})
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set these keys of a JSON file."""
+    write_json_whole(path, {**read_json(path), **values})
 
 
 def worker() -> tuple[int, int]:

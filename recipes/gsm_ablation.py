@@ -1,4 +1,4 @@
-"""Does the consistency training matter? Eight ways to train the student, beside the untrained one and the teacher.
+"""Does the consistency training matter? Ways to train the student, beside the untrained one and the teacher.
 
 `python recipes/gsm_ablation.py run` spreads the jobs over the visible GPUs and may be repeated until all are done;
 `report` then writes the table and the plot from `results/ablation.json`. It needs a teacher (the bundled one, or a
@@ -8,18 +8,19 @@ What is equal: the initialisation (the teacher's weights and, for one seed, the 
 steps, and the packed tokens of each step, all documents counted as `[context | noisy response | clean response]`. A
 variant that also trains on references packs them into the same rows: half of its documents are references, and it sees
 half as many trajectories. Likewise about half of the trajectories of variant 8 are the student's own. The second
-forward of the consistency loss, which has no gradient, adds work but no training tokens.
+forward of the consistency loss and the first of variant 9, which have no gradient, add work but no training tokens.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from gsm import BLOCK, digits
 from jobs import Job, results, spread
 
 from fewstep.engine.language_model import LanguageModel, load
@@ -35,7 +36,7 @@ from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TrajectoryTable, joi
 from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import MaskedDiffusionObjective, Objective
+from fewstep.train.objectives import BlockCorruption, MaskedDiffusionObjective, Objective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import TrainResult, TrainSettings, train
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
@@ -66,7 +67,8 @@ class Material:
 
     def student(self) -> Network:
         """The teacher's weights in the block-causal role, to be trained."""
-        return copy.deepcopy(self.base).with_role(self.base.role.playing("block_causal"))
+        role = replace(self.base.role.playing("block_causal"), block_size=BLOCK)
+        return copy.deepcopy(self.base).with_role(role)
 
     @cached_property
     def table(self) -> TrajectoryTable:
@@ -117,7 +119,9 @@ class Variant:
     needs: tuple[str, ...] = ()
 
 
-def cdlm(own_states: bool = False, **settings: Any) -> Callable[[Material, Role], Objective]:
+def cdlm(
+    own_states: bool = False, visited: float = 0.0, late: float = 0.0, **settings: Any
+) -> Callable[[Material, Role], Objective]:
     """The CDLM objective with these settings, on references too if their loss has a weight."""
     chosen = CDLMSettings(**settings)
 
@@ -128,6 +132,9 @@ def cdlm(own_states: bool = False, **settings: Any) -> Callable[[Material, Role]
             material.base.eos_token_id,
             references=material.references if chosen.denoising else None,
             settings=chosen,
+            corruption=BlockCorruption(
+                late=late, late_tokens=digits(material.base.tokenizer) if late else (), visited=visited
+            ),
         )
 
     return build
@@ -151,6 +158,10 @@ VARIANTS = {
         "all three, half on the student's own states",
         cdlm(own_states=True, consistency=CONSISTENCY, denoising=DENOISING),
         needs=(OWN_STATES,),
+    ),
+    "9": Variant(
+        "distillation + denoising of states that the student goes on to, as gsm-student is trained",
+        cdlm(consistency=0.0, denoising=2.0, late=0.4, visited=0.8),
     ),
 }
 
@@ -235,7 +246,9 @@ class Study:
 
     def untrained(self) -> dict[str, Any]:
         """The teacher's weights in the block-causal role."""
-        found = self._sweep(load(self.material.teacher, role="block_causal"), thresholds=self.thresholds)
+        found = self._sweep(
+            load(self.material.teacher, role="block_causal"), thresholds=self.thresholds, block_size=BLOCK
+        )
         return {
             "rows": [
                 {"variant": "untrained", "title": "teacher's weights, block-causal, untrained", "seed": None, **row}
@@ -249,7 +262,7 @@ class Study:
             if "thresholds" in swept
             else "teacher, uncached, cut to fewer passes"
         )
-        found = self._sweep(load(self.material.teacher), **swept)
+        found = self._sweep(load(self.material.teacher), **swept, block_size=BLOCK)
         return {"rows": [{"variant": name, "title": title, "seed": None, **row} for row in found]}
 
     def own_states(self) -> dict[str, Any]:

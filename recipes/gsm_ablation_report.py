@@ -93,7 +93,7 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Every variant has the same initialisation, optimizer and budget: {about['steps']} steps of "
         f"{about['tokens_per_step']:,} packed tokens, LoRA rank {about['lora_rank']}. Training tokens are real tokens "
-        "of packed documents (context, noisy and clean response); with references (7 and 8), half of the documents are "
+        "of packed documents (context, noisy and clean response); with references (7 to 9), half of the documents are "
         "references. The forward without gradient of the consistency loss is not counted."
     ]
     if own:

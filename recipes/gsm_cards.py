@@ -231,8 +231,8 @@ def _accuracy(found: Mapping[str, Any] | None) -> str:
         "## Accuracy and passes",
         "",
         f"`{found['command']}`, on {_device(found['machine'])}. Intervals are Wilson's, 95 %. Passes count prefill. "
-        "The student's threshold "
-        f"is {threshold}: {found['chosen_on']}. Tokens per second are of a large batch on one device.",
+        f"The student's threshold is {threshold}{_gaps(found)}: {found['chosen_on']}. Tokens per second are of a large "
+        "batch on one device.",
     ]
     for set_name, title in _SET_TITLES.items():
         rows = [row for row in found["rows"] if row["set"] == set_name]
@@ -273,10 +273,15 @@ def comparison_sentence(row: Mapping[str, Any]) -> str:
     kind = "clustered by template" if clustered else "by problem"
     contains = "contains 0" if low <= 0 <= high else "does not contain 0"
     return (
-        f"{row['first']} less {row['second']}: {100 * row['difference']:+.2f} points; its interval "
-        f"({100 * low:+.2f} to {100 * high:+.2f}, paired, {kind}) {contains}; McNemar "
+        f"{row['first']} less {row['second']}, {row['n']:,} problems: {100 * row['difference']:+.2f} points; its "
+        f"interval ({100 * low:+.2f} to {100 * high:+.2f}, paired, {kind}) {contains}; McNemar "
         f"p = {row['mcnemar_p']:.2g}; tokens per forward {row['tokens_per_forward_ratio']:.2f} to 1."
     )
+
+
+def _gaps(found: Mapping[str, Any]) -> str:
+    """ ", 2 gaps", if there is a limit."""
+    return "" if found.get("gaps") is None else f", {found['gaps']} gaps"
 
 
 def _timing(found: Mapping[str, Any] | None, where: str) -> str:
@@ -309,8 +314,7 @@ def _timing(found: Mapping[str, Any] | None, where: str) -> str:
             f"## Time at batch 1, {where}",
             "",
             f"`{found['command']}`, on {_device(found['machine'])}; {found['n']} test problems, all models interleaved "
-            "in one run. Thresholds: "
-            f"student {found['student_threshold']}, teacher {found['teacher_threshold']}.",
+            f"in one run. Student and teacher under the threshold {found['threshold']}{_gaps(found)}.",
             "",
             _table(header, rows),
             "",

@@ -8,13 +8,14 @@ file in the results folder as soon as it is there.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from gsm import BLOCK
 from gsm_cards import Kind, Sources, card, comparison_sentence
 from jobs import Job, results, spread
 
@@ -54,9 +55,10 @@ Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
 
 @dataclass(frozen=True)
 class Models:
-    """Names or folders of the three models."""
+    """Names or folders of the models."""
 
     ar: str = "gsm-ar"
+    cllm: str = "gsm-cllm"
     teacher: str = "gsm-teacher"
     student: str = "gsm-student"
 
@@ -78,25 +80,36 @@ def contenders(
     steps: Sequence[int],
     *,
     max_new_tokens: int = 256,
+    gaps: int | None = None,
     published: int | None = None,
+    training_free: int | None = None,
 ) -> list[Contender]:
-    """All that the cards show, what matters most first.
+    """All that the cards show, what matters most first; every threshold with the same `gaps`.
 
-    The published teacher (no early stop) answers as the stopping one, only slower; `published` limits its problems.
+    The published teacher (no early stop) answers as the stopping one, only slower; `published` limits its problems, and
+    `training_free` those of the teacher's weights under thresholds, cut to fewer passes, or block-causal.
     """
     same = {"max_new_tokens": max_new_tokens}
+    rules = {value: {**same, "threshold": value, "gaps": gaps} for value in thresholds}
+    in_blocks = {"block_size": BLOCK}  # the student's
     return [
         Contender("ar", models.ar, same),
-        *(Contender(f"student-{value}", models.student, {**same, "threshold": value}) for value in thresholds),
+        Contender("cllm", models.cllm, same),
+        *(Contender(f"student-{value}", models.student, rule) for value, rule in rules.items()),
         Contender("teacher", models.teacher, same),
         *(
-            Contender(f"teacher-threshold-{value}", models.teacher, {**same, "threshold": value})
-            for value in thresholds
+            Contender(f"teacher-threshold-{value}", models.teacher, {**rule, **in_blocks}, limit=training_free)
+            for value, rule in rules.items()
         ),
-        *(Contender(f"teacher-steps-{value}", models.teacher, {**same, "steps": value}) for value in steps),
         *(
-            Contender(f"untrained-{value}", models.teacher, {**same, "threshold": value}, role="block_causal")
-            for value in thresholds
+            Contender(f"teacher-steps-{value}", models.teacher, {**same, "steps": value}, limit=training_free)
+            for value in steps
+        ),
+        *(
+            Contender(
+                f"untrained-{value}", models.teacher, {**rule, **in_blocks}, role="block_causal", limit=training_free
+            )
+            for value, rule in rules.items()
         ),
         Contender("teacher-published", models.teacher, {**same, "early_stop": False}, limit=published),
     ]
@@ -157,28 +170,40 @@ def _of(found: Mapping[str, Report], prefix: str) -> list[Report]:
 
 
 def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, Any]]:
-    """The pairs that the cards speak of, as far as both are there."""
+    """The pairs that the cards speak of, as far as both are there, on the problems that both have answered."""
     student = f"student-{threshold}"
-    pairs = [(student, "teacher"), (student, "ar"), ("teacher", "ar"), (student, f"untrained-{threshold}")]
+    pairs = [(student, "teacher"), (student, "ar"), ("teacher", "ar"), ("cllm", "ar")]
+    pairs += [(student, f"untrained-{threshold}")]
     pairs += [(student, name) for name in found if name.startswith("teacher-threshold-")]
     cut = {name: report for name, report in found.items() if name.startswith("teacher-steps-")}
     if student in found and (same := with_no_fewer_passes(cut, found[student])):
         pairs.append((student, same))
     return [
-        {**compare(found[first], found[second]).to_json(), "first": first, "second": second}
+        {
+            **compare(_among(found[first], found[second]), _among(found[second], found[first])).to_json(),
+            "first": first,
+            "second": second,
+        }
         for first, second in pairs
-        if first in found and second in found and _ids(found[first]) == _ids(found[second])
+        if first in found and second in found and _ids(found[first]) & _ids(found[second])
     ]
 
 
-def _ids(report: Report) -> list[str]:
-    return [record.id for record in report.records]
+def _among(report: Report, other: Report) -> Report:
+    """The report on the problems that `other` has answered too."""
+    ids = _ids(other)
+    records = [record for record in report.records if record.id in ids]
+    return replace(report, records=records, wall_seconds=report.wall_seconds * len(records) / report.n)
+
+
+def _ids(report: Report) -> set[str]:
+    return {record.id for record in report.records}
 
 
 def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: float) -> dict[str, Any]:
     """Write and return `accuracy.json`: a report for each set and contender, of the shards there are, and comparisons.
 
-    Two contenders are compared once both have answered the same problems.
+    Two contenders are compared on the problems that both have answered.
     """
     shards: dict[tuple[str, str], list[Any]] = {}
     about: dict[str, Any] = {"command": None, "machine": None}
@@ -196,6 +221,7 @@ def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: 
     told = {
         **about,
         "chosen_threshold": threshold,
+        "gaps": dev[f"student-{threshold}"].gaps if ready else None,
         "chosen_on": f"{dev['teacher'].n} development problems, at most {100 * slack:g} points below the teacher"
         if ready
         else "not chosen",
@@ -227,6 +253,7 @@ CURVES = {
     "teacher-threshold-": "teacher, uncached, under a threshold",
     "teacher-steps-": "teacher, uncached, cut to fewer passes",
     "ar": "autoregressive, cached",
+    "cllm": "CLLM, Jacobi, cached",
 }
 
 
@@ -245,13 +272,18 @@ def accuracy_curves(rows: Sequence[Mapping[str, Any]], set_name: str) -> dict[st
 def accuracy(
     results_folder: Results = Path("results"),
     ar: str = "gsm-ar",
+    cllm: str = "gsm-cllm",
     teacher: str = "gsm-teacher",
     student: str = "gsm-student",
     test: Annotated[int, typer.Option(help="test problems")] = 10_000,
     heldout: Annotated[int, typer.Option(help="problems of the held-out templates")] = 2_000,
     dev: Annotated[int, typer.Option(help="development problems, which choose the threshold")] = 1_000,
     published: Annotated[int | None, typer.Option(help="limit of problems for the teacher without early stop")] = None,
-    threshold: Annotated[list[float], typer.Option()] = [0.8, 0.9, 0.95, 0.99],  # noqa: B006
+    training_free: Annotated[
+        int | None, typer.Option(help="limit for the teacher under thresholds, cut to fewer passes, or block-causal")
+    ] = None,
+    threshold: Annotated[list[float], typer.Option()] = [0.9, 0.95, 0.97, 0.99],  # noqa: B006
+    gaps: Annotated[int | None, typer.Option(help="with every threshold")] = 2,
     teacher_steps: Annotated[list[int], typer.Option()] = [24, 32, 48, 64],  # noqa: B006
     slack: Annotated[
         float, typer.Option(help="how far below the teacher the chosen threshold may be, as a share")
@@ -269,8 +301,9 @@ def accuracy(
         "heldout": problem_set("heldout", heldout, problem_folder),
     }
     everyone = contenders(
-        Models(ar, teacher, student), threshold, teacher_steps, max_new_tokens=max_new_tokens, published=published
-    )
+        Models(ar, cllm, teacher, student), threshold, teacher_steps, max_new_tokens=max_new_tokens, gaps=gaps,
+        published=published, training_free=training_free,
+    )  # fmt: skip
 
     def make_jobs() -> list[Job]:
         return accuracy_jobs(sets, everyone, shard=shard, batch_size=batch_size)
@@ -295,15 +328,17 @@ def accuracy(
 
 
 def timing_contenders(
-    models: Models, *, student_threshold: float, teacher_threshold: float, device: str, max_new_tokens: int
+    models: Models, *, threshold: float, gaps: int | None, device: str, max_new_tokens: int
 ) -> dict[str, Callable[[str], Output]]:
-    """What is timed against what, by name."""
+    """What is timed against what, by name; student and teacher under the same threshold and gaps."""
+    rule = {"threshold": threshold, "gaps": gaps}
     settings: dict[str, tuple[str, dict[str, Any]]] = {
         "teacher as published": (models.teacher, {"early_stop": False}),
         "teacher with early stop": (models.teacher, {}),
-        "teacher under a threshold": (models.teacher, {"threshold": teacher_threshold}),
-        "student": (models.student, {"threshold": student_threshold}),
+        "teacher under a threshold": (models.teacher, {**rule, "block_size": BLOCK}),
+        "student": (models.student, rule),
         "ar with cache": (models.ar, {}),
+        "cllm": (models.cllm, {}),
     }
 
     def contender(name: str, chosen: Mapping[str, Any]) -> Callable[[str], Output]:
@@ -332,22 +367,20 @@ def timing_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
 def timing(
     results_folder: Results = Path("results"),
     ar: str = "gsm-ar",
+    cllm: str = "gsm-cllm",
     teacher: str = "gsm-teacher",
     student: str = "gsm-student",
     device: str = "cpu",
     num: Annotated[int, typer.Option(help="test problems")] = 10,
-    threshold: Annotated[float | None, typer.Option(help="the student's, by default its checkpoint's")] = None,
-    teacher_threshold: Annotated[float | None, typer.Option(help="by default the same")] = None,
     threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
     max_new_tokens: int = 256,
 ) -> None:
     """Seconds of one problem at a time, all contenders interleaved in one run: `timing-DEVICE.json`."""
     if threads:
         torch.set_num_threads(threads)
-    chosen = threshold or loaded(student, device=device).network.role.threshold
-    teacher_threshold = teacher_threshold or chosen
+    role = loaded(student, device=device).role
     everyone = timing_contenders(
-        Models(ar, teacher, student), student_threshold=chosen, teacher_threshold=teacher_threshold, device=device,
+        Models(ar, cllm, teacher, student), threshold=role.threshold, gaps=role.gaps, device=device,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     items = problems("test", num)
@@ -358,8 +391,8 @@ def timing(
         "command": this_command(),
         "machine": {**describe_machine(), "device": device},
         "n": num,
-        "student_threshold": chosen,
-        "teacher_threshold": teacher_threshold,
+        "threshold": role.threshold,
+        "gaps": role.gaps,
         **timing_json(timings),
     }
     write_json_whole(results_folder / f"timing-{device}.json", told)

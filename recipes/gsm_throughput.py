@@ -15,15 +15,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from gsm import BLOCK
 from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole
 from fewstep.measure.timing import describe_machine, this_command
+from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
-from fewstep.models.roles import RoleName
+from fewstep.models.roles import Role, RoleName
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
@@ -201,9 +203,11 @@ def measure_training(
 
 
 def throughput_cases(
-    teacher: str, store: Path, *, device: str, rank: int
+    teacher: str, store: Path, *, device: str, rank: int, shape: str
 ) -> list[tuple[str, Callable[[], tuple[Network, Objective, LoRASettings | None]]]]:
-    """The objectives by name, each with a fresh network. References of the store are the data of the first two."""
+    """The objectives by name, each with a fresh network. References of the store are the data of the first two, and of
+    those at `shape`, with random weights.
+    """
 
     def network(role: RoleName) -> Network:
         found = load_network(teacher, dtype="float32", device=device)
@@ -213,6 +217,7 @@ def throughput_cases(
             name=role,
             mask_token_id=mask,
             right_shift_logits=found.role.right_shift_logits and mask is not None,
+            block_size=BLOCK,
         )
         return Network(found.module, spec, found.tokenizer, name=teacher)
 
@@ -223,20 +228,36 @@ def throughput_cases(
             raise FewstepError(f"the trajectories in {store} hold no reference answers to train on")
         return table, references
 
+    def of_shape(role: Role) -> Network:
+        with tempfile.TemporaryDirectory() as folder:
+            write_random(shape, Path(folder) / shape)
+            found = load_network(Path(folder) / shape, dtype="float32", device=device)
+        return Network(found.module, role, load_network(teacher, device="cpu").tokenizer, name=shape)
+
+    def causal_of_shape() -> tuple[Network, Objective, LoRASettings | None]:
+        one = of_shape(network("autoregressive").role)
+        return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
+
+    def diffusion_of_shape() -> tuple[Network, Objective, LoRASettings | None]:
+        one = of_shape(network("bidirectional").role)
+        return one, masked_diffusion(one), None
+
     def causal() -> tuple[Network, Objective, LoRASettings | None]:
         one = network("autoregressive")
         return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
 
     def diffusion() -> tuple[Network, Objective, LoRASettings | None]:
         one = network("bidirectional")
-        objective = MaskedDiffusionObjective(
+        return one, masked_diffusion(one), None
+
+    def masked_diffusion(one: Network) -> Objective:
+        return MaskedDiffusionObjective(
             one.role,
             stored()[1],
             one.eos_token_id,
             corruption=Corruption(leftward=0.8, frontier=0.5),
             canvases=3 if one.role.context_attention == "causal" else 1,
         )
-        return one, objective, None
 
     def cdlm(lora: LoRASettings | None, **settings: Any) -> tuple[Network, Objective, LoRASettings | None]:
         one = network("block_causal")
@@ -252,6 +273,8 @@ def throughput_cases(
         ("cdlm, full weights", lambda: cdlm(None)),
         ("cdlm, LoRA", lambda: cdlm(LoRASettings(rank=rank, alpha=rank))),
         ("cdlm, full weights, without consistency", lambda: cdlm(None, consistency=0.0)),
+        (f"causal, {shape}", causal_of_shape),
+        (f"teacher (masked diffusion), {shape}", diffusion_of_shape),
     ]
 
 
@@ -266,6 +289,9 @@ def main(
     ] = 48,
     row_length: int = 2048,
     rank: int = 32,
+    shape: Annotated[str, typer.Option(help="a larger network, trained with random weights as well")] = "smollm2-135m",
+    shape_rows: Annotated[int, typer.Option(help="packed rows of its steps")] = 16,
+    only: Annotated[list[str] | None, typer.Option(help="repeatable; the objectives whose names begin so")] = None,
     matmul_size: int = 8192,
 ) -> None:
     """Training throughput on real tokens as a share of the device's matrix rate: `throughput.json`."""
@@ -281,13 +307,16 @@ def main(
         "rows": [],
         "failed": [],
     }
-    for name, make in throughput_cases(teacher, store, device=str(place), rank=rank):
+    for name, make in throughput_cases(teacher, store, device=str(place), rank=rank, shape=shape):
+        if only and not name.startswith(tuple(only)):
+            continue
         torch.compiler.reset()  # each has its graphs to itself, so that none runs into the limit of recompilations
         try:
             network, objective, lora = make()
             row = measure_training(
-                name, network, objective, lora, steps=steps, rows=rows, row_length=row_length, matmul_rate=rate
-            )
+                name, network, objective, lora, steps=steps, rows=shape_rows if shape in name else rows,
+                row_length=row_length, matmul_rate=rate,
+            )  # fmt: skip
         except (FewstepError, RuntimeError) as error:  # out of memory among them: the others are worth having
             told["failed"].append({"objective": name, "error": str(error)[:500]})
             print(f"{name} failed: {error}", flush=True)

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import Pool
@@ -358,7 +358,7 @@ def student(
     if is_there(runs / name / "config.json"):
         return
     base = load_network(runs / source, dtype="float32", device=device())
-    network = Network(base.module, replace(base.role, name="block_causal"), base.tokenizer, name=str(runs / source))
+    network = Network(base.module, base.role.playing("block_causal"), base.tokenizer, name=str(runs / source))
     table, references = read_table(runs / store, teacher=base)
     objective = CDLMObjective(
         network.role,

@@ -24,6 +24,7 @@ from fewstep.train.collect import collect, decode_with, distribution_of, teacher
 from fewstep.train.trajectories import PromptRow
 
 CANVAS = 16
+TOY_BLOCK = 8
 NUM_PROMPTS = 12
 
 
@@ -54,6 +55,15 @@ def throughput() -> ModuleType:
     return recipe("gsm_throughput")
 
 
+@pytest.fixture
+def toy_blocks(
+    ablation: ModuleType, measure: ModuleType, throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipes' blocks are those of the bundled student; toys have shorter ones."""
+    for module in (ablation, measure, throughput):
+        monkeypatch.setattr(module, "BLOCK", TOY_BLOCK)
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders ar and teacher with random weights, and the teacher's trajectories."""
@@ -61,7 +71,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape: dict[str, Any] = {
         "hidden": 16,
         "layers": 1,
-        "block_size": 8,
+        "block_size": TOY_BLOCK,
         "max_positions": 1024,
         "context_attention": "causal",
     }
@@ -126,6 +136,7 @@ def test_a_job_that_another_process_holds_is_left_to_it(jobs: ModuleType, tmp_pa
 # --- ablation ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("toy_blocks")
 def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     ablation: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,8 +185,8 @@ def report_of(model: str, marks: str, forwards: int, threshold: float | None = N
         for i, (name, mark) in enumerate(zip(ids, marks, strict=True))
     ]  # fmt: skip
     return Report(
-        model=model, role="", decoder="", engine="off", task="", threshold=threshold, steps=None, batch_size=1,
-        dtype="", device="", records=records, wall_seconds=1.0, step_ms=1.0,
+        model=model, role="", decoder="", engine="off", task="", threshold=threshold, gaps=None, steps=None,
+        batch_size=1, dtype="", device="", records=records, wall_seconds=1.0, step_ms=1.0,
     )  # fmt: skip
 
 
@@ -200,6 +211,7 @@ def test_the_teacher_with_the_students_passes_has_no_fewer() -> None:
     assert with_no_fewer_passes(found, report_of("s", "1111", 9)) is None
 
 
+@pytest.mark.usefixtures("toy_blocks")
 def test_all_figures_reach_the_cards(
     measure: ModuleType,
     ablation: ModuleType,
@@ -209,13 +221,14 @@ def test_all_figures_reach_the_cards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results, bundled = tmp_path / "results", tmp_path / "bundled"
-    for name in ("ar", "teacher"):
-        save_network(load_network(toys / name), bundled / f"gsm-{name}")
+    for name, toy in (("ar", "ar"), ("cllm", "ar"), ("teacher", "teacher")):
+        save_network(load_network(toys / toy), bundled / f"gsm-{name}")
     material = ablation.Material(str(bundled / "gsm-teacher"), toys / "trajectories", tmp_path)
     budget = ablation.Budget(steps=4, rows=2, row_length=128, rank=2)
     budget.train(material, ablation.VARIANTS["7"], 0, bundled / "gsm-student")
     models = {
         "ar": str(bundled / "gsm-ar"),
+        "cllm": str(bundled / "gsm-cllm"),
         "teacher": str(bundled / "gsm-teacher"),
         "student": str(bundled / "gsm-student"),
     }
@@ -231,7 +244,7 @@ def test_all_figures_reach_the_cards(
     assert rows["test", "teacher"]["n"] == 5
     whole = evaluate(LanguageModel(load_network(models["teacher"])), problems("test", 5), max_new_tokens=CANVAS)
     assert rows["test", "teacher"]["num_forwards_mean"] == whole.to_json()["num_forwards_mean"]
-    assert found["chosen_threshold"] in (0.5, 0.9)
+    assert (found["chosen_threshold"] in (0.5, 0.9), found["gaps"]) == (True, 2)
     assert {row["n"] for row in found["without_stopping"]} == {2}
     student = f"student-{found['chosen_threshold']}"
     assert ("test", student, "teacher") in {(row["set"], row["first"], row["second"]) for row in found["comparisons"]}
@@ -242,8 +255,9 @@ def test_all_figures_reach_the_cards(
     assert factors["total"] == pytest.approx(factors["stopping"] * factors["caching"] * factors["fewer_passes"])
 
     throughput.main(
-        results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=256, matmul_size=64
-    )
+        results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=256,
+        shape="tiny-llama", shape_rows=2, matmul_size=64,
+    )  # fmt: skip
     trained = json.loads((results / "throughput.json").read_text())
     assert not trained["failed"]
     assert all(row["share_of_matmul_rate"] > 0 for row in trained["rows"])
