@@ -596,7 +596,8 @@ def test_a_student_from_its_own_states(run: Run, networks: dict[str, str], rows:
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["student"], report["num_records"]) == (student, 12)
     decoding = json.loads((store / "manifest.json").read_text())["decoding"]
-    assert (decoding["decoder"], decoding["threshold"]) == ("block", 0.3)
+    assert (decoding["decoder"], decoding["threshold"], decoding["gaps"]) == ("block", 0.3, None)
+    assert decoding["block_size"] == fewstep.load(student).role.block_size
     assert decoding["teacher_canvas_length"] >= 16
     training = ("train", "cdlm", "--trajectories", store, "--teacher", teacher, "--model", student, *TINY_RUN)
     assert "hard" in run(*training, "--output", tmp_path / "hard", "--direction", "hard").sentence()

@@ -14,10 +14,11 @@ import torch
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.gsm_symbolic import problems
-from fewstep.measure.reports import with_no_fewer_passes
+from fewstep.measure.reports import merge_reports, report_columns, with_no_fewer_passes
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
@@ -178,7 +179,9 @@ def test_teacher_text_ends_with_its_end_of_text_and_holds_no_mask(ablation: Modu
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def report_of(model: str, marks: str, forwards: int, threshold: float | None = None, ids: str = "abcd") -> Report:
+def report_of(
+    model: str, marks: str, forwards: int, threshold: float | None = None, ids: Sequence[str] = "abcd"
+) -> Report:
     records = [
         Record(id=name, template=i % 2, answer="1", text="", correct=mark == "1", num_tokens=12, num_forwards=forwards,
                seconds=1.0, finish_reason="stop")
@@ -203,6 +206,27 @@ def test_the_fastest_threshold_that_is_good_enough_is_chosen(measure: ModuleType
         measure.choose_threshold({**dev, "teacher": replace(dev["teacher"], records=dev["student-0.99"].records)}, 0.0)
         == 0.99
     )
+
+
+def test_contenders_are_compared_on_the_problems_that_both_answered(measure: ModuleType) -> None:
+    found = {
+        "student-0.9": report_of("s", "0110", 3, 0.9),
+        "teacher": report_of("t", "11", 12, ids="bc"),
+        "ar": report_of("a", "11", 12, ids="xy"),
+    }
+    (row,) = measure.compared(found, 0.9)
+    assert (row["first"], row["second"], row["n"], row["difference"]) == ("student-0.9", "teacher", 2, 0.0)
+
+
+def test_shards_of_other_settings_are_not_merged() -> None:
+    items = {one.id: one for one in problems("dev", 2)}
+    one, other = (
+        report_columns(report_of("s", "1", 3, threshold, ids=[name]))
+        for name, threshold in zip(items, (0.9, 0.8), strict=True)
+    )
+    assert merge_reports([one, one], items).n == 2
+    with pytest.raises(FewstepError, match="shards of one report differ in threshold; empty their folder"):
+        merge_reports([one, other], items)
 
 
 def test_the_teacher_with_the_students_passes_has_no_fewer() -> None:
