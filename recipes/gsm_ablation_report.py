@@ -94,7 +94,9 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
         f"Every variant has the same initialisation, optimizer and budget: {about['steps']} steps of "
         f"{about['tokens_per_step']:,} packed tokens, LoRA rank {about['lora_rank']}. Training tokens are real tokens "
         "of packed documents (context, noisy and clean response); with references (7 to 9), half of the documents are "
-        "references. The forward without gradient of the consistency loss is not counted."
+        "references. The forward without gradient of the consistency loss is not counted.",
+        "The teacher and the untrained weights are decoded in the student's blocks of 32 here, and all by plain "
+        "thresholds, without a limit of gaps.",
     ]
     if own:
         lines.append(

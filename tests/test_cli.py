@@ -638,6 +638,11 @@ def test_a_student_from_hidden_rows(run: Run, networks: dict[str, str], rows: Pa
         "--distribution", "hidden", "--threshold", 0.5,
     )  # fmt: skip
     assert collected.code == 0, collected.err
+    unknown = run(
+        "train", "cdlm", "--trajectories", store, "--teacher", teacher, "--output", tmp_path / "student", *TINY_RUN,
+        "--reference-late", 0.5, "--reference-late-tokens", "[99999]",
+    )  # fmt: skip
+    assert "tokens has no id 99999" in unknown.sentence()
     distilled = run(
         "train", "cdlm", "--trajectories", store, "--teacher", teacher, "--output", tmp_path / "student", *TINY_RUN,
         "--direction", "reverse", "--consistency", 1, "--later-state", "next", "--reference-visited", 0.5,

@@ -199,6 +199,7 @@ def diffusion(built: Built, json: Path | None) -> None:
         built.refuse(("untouched",), "with --role bidirectional")
     built[Corruption].check(start.role)
     network = start.load(start.model, start.role, right_shift_logits=start.right_shift_logits)
+    built[Corruption].check_tokens(network.vocab_size)
     objective = MaskedDiffusionObjective(
         network.role,
         built[Data].read(network),
@@ -220,6 +221,7 @@ def cdlm(built: Built, json: Path | None) -> None:
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)
     network = start.load(start.model or start.teacher, "block_causal")
+    built[BlockCorruption].check_tokens(network.vocab_size)
     table, references = read_table(start.trajectories, teacher)
     objective = CDLMObjective(
         network.role,

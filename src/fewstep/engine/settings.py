@@ -233,7 +233,7 @@ class GenerationSettings:
         if self.threshold is not None:
             return Threshold(at_least=self.threshold, gaps=role.gaps if self.gaps is None else self.gaps)
         if self.gaps is not None:
-            raise FewstepError("gaps limits what a threshold finalises; set threshold with it")
+            raise FewstepError("gaps limits what a threshold finalises; set threshold with it, and no steps or order")
         if self.order == "origin":
             return Origin()
         order: Order = self.order  # type: ignore[assignment]  # checked when built

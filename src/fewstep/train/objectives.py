@@ -369,6 +369,12 @@ class BlockCorruption:
             if not 0 <= getattr(self, name) <= 1:
                 raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """FewstepError for late tokens that a vocabulary of this size does not have."""
+        for token in self.late_tokens:
+            if not 0 <= token < vocab_size:
+                raise FewstepError(f"late_tokens: the vocabulary of {vocab_size} tokens has no id {token}")
+
     def within_blocks(
         self, documents: PackedDocuments, unit_RT: Tensor, ratio_U: Tensor, generator: torch.Generator
     ) -> Tensor:
