@@ -135,7 +135,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
         yield
     except FewstepError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries wrap what the system said in classes of their own
         reason = _storage_reason(error, path.parent)
         if reason is None:
             raise

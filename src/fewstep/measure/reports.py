@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from fewstep.errors import FewstepError
@@ -41,9 +42,7 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
             part["seconds"], strict=True,
         )
     ]  # fmt: skip
-    shared = (
-        "model", "role", "decoder", "engine", "task", "threshold", "gaps", "steps", "batch_size", "dtype", "device",
-    )  # fmt: skip
+    shared = [field.name for field in fields(Report) if field.name not in ("records", "wall_seconds", "step_ms")]
     for part in shards:
         if differing := [key for key in shared if part["report"].get(key) != told.get(key)]:
             raise FewstepError(f"shards of one report differ in {', '.join(differing)}; empty their folder")
