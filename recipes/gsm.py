@@ -33,9 +33,10 @@ from fewstep.models.roles import ContextAttention, Role
 from fewstep.models.text import decode_text
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings, join
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import BlockCorruption, CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
 from fewstep.train.trajectories import PromptRow

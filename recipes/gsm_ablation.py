@@ -34,9 +34,10 @@ from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TrajectoryTable, join
 from fewstep.train.collect import collect, decode_with, teacher_of
+from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import BlockCorruption, MaskedDiffusionObjective, Objective
+from fewstep.train.objectives import MaskedDiffusionObjective, Objective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import TrainResult, TrainSettings, train
 from fewstep.train.trajectories import PromptRow, TrajectoryStore

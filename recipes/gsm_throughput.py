@@ -25,11 +25,12 @@ from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import RoleName
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective, Objective, to_device
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective, to_device
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectory_table import read_table
@@ -209,8 +210,9 @@ def throughput_cases(
     those at `shape`, with random weights.
     """
 
-    def network(role: RoleName) -> Network:
-        found = load_network(teacher, dtype="float32", device=device)
+    def network(role: RoleName, weights: str | Path = teacher) -> Network:
+        """The teacher, or other weights with its tokenizer, in this role."""
+        found = load_network(teacher, dtype="float32", device=device if weights == teacher else "cpu")
         mask = None if role == "autoregressive" else found.role.mask_token_id
         spec = replace(
             found.role,
@@ -219,7 +221,8 @@ def throughput_cases(
             right_shift_logits=found.role.right_shift_logits and mask is not None,
             block_size=BLOCK,
         )
-        return Network(found.module, spec, found.tokenizer, name=teacher)
+        module = found.module if weights == teacher else load_network(weights, dtype="float32", device=device).module
+        return Network(module, spec, found.tokenizer, name=str(weights))
 
     @cache
     def stored() -> tuple[Any, Examples]:
@@ -228,36 +231,25 @@ def throughput_cases(
             raise FewstepError(f"the trajectories in {store} hold no reference answers to train on")
         return table, references
 
-    def of_shape(role: Role) -> Network:
+    def of_shape(role: RoleName) -> Network:
         with tempfile.TemporaryDirectory() as folder:
             write_random(shape, Path(folder) / shape)
-            found = load_network(Path(folder) / shape, dtype="float32", device=device)
-        return Network(found.module, role, load_network(teacher, device="cpu").tokenizer, name=shape)
+            return network(role, Path(folder) / shape)
 
-    def causal_of_shape() -> tuple[Network, Objective, LoRASettings | None]:
-        one = of_shape(network("autoregressive").role)
+    def causal(make: Callable[[RoleName], Network]) -> tuple[Network, Objective, LoRASettings | None]:
+        one = make("autoregressive")
         return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
 
-    def diffusion_of_shape() -> tuple[Network, Objective, LoRASettings | None]:
-        one = of_shape(network("bidirectional").role)
-        return one, masked_diffusion(one), None
-
-    def causal() -> tuple[Network, Objective, LoRASettings | None]:
-        one = network("autoregressive")
-        return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
-
-    def diffusion() -> tuple[Network, Objective, LoRASettings | None]:
-        one = network("bidirectional")
-        return one, masked_diffusion(one), None
-
-    def masked_diffusion(one: Network) -> Objective:
-        return MaskedDiffusionObjective(
+    def diffusion(make: Callable[[RoleName], Network]) -> tuple[Network, Objective, LoRASettings | None]:
+        one = make("bidirectional")
+        objective = MaskedDiffusionObjective(
             one.role,
             stored()[1],
             one.eos_token_id,
             corruption=Corruption(leftward=0.8, frontier=0.5),
             canvases=3 if one.role.context_attention == "causal" else 1,
         )
+        return one, objective, None
 
     def cdlm(lora: LoRASettings | None, **settings: Any) -> tuple[Network, Objective, LoRASettings | None]:
         one = network("block_causal")
@@ -268,13 +260,13 @@ def throughput_cases(
         return one, objective, lora
 
     return [
-        ("causal", causal),
-        ("teacher (masked diffusion)", diffusion),
+        ("causal", lambda: causal(network)),
+        ("teacher (masked diffusion)", lambda: diffusion(network)),
         ("cdlm, full weights", lambda: cdlm(None)),
         ("cdlm, LoRA", lambda: cdlm(LoRASettings(rank=rank, alpha=rank))),
         ("cdlm, full weights, without consistency", lambda: cdlm(None, consistency=0.0)),
-        (f"causal, {shape}", causal_of_shape),
-        (f"teacher (masked diffusion), {shape}", diffusion_of_shape),
+        (f"causal, {shape}", lambda: causal(of_shape)),
+        (f"teacher (masked diffusion), {shape}", lambda: diffusion(of_shape)),
     ]
 
 

@@ -53,9 +53,10 @@ from fewstep.models.roles import ContextAttention, Role, RoleName
 from fewstep.models.text import decode_text, encode_prompt
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples, encode_rows
 from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.trainer import train
 from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_table import read_table

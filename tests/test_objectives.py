@@ -25,17 +25,9 @@ from fewstep.models.tiny import tiny_network
 from fewstep.train import losses
 from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings, TopDistributions, TrajectoryTable
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
-from fewstep.train.corruption import later_state, stratified_uniform
+from fewstep.train.corruption import BlockCorruption, Corruption, later_state, stratified_uniform
 from fewstep.train.examples import Examples
-from fewstep.train.objectives import (
-    Batch,
-    BlockCorruption,
-    CanvasLengths,
-    CausalObjective,
-    Corruption,
-    MaskedDiffusionObjective,
-    PackedDocuments,
-)
+from fewstep.train.objectives import Batch, CanvasLengths, CausalObjective, MaskedDiffusionObjective, PackedDocuments
 from fewstep.train.packing import best_fit, pack
 from fewstep.train.relabel import Labelling, label, labelled, of_student
 from fewstep.train.stream import PreparedStream

@@ -24,10 +24,11 @@ from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
-from fewstep.train.objectives import CausalObjective, Corruption, MaskedDiffusionObjective
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, train

@@ -18,10 +18,10 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
+from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import (
     Batch,
-    BlockCorruption,
     Forward,
     Inputs,
     Loss,
@@ -352,9 +352,8 @@ class _BlockStates:
         self._settled_RT = documents.settled_RT
         self._orders = objective.orders
         self.count_RT = torch.where(self._candidate_RT, self._orders.count_P[documents.source_RT], 0)
-        index_in_block_RT = documents.packed.index_RT % objective.role.block_size
         completion_RT = objective.examples.completion_offsets[batch.examples_N[documents.document_RT]]
-        self._block_source_RT = completion_RT + documents.packed.index_RT - index_in_block_RT
+        self._block_source_RT = completion_RT + documents.packed.index_RT - documents.index_in_block_RT
 
     def _at(self, state_RT: Tensor) -> Tensor:
         return (self._block_source_RT + state_RT).clamp(0, len(self._orders.rank_P) - 1)

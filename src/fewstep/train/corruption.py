@@ -1,10 +1,112 @@
 """Which response positions a training forward hides.
 
-Axes: N = documents, U = blocks of a document, T = flat positions.
+Axes: N = documents, U = units with a state of their own (documents, canvases or blocks), T = positions, of any shape.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.models.roles import RoleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCorruption:
+    """What the states of a block hide.
+
+    A share `untouched` begins hidden whole, the state that decoding meets in every block of a block-causal network. A
+    share `frontier` of the others shows the part before a random point, a share `late` hides the `late_tokens` after
+    such a point and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
+    the rest hides positions at random.
+
+    From a share `visited` of the states the network that is trained goes on by itself: a forward without gradient ranks
+    what the block hides by confidence, and a random number of the most confident positions are opened, to the
+    reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
+    visits (as PUMA does, arXiv 2602.10314, by streams of batches).
+    """
+
+    frontier: float = 0.0
+    late: float = 0.0
+    late_tokens: tuple[int, ...] = ()
+    visited: float = 0.0
+    untouched: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check_shares("frontier", "late", "visited", "untouched")
+        if self.frontier + self.late > 1:
+            raise FewstepError(f"frontier and late are shares of the same states, got {self.frontier} + {self.late}")
+        if bool(self.late) != bool(self.late_tokens):
+            raise FewstepError("late is the share of states whose late_tokens are hidden longest; set both or none")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """FewstepError for late tokens that a vocabulary of this size does not have."""
+        for token in self.late_tokens:
+            if not 0 <= token < vocab_size:
+                raise FewstepError(f"late_tokens: the vocabulary of {vocab_size} tokens has no id {token}")
+
+    def within_blocks(
+        self,
+        index_T: Tensor,
+        tokens_T: Tensor,
+        unit_T: Tensor,
+        ratio_U: Tensor,
+        block_size: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """What each unit's state hides: at random with the unit's ratio, or as `frontier` and `late` say.
+
+        `index_T`: the index of a position in its block; `tokens_T`: what belongs there.
+        """
+        hidden_T = random_mask(unit_T, ratio_U, generator)
+        if not self.frontier and not self.late:
+            return hidden_T
+        kind_T = stratified_uniform(tuple(ratio_U.shape), generator)[unit_T]
+        after_T = index_T >= ((1 - ratio_U) * block_size).long()[unit_T]
+        if self.late:
+            few_T = random_mask(unit_T, ratio_U**3, generator)
+            late_T = torch.isin(tokens_T, torch.tensor(self.late_tokens))
+            is_late_T = kind_T < self.frontier + self.late
+            hidden_T = torch.where(is_late_T, torch.where(late_T, after_T, few_T), hidden_T)
+        return torch.where(kind_T < self.frontier, after_T, hidden_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corruption(BlockCorruption):
+    """How responses are hidden.
+
+    A block-causal network is shown a state of every block. For a bidirectional teacher `leftward` is the share of
+    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, whose
+    state is one of `BlockCorruption`'s (never `untouched`). All other documents hide each position with one random
+    ratio (LLaDA, arXiv 2502.09992).
+
+    `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
+    """
+
+    leftward: float = 0.0
+    weighting: Literal["uniform", "inverse_ratio"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_shares("leftward")
+        if self.weighting not in ("uniform", "inverse_ratio"):
+            raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
+        if (self.visited or self.late) and self.weighting == "inverse_ratio":
+            raise FewstepError("visited and late states have no mask ratio to weight by; use the weighting uniform")
+
+    def check(self, role: RoleName) -> None:
+        """FewstepError where a share has no meaning for the role."""
+        if role == "block_causal" and self.leftward:
+            raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
+        if role == "bidirectional" and (self.frontier or self.late or self.visited) and not self.leftward:
+            raise FewstepError("frontier, late and visited are shares of the leftward documents; set leftward too")
 
 
 def stratified_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ role `[context | noisy response | clean response]`, so that one forward trains a
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.models.masks import Layout
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
+from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.packing import Packed
 
@@ -223,6 +224,11 @@ class PackedDocuments:
         """Number of the block, from 0, in which a response position lies."""
         return self.packed.index_RT.div(self.role.block_size, rounding_mode="floor")
 
+    @property
+    def index_in_block_RT(self) -> Tensor:
+        """Which position of its block a response position is, from 0."""
+        return self.packed.index_RT % self.role.block_size
+
     def block_units(self, num_documents: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A number for every (document, block) at each position, and a uniform draw for each number."""
         blocks_per_document = self.packed.index_RT.shape[1] // self.role.block_size + 1
@@ -237,14 +243,22 @@ class PackedDocuments:
         scored in every state.
         """
         shifted = self.role.right_shift_logits and self.role.name == "block_causal"
-        return self.is_noisy_RT & (self.packed.index_RT % self.role.block_size == 0) & shifted
+        return self.is_noisy_RT & (self.index_in_block_RT == 0) & shifted
 
-    def hide_blocks(self, num_documents: int, corrupt: "BlockCorruption", generator: torch.Generator) -> "Hidden":
+    def hidden_within_blocks(
+        self, corrupt: BlockCorruption, unit_RT: Tensor, ratio_U: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """What the state of each unit (a block, or a canvas for its active one) hides within a block, [R, T]."""
+        block_size, index_RT = self.role.block_size, self.index_in_block_RT
+        return corrupt.within_blocks(index_RT, self.clean_RT, unit_RT, ratio_U, block_size, generator)
+
+    def hide_blocks(self, num_documents: int, corrupt: BlockCorruption, generator: torch.Generator) -> "Hidden":
         """A state of every block of its own: what it hides, what of it is scored, and which of them go on."""
         unit_RT, ratio_U = self.block_units(num_documents, generator)
         _, whole_U = self.block_units(num_documents, generator)
         whole_RT = (whole_U < corrupt.untouched)[unit_RT]
-        hidden_RT = whole_RT | (corrupt.within_blocks(self, unit_RT, ratio_U, generator) & ~self.settled_RT)
+        within_RT = self.hidden_within_blocks(corrupt, unit_RT, ratio_U, generator)
+        hidden_RT = whole_RT | (within_RT & ~self.settled_RT)
         hidden_RT = hidden_RT & self.is_noisy_RT
         ratio_RT = torch.where(whole_RT, 1.0, ratio_U[unit_RT])
         return Hidden(hidden_RT, hidden_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
@@ -259,7 +273,7 @@ class PackedDocuments:
         return Opening(
             targets_S=targets,
             unit_S=unit_S,
-            index_S=self.packed.index_RT.flatten()[targets] % self.role.block_size,
+            index_S=self.index_in_block_RT.flatten()[targets],
             count_U=(share_U * hidden_U).long().minimum((hidden_U - 1).clamp_min(0)),
             settled_S=self.settled_RT.flatten()[targets],
             block_size=self.role.block_size,
@@ -334,96 +348,6 @@ def scored_loss(forward: Forward, scored: Scored) -> Loss:
     logits = forward(*inputs)
     loss = losses.cross_entropy(logits, scored.truth_S, weights_S) if len(scored.truth_S) else logits.sum()
     return Loss(loss, {"cross_entropy": loss.detach()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockCorruption:
-    """What the states of a block hide.
-
-    A share `untouched` begins hidden whole, the state that decoding meets in every block of a block-causal network. A
-    share `frontier` of the others shows the part before a random point, a share `late` hides the `late_tokens` after
-    such a point and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
-    the rest hides positions at random.
-
-    From a share `visited` of the states the network that is trained goes on by itself: a forward without gradient ranks
-    what the block hides by confidence, and a random number of the most confident positions are opened, to the
-    reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
-    visits (as PUMA does, arXiv 2602.10314, by streams of batches).
-    """
-
-    frontier: float = 0.0
-    late: float = 0.0
-    late_tokens: tuple[int, ...] = ()
-    visited: float = 0.0
-    untouched: float = 0.1
-
-    def __post_init__(self) -> None:
-        self._check_shares("frontier", "late", "visited", "untouched")
-        if self.frontier + self.late > 1:
-            raise FewstepError(f"frontier and late are shares of the same states, got {self.frontier} + {self.late}")
-        if bool(self.late) != bool(self.late_tokens):
-            raise FewstepError("late is the share of states whose late_tokens are hidden longest; set both or none")
-
-    def _check_shares(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-
-    def check_tokens(self, vocab_size: int) -> None:
-        """FewstepError for late tokens that a vocabulary of this size does not have."""
-        for token in self.late_tokens:
-            if not 0 <= token < vocab_size:
-                raise FewstepError(f"late_tokens: the vocabulary of {vocab_size} tokens has no id {token}")
-
-    def within_blocks(
-        self, documents: PackedDocuments, unit_RT: Tensor, ratio_U: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """What each unit's state hides within a block, [R, T]: at random with the unit's ratio, or as `frontier` and
-        `late` say.
-        """
-        hidden_RT = corruption.random_mask(unit_RT, ratio_U, generator)
-        if not self.frontier and not self.late:
-            return hidden_RT
-        kind_RT = corruption.stratified_uniform(tuple(ratio_U.shape), generator)[unit_RT]
-        block_size = documents.role.block_size
-        after_RT = documents.packed.index_RT % block_size >= ((1 - ratio_U) * block_size).long()[unit_RT]
-        if self.late:
-            few_RT = corruption.random_mask(unit_RT, ratio_U**3, generator)
-            late_RT = torch.isin(documents.clean_RT, torch.tensor(self.late_tokens))
-            is_late_RT = kind_RT < self.frontier + self.late
-            hidden_RT = torch.where(is_late_RT, torch.where(late_RT, after_RT, few_RT), hidden_RT)
-        return torch.where(kind_RT < self.frontier, after_RT, hidden_RT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corruption(BlockCorruption):
-    """How responses are hidden.
-
-    A block-causal network is shown a state of every block. For a bidirectional teacher `leftward` is the share of
-    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, whose
-    state is one of `BlockCorruption`'s (never `untouched`). All other documents hide each position with one random
-    ratio (LLaDA, arXiv 2502.09992).
-
-    `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
-    """
-
-    leftward: float = 0.0
-    weighting: Literal["uniform", "inverse_ratio"] = "uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_shares("leftward")
-        if self.weighting not in ("uniform", "inverse_ratio"):
-            raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
-        if (self.visited or self.late) and self.weighting == "inverse_ratio":
-            raise FewstepError("visited and late states have no mask ratio to weight by; use the weighting uniform")
-
-    def check(self, role: RoleName) -> None:
-        """FewstepError where a share has no meaning for the role."""
-        if role == "block_causal" and self.leftward:
-            raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
-        if role == "bidirectional" and (self.frontier or self.late or self.visited) and not self.leftward:
-            raise FewstepError("frontier, late and visited are shares of the leftward documents; set leftward too")
 
 
 class Hidden(NamedTuple):
@@ -523,7 +447,7 @@ class MaskedDiffusionObjective:
             num_blocks_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
             active_RT = (active_C[canvas_RT] * num_blocks_RT).long()
             block_RT = documents.block_of_response()
-            within_RT = self.corruption.within_blocks(documents, canvas_RT, ratio_C, generator)
+            within_RT = documents.hidden_within_blocks(self.corruption, canvas_RT, ratio_C, generator)
             hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, within_RT), hidden_RT)
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
