@@ -12,6 +12,7 @@ student's decoding, for a second round with `student --own`), `bundle`. Each wri
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
@@ -26,7 +27,7 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.files import read_json, write_folder_whole, write_json_whole
 from fewstep.measure.evaluate import evaluate
 from fewstep.measure.gsm_solutions import extract_answer
-from fewstep.measure.gsm_symbolic import problems, training_rows, write_problem_files
+from fewstep.measure.gsm_symbolic import DRILL_FRACTION, problems, training_rows, write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
@@ -57,14 +58,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 # --- data ---
 
 
-def make_part(task: tuple[int, Path]) -> None:
+def make_part(task: tuple[int, Path], *, drills: float, worded: float) -> None:
     """One part of the training set: rows of one seed, tokenized, as flat arrays. A part that exists is kept."""
     seed, folder = task
     if folder.exists():
         return
     torch.set_num_threads(1)
     tok = tokenizer()
-    rows = list(training_rows(seed, ROWS_PER_TASK))
+    rows = list(training_rows(seed, ROWS_PER_TASK, drill_fraction=drills, worded=worded))
     prompts = [f"<bos>{row['prompt']}<answer>" for row in rows]
     completions = [f"{row['completion']}<eos>" for row in rows]
     pairs = [
@@ -99,12 +100,20 @@ def load_examples(folder: Path) -> Examples:
 
 
 @app.command()
-def data(runs: Runs = RUNS, examples: int = 3_000_000, workers: int = 32, seed: int = 1) -> None:
+def data(
+    runs: Runs = RUNS,
+    examples: int = 3_000_000,
+    workers: int = 32,
+    drills: Annotated[float, typer.Option(help="share of rows that are one computation")] = DRILL_FRACTION,
+    worded: Annotated[float, typer.Option(help="share of these in the words of a solution")] = 0.0,
+    seed: int = 1,
+) -> None:
     """Render and tokenize training problems and arithmetic drills."""
     folder = runs / "data"
     tasks = [(seed * 1_000_000 + i, folder / f"part-{i:04d}") for i in range(-(-examples // ROWS_PER_TASK))]
     with Pool(workers) as pool:
-        for done, _ in enumerate(pool.imap_unordered(make_part, tasks), start=1):
+        make = partial(make_part, drills=drills, worded=worded)
+        for done, _ in enumerate(pool.imap_unordered(make, tasks), start=1):
             if done % 25 == 0 or done == len(tasks):
                 print(f"data: {done * ROWS_PER_TASK} rows", flush=True)
 
