@@ -1,5 +1,6 @@
 """`LanguageModel` and its settings, as a user calls them."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -181,6 +182,14 @@ def test_only_the_bidirectional_role_infills() -> None:
 def test_settings_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FewstepError, match=message):
         GenerationSettings.of(**settings)
+
+
+@pytest.mark.parametrize(("threshold", "gaps"), [(1.5, None), (0.0, 1), (0.9, -1), (1.0, -2)])
+def test_settings_refuse_a_threshold_and_gaps_in_the_words_of_the_policy(threshold: float, gaps: int | None) -> None:
+    with pytest.raises(FewstepError) as by_policy:
+        Threshold(at_least=threshold, gaps=gaps)
+    with pytest.raises(FewstepError, match=f"^{re.escape(str(by_policy.value))}$"):
+        GenerationSettings(threshold=threshold, gaps=gaps)
 
 
 @pytest.mark.parametrize(

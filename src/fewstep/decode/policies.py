@@ -55,6 +55,14 @@ def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB:
             return -entropy_RB
 
 
+def check_threshold(at_least: float | None, gaps: int | None) -> None:
+    """FewstepError for a number that no `Threshold` can have; None is not set."""
+    if at_least is not None and not 0 < at_least <= 1:
+        raise FewstepError(f"the threshold is a probability in (0, 1], got {at_least}; try 0.9")
+    if gaps is not None and gaps < 0:
+        raise FewstepError(f"gaps must be 0 or more, got {gaps}; try 2")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
     """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618.
@@ -69,10 +77,7 @@ class Threshold:
     paced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.at_least <= 1:
-            raise FewstepError(f"the threshold is a probability in (0, 1], got {self.at_least}; try 0.9")
-        if self.gaps is not None and self.gaps < 0:
-            raise FewstepError(f"gaps must be 0 or more, got {self.gaps}; try 2")
+        check_threshold(self.at_least, self.gaps)
 
     @property
     def setting(self) -> float:

@@ -12,7 +12,17 @@ from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.lookahead import Lookahead
 from fewstep.decode.medusa import Medusa
-from fewstep.decode.policies import DreamAlg, DreamSchedule, EvenSplit, FixedCount, Order, Origin, Policy, Threshold
+from fewstep.decode.policies import (
+    DreamAlg,
+    DreamSchedule,
+    EvenSplit,
+    FixedCount,
+    Order,
+    Origin,
+    Policy,
+    Threshold,
+    check_threshold,
+)
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
@@ -111,8 +121,7 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FewstepError(f"{name} must be at least 1, got {value}")
-        if self.threshold is not None or self.gaps is not None:
-            Threshold(at_least=1.0 if self.threshold is None else self.threshold, gaps=self.gaps)
+        check_threshold(self.threshold, self.gaps)
         replaced = (self.threshold, self.gaps, self.steps, self.order)
         if self.policy is not None and replaced != (None, None, None, "low_confidence"):
             raise FewstepError("a policy replaces threshold, gaps, steps and order; set one or the other")
