@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.decode.decoder import threshold_rule
 from fewstep.decode.loop import Record
 from fewstep.decode.policies import EvenSplit, FixedCount, Margin, Origin, Threshold
 from fewstep.engine.language_model import LanguageModel
@@ -233,6 +234,26 @@ def test_a_setting_the_decoder_does_not_take_is_refused(role: Role, settings: di
 )
 def test_settings_make_the_policy(role: Role, settings: dict[str, Any], policy: Any) -> None:
     assert GenerationSettings.of(**settings).decoder_for(role).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "rule"),
+    [
+        (BLOCK_CAUSAL, {}, (0.9, None, BLOCK_CAUSAL.block_size)),
+        (replace(BLOCK_CAUSAL, threshold=0.97, gaps=2, block_size=6), {}, (0.97, 2, 6)),
+        (replace(BLOCK_CAUSAL, threshold=0.97, gaps=2), {"threshold": 0.5, "gaps": 0, "block_size": 8}, (0.5, 0, 8)),
+        (BLOCK_CAUSAL, {"policy": Margin()}, (None, None, BLOCK_CAUSAL.block_size)),
+        (replace(BIDIRECTIONAL, block_size=16), {}, (None, None, 16)),
+        (BIDIRECTIONAL, {"threshold": 0.7, "block_size": 2}, (0.7, None, 2)),
+        (AUTOREGRESSIVE, {}, (None, None, None)),
+        (AUTOREGRESSIVE, {"decoder": "jacobi"}, (None, None, None)),
+    ],
+)
+def test_the_threshold_rule_is_the_one_that_decodes(
+    role: Role, settings: dict[str, Any], rule: tuple[Any, ...]
+) -> None:
+    told = threshold_rule(GenerationSettings.of(**settings).decoder_for(role))
+    assert told == dict(zip(("threshold", "gaps", "block_size"), rule, strict=True))
 
 
 def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:

@@ -149,7 +149,7 @@ class _Run:
         top: int,
     ) -> "CollectReport":
         """What `lm` decodes, with the distributions of `teacher`, who may be the same."""
-        from fewstep.decode.policies import Threshold
+        from fewstep.decode.decoder import threshold_rule
         from fewstep.train.collect import collect as collect_shards
         from fewstep.train.collect import decode_with, distribution_of, teacher_of
         from fewstep.train.relabel import labelled, labelling_for, of_student
@@ -157,9 +157,7 @@ class _Run:
         kept = distribution_of(teacher.network, distribution, top_k=top)
         decoder = lm.decoder(**given)
         # What the checkpoint said where nothing was given, since its hash leaves that out.
-        described = {**self._described(decoder.name), "block_size": decoder.block_size}
-        if isinstance(decoder.policy, Threshold):
-            described |= {"threshold": decoder.policy.at_least, "gaps": decoder.policy.gaps}
+        described = {**self._described(decoder.name), **threshold_rule(decoder)}
         decode_rows = decode_with(
             lm.network,
             decoder,

@@ -5,12 +5,12 @@ Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = roo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.policies import Policy
+from fewstep.decode.policies import Policy, Threshold
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.state import State, accept
@@ -119,6 +119,19 @@ class Drawing:
 
     def accept(self: Decoder, state: State, shape: Shape, scores: Scores) -> State:
         return accept(self, state, scores)
+
+
+def threshold_rule(decoder: Decoder) -> dict[str, Any]:
+    """`threshold`, `gaps` and `block_size` as reports name them; those of the checkpoint where no setting was given.
+
+    None: the policy is no `Threshold`, gaps are not limited, a causal decoder has no blocks.
+    """
+    rule = decoder.policy if isinstance(decoder.policy, Threshold) else None
+    return {
+        "threshold": rule.at_least if rule else None,
+        "gaps": rule.gaps if rule else None,
+        "block_size": None if decoder.role.name == "autoregressive" else decoder.block_size,
+    }
 
 
 def whole_blocks(count: int, block_size: int) -> int:

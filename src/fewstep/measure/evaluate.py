@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fewstep.decode.policies import Threshold
+from fewstep.decode.decoder import threshold_rule
 from fewstep.decode.requests import Output
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel
@@ -143,15 +143,15 @@ def evaluate(
     started_s = time.perf_counter()
     outputs = _answer(model, [problem.question for problem in problems], batch_size, clock, progress, settings)
     wall_seconds = time.perf_counter() - started_s
-    rule = decoder.policy if isinstance(decoder.policy, Threshold) and decoder.name != "autoregressive" else None
+    rule = threshold_rule(decoder)
     return Report(
         model=model.network.name,
         role=model.role.name,
         decoder=decoder.name,
         engine=PLAIN_ENGINE,
         task=task,
-        threshold=rule.at_least if rule else None,
-        gaps=rule.gaps if rule else None,
+        threshold=rule["threshold"],
+        gaps=rule["gaps"],
         steps=settings.get("steps"),
         batch_size=batch_size,
         dtype=str(model.network.dtype).removeprefix("torch."),
