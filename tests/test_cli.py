@@ -770,7 +770,7 @@ def test_collect_refuses(run: Run, networks: dict[str, str], rows: Path, tmp_pat
 # eval, compare, demo
 
 EVAL_KEYS = set(
-    "model role decoder engine task threshold gaps steps batch_size dtype device n accuracy accuracy_ci95 "
+    "model role decoder engine task threshold gaps block_size steps batch_size dtype device n accuracy accuracy_ci95 "
     "num_tokens_mean num_forwards_mean tokens_per_forward tokens_per_forward_correct seconds_median tokens_per_second "
     "step_ms".split()
 )
@@ -785,7 +785,7 @@ def test_eval_on_a_file_and_on_bundled_problems(run: Run, networks: dict[str, st
     assert run(*base, "--data", problems, "--records", records).code == 0
     written = json.loads(report.read_text())
     assert set(written) == EVAL_KEYS
-    assert (written["task"], written["n"], written["threshold"]) == ("sums", 3, 0.9)
+    assert (written["task"], written["n"], written["threshold"], written["block_size"]) == ("sums", 3, 0.9, 4)
     assert len(read_lines(records)) == 3
     assert run(*base, "--split", "dev", "--limit", 2, "--batch-size", 2, "--no-early-stop").code == 0
     assert json.loads(report.read_text())["task"] == "gsm-symbolic"

@@ -27,6 +27,7 @@ EVAL_KEYS = [
     "task",
     "threshold",
     "gaps",
+    "block_size",
     "steps",
     "batch_size",
     "dtype",
@@ -72,6 +73,7 @@ def report(name: str, *rights: bool, tokens: int = 10, forwards: int = 5, **chan
         task="gsm-symbolic",
         threshold=0.9,
         gaps=None,
+        block_size=32,
         steps=None,
         batch_size=1,
         dtype="float32",
@@ -115,14 +117,19 @@ def test_answers_do_not_depend_on_the_batch(student: LanguageModel) -> None:
     assert [record.text for record in alone.records] == [record.text for record in together.records]
 
 
-def test_the_decoders_default_threshold_and_gaps_are_reported(student: LanguageModel) -> None:
-    plain = evaluate(student, PROBLEMS[:1], max_new_tokens=4)
-    assert (plain.threshold, plain.gaps) == (0.9, None)
+def rule_of(model: LanguageModel, **settings: Any) -> tuple[float | None, int | None, int | None]:
+    found = evaluate(model, PROBLEMS[:1], max_new_tokens=4, **settings)
+    return found.threshold, found.gaps, found.block_size
+
+
+def test_the_decoders_default_threshold_gaps_and_blocks_are_reported(student: LanguageModel) -> None:
     network = student.network
-    chosen = LanguageModel(network.with_role(dataclasses.replace(network.role, gaps=2)))
-    assert evaluate(chosen, PROBLEMS[:1], max_new_tokens=4).gaps == 2
-    causal = LanguageModel(tiny_network("autoregressive"))
-    assert evaluate(causal, PROBLEMS[:1], max_new_tokens=4).threshold is None
+    assert rule_of(student) == (0.9, None, network.role.block_size)
+    assert rule_of(student, block_size=2) == (0.9, None, 2)
+    chosen = LanguageModel(network.with_role(dataclasses.replace(network.role, gaps=2, block_size=8)))
+    assert rule_of(chosen) == (0.9, 2, 8)
+    assert rule_of(LanguageModel(tiny_network("bidirectional", block_size=2))) == (None, None, 2)
+    assert rule_of(LanguageModel(tiny_network("autoregressive"))) == (None, None, None)
 
 
 def test_ratios_are_of_sums_and_correct_ones_apart() -> None:
@@ -184,6 +191,8 @@ def test_two_settings_of_one_model_are_named_by_what_differs() -> None:
     assert compare(plain, bold).names == (f"a (threshold {plain.threshold})", "a (threshold 0.5)")
     few, many = (dataclasses.replace(plain, gaps=gaps) for gaps in (0, 2))
     assert compare(few, many).names == ("a (gaps 0)", "a (gaps 2)")
+    small = dataclasses.replace(plain, block_size=16)
+    assert compare(plain, small, settings=({}, {"block_size": 16})).names == ("a (block_size 32)", "a (block_size 16)")
     assert compare(bold, stepped).names == ("a (threshold 0.5)", "a (steps 32)")
     assert compare(plain, plain, settings=({}, {"top_k": 4})).names == ("a (default top_k)", "a (top_k 4)")
     assert compare(plain, report("b", True)).names == ("a", "b")

@@ -188,8 +188,8 @@ def report_of(
         for i, (name, mark) in enumerate(zip(ids, marks, strict=True))
     ]  # fmt: skip
     return Report(
-        model=model, role="", decoder="", engine="off", task="", threshold=threshold, gaps=None, steps=None,
-        batch_size=1, dtype="", device="", records=records, wall_seconds=1.0, step_ms=1.0,
+        model=model, role="", decoder="", engine="off", task="", threshold=threshold, gaps=None, block_size=None,
+        steps=None, batch_size=1, dtype="", device="", records=records, wall_seconds=1.0, step_ms=1.0,
     )  # fmt: skip
 
 

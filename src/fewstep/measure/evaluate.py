@@ -50,6 +50,7 @@ class Report:
     task: str
     threshold: float | None
     gaps: int | None
+    block_size: int | None
     steps: int | None
     batch_size: int
     dtype: str
@@ -97,6 +98,7 @@ class Report:
             "task": self.task,
             "threshold": self.threshold,
             "gaps": self.gaps,
+            "block_size": self.block_size,
             "steps": self.steps,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
@@ -143,15 +145,13 @@ def evaluate(
     started_s = time.perf_counter()
     outputs = _answer(model, [problem.question for problem in problems], batch_size, clock, progress, settings)
     wall_seconds = time.perf_counter() - started_s
-    rule = threshold_rule(decoder)
     return Report(
         model=model.network.name,
         role=model.role.name,
         decoder=decoder.name,
         engine=PLAIN_ENGINE,
         task=task,
-        threshold=rule["threshold"],
-        gaps=rule["gaps"],
+        **threshold_rule(decoder),
         steps=settings.get("steps"),
         batch_size=batch_size,
         dtype=str(model.network.dtype).removeprefix("torch."),
