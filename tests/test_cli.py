@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,24 @@ def test_generate_prints_what_python_returns(run: Run, networks: dict[str, str],
     assert re.fullmatch(
         rf"{tokens} tokens in {passes} passes \({tokens / passes:.1f} per pass\), \d+\.\d\d s\n", shown.err
     )
+
+
+def test_generate_reports_the_settings_that_took_effect(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    network = tiny_network("block_causal")
+    save_network(network.with_role(replace(network.role, threshold=0.97, gaps=2)), tmp_path / "student")
+    report = tmp_path / "r.json"
+
+    def effective(model: object, *options: object) -> tuple[Any, ...]:
+        shown = run("generate", "2", "--model", model, "--max-new-tokens", 8, "--json", report, *options)
+        assert shown.code == 0, shown.err
+        written = json.loads(report.read_text())
+        return tuple(written[key] for key in ("decoder", "threshold", "gaps", "block_size", "steps"))
+
+    assert effective(tmp_path / "student") == ("block", 0.97, 2, 4, None)
+    assert json.loads(report.read_text())["settings"] == {"max_new_tokens": 8}
+    assert effective(tmp_path / "student", "--threshold", 0.5, "--block-size", 2) == ("block", 0.5, 2, 2, None)
+    assert effective(networks["teacher"], "--steps", 4) == ("diffusion", None, None, 4, 4)
+    assert effective(networks["causal"]) == ("autoregressive", None, None, None, None)
 
 
 def test_generate_takes_its_settings_from_options(run: Run, networks: dict[str, str]) -> None:

@@ -156,13 +156,22 @@ def _write_outputs(path: Path, outputs: "dict[Any, Output]") -> None:
 
 
 def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, Any]) -> dict[str, Any]:
-    """The report on some outputs; the ratio is that of the sums."""
+    """The report on some outputs; the ratio is that of the sums.
+
+    `settings` are those that were given; beside them stand those that took effect. No `steps`: one per token, or as few
+    as the threshold finds.
+    """
+    from fewstep.decode.decoder import threshold_rule
+
+    decoder = lm.decoder(**settings)
     num_tokens = sum(output.num_tokens for output in outputs)
     num_forwards = sum(output.num_forwards for output in outputs)
     return {
         "model": lm.network.name,
         "role": lm.role.name,
-        "decoder": lm.decoder(**settings).name,
+        "decoder": decoder.name,
+        **threshold_rule(decoder),
+        "steps": settings.get("steps"),
         "settings": settings,
         "dtype": str(lm.network.dtype).removeprefix("torch."),
         "device": str(lm.network.device),
