@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.cli import demo
 from fewstep.cli.main import main
 from fewstep.cli.option_names import naming_options
 from fewstep.errors import FewstepError
@@ -864,3 +865,22 @@ def test_demo_in_plain_lines(run: Run, networks: dict[str, str], tmp_path: Path)
     assert "\x1b" not in shown.out
     factors = json.loads((tmp_path / "d.json").read_text())["factors"]
     assert factors["total"] == pytest.approx(factors["stopping"] * factors["fewer_passes"] * factors["caching"])
+
+
+def test_one_disturbed_problem_hardly_moves_the_demos_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    def runs(*seconds: float) -> list[demo.Run]:
+        return [
+            demo.Run(problem=str(i), num_tokens=24, num_forwards=2 + i, seconds=one, right=True)
+            for i, one in enumerate(seconds)
+        ]
+
+    demo._print_table(
+        {"published": runs(8.0), "teacher": runs(4.0, 6.0, 90.0), "student": runs(2.0, 2.0, 3.0)}, "student"
+    )
+    header, *lines = capsys.readouterr().out.strip().splitlines()
+    assert re.split(" {2,}", header) == ["model", "right", "passes", "median s", "tok/pass", "vs. student"]
+    assert [line.split()[-4:] for line in lines] == [
+        ["2.0", "8.000", "12.00", "4.0x"],
+        ["3.0", "6.000", "8.00", "3.0x"],
+        ["3.0", "2.000", "8.00", "1.0x"],
+    ]
