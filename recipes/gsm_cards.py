@@ -16,7 +16,7 @@ Kind = Literal["ar", "teacher", "student", "cllm"]
 LOSS_ROWS = 12
 
 _WHAT: dict[Kind, str] = {
-    "ar": "A small causal language model that solves grade-school word problems step by step. It is the model from "
+    "ar": "A small causal language model, which solves grade-school word problems step by step. It is the model from "
     "which `gsm-teacher` was "
     "adapted, and the autoregressive figure to compare few-step decoding with.",
     "teacher": "A masked-diffusion language model: it sees the whole canvas and fills it block by block, one token a "
@@ -25,7 +25,7 @@ _WHAT: dict[Kind, str] = {
     "student": "A block-causal student of `gsm-teacher`, post-trained on the teacher's own decoding trajectories "
     "(CDLM, arXiv 2511.19269) so "
     "that it finalises many tokens a pass and keeps an exact key/value cache. It is an adapter on `gsm-teacher`.",
-    "cllm": "A causal language model that answers in few passes: `gsm-ar` after consistency training on its own Jacobi "
+    "cllm": "A few-pass causal language model: `gsm-ar` after consistency training on its own Jacobi "
     "trajectories (CLLM, arXiv 2403.00835). Jacobi decoding, its default, finalises several tokens a pass, and the "
     "same tokens as plain autoregressive decoding of these weights. It is an adapter on `gsm-ar`, of which a share is "
     "kept that development problems chose: all of it is faster and less accurate (`recipes/cllm.py shares`).",

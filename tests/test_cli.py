@@ -143,13 +143,23 @@ def test_a_misspelt_option_is_an_error_with_a_suggestion(run: Run, arguments: tu
     assert "--threshold" in sentence or "--learning-rate" in sentence
 
 
-def test_models_are_listed_in_aligned_columns(run: Run) -> None:
-    header, *lines = run("models").out.splitlines()
+@pytest.mark.parametrize("terminal", [False, True])
+def test_models_are_listed_in_aligned_columns_that_fit_80(
+    run: Run, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    header, *lines = re.sub(r"\x1b\[\d*m", "", run("models").out).splitlines()
+    lines = [line for line in lines if not line.startswith("─")]
+    assert [line.split()[0] for line in lines] == ["gsm-ar", "gsm-cllm", "gsm-student", "gsm-teacher"]
+    assert len(header) <= 80
     assert all(
         line[header.index("role") :].startswith(("autoregressive", "bidirectional", "block_causal")) for line in lines
     )
     assert all(line[header.index("what it is") :].startswith("A ") for line in lines)
     assert {len(line) for line in lines} == {len(header)}
+    blocks = [line[: header.index("block") + len("block")].split()[-1] for line in lines]
+    assert [block if block.isdecimal() else None for block in blocks] == [None, None, "32", "16"]
 
 
 WITHOUT_TORCH = """

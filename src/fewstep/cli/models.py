@@ -16,19 +16,9 @@ def models(json: Json = None) -> None:
         print("no model is bundled with this installation")
         return
     print_table(
-        ["name", "role", "context", "what it is", "block", "MB"],
-        [
-            [
-                row["name"],
-                row["role"],
-                "" if row["role"] == "autoregressive" else row["context_attention"],
-                row["description"],
-                row["block_size"] or "",
-                row["megabytes"],
-            ]
-            for row in rows
-        ],
-        num_texts=4,
+        ["name", "role", "what it is", "block", "MB"],
+        [[row["name"], row["role"], row["description"], row["block_size"] or "", row["megabytes"]] for row in rows],
+        num_texts=3,
     )
 
 
@@ -40,11 +30,12 @@ def _bundled() -> list[dict[str, Any]]:
     for name in bundled_names():
         folder = BUNDLED / name
         config = read_json(folder / "config.json")
+        role = config.get("role", "autoregressive")
         rows.append(
             {
                 "name": name,
-                "role": config.get("role", "autoregressive"),
-                "block_size": config.get("block_size"),
+                "role": role,
+                "block_size": None if role == "autoregressive" else config.get("block_size"),
                 "context_attention": config.get("context_attention"),
                 "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 1),
                 "description": _description(folder / "README.md"),

@@ -32,7 +32,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num
     if not sys.stdout.isatty():
         _print_plain_table(headers, [[str(cell) for cell in row] for row in rows], num_texts)
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for index, header in enumerate(headers):
         if index < num_texts:
             table.add_column(header, overflow="fold")
