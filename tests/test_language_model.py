@@ -201,6 +201,11 @@ def test_settings_refuse_a_threshold_and_gaps_in_the_words_of_the_policy(thresho
         (AUTOREGRESSIVE, {"gaps": 1}, "the autoregressive decoder takes no gaps; only diffusion and block can"),
         (BIDIRECTIONAL, {"gaps": 1}, "gaps limits what a threshold finalises; set threshold with it"),
         (BIDIRECTIONAL, {"gaps": 1, "steps": 8}, "gaps limits what a threshold finalises; set threshold with it"),
+        (
+            AUTOREGRESSIVE,
+            {"window": 8},
+            "takes no window; only jacobi, lookahead, speculative, prompt-lookup and medusa",
+        ),
         (AUTOREGRESSIVE, {"decoder": "block"}, "a causal model cannot run the block decoder"),
         (AUTOREGRESSIVE, {"decoder": "diffusion"}, "a causal model cannot run the diffusion decoder"),
     ],
@@ -263,6 +268,12 @@ def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
     assert GenerationSettings(window=9).decoder_for(role).num_guessed == 9
     assert GenerationSettings(decoder="autoregressive").decoder_for(role).name == "autoregressive"
     assert GenerationSettings(temperature=0.7).decoder_for(role).name == "autoregressive"
+    refusal = (
+        "the jacobi decoder is greedy only; leave out the temperature, or sample with the decoder autoregressive, "
+    )
+    for settings in ({"decoder": "jacobi"}, {"window": 8}, {"ngram": 2}, {"fixed_windows": True}):
+        with pytest.raises(FewstepError, match=f"^{refusal}prompt-lookup or speculative$"):
+            GenerationSettings.of(temperature=0.7, **settings).decoder_for(role)
     for name, window in (("autoregressive", 0), ("block_causal", 6)):
         with pytest.raises(FewstepError, match="jacobi_window counts tokens of an autoregressive network's windows"):
             replace(BLOCK_CAUSAL if name == "block_causal" else AUTOREGRESSIVE, jacobi_window=window)

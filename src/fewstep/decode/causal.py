@@ -50,8 +50,8 @@ class Causal(Drawing):
         """FewstepError if tokens are to be drawn, for decoders that only take the most probable."""
         if not self.sampling.greedy:
             raise FewstepError(
-                f"the {self.name} decoder is greedy only, so it takes no temperature; sample with speculative, "
-                "prompt-lookup or autoregressive"
+                f"the {self.name} decoder is greedy only; leave out the temperature, or sample with the decoder "
+                "autoregressive, prompt-lookup or speculative"
             )
 
 

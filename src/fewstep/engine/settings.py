@@ -169,8 +169,9 @@ class GenerationSettings:
         for field in fields(self):
             special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
             if special and field.name not in _SPECIAL_SETTINGS[name] and getattr(self, field.name) != field.default:
-                takers = [other for other, names in _SPECIAL_SETTINGS.items() if field.name in names]
-                raise FewstepError(f"the {name} decoder takes no {field.name}; only {' and '.join(takers)} can")
+                *others, last = (other for other, names in _SPECIAL_SETTINGS.items() if field.name in names)
+                takers = f"{', '.join(others)} and {last}" if others else last
+                raise FewstepError(f"the {name} decoder takes no {field.name}; only {takers} can")
         if name not in _CAUSAL and role.name == "autoregressive":
             raise FewstepError(f"a causal model cannot run the {name} decoder; leave it out, or load another model")
         if name in _CAUSAL:
@@ -200,8 +201,12 @@ class GenerationSettings:
         )
 
     def _default_decoder(self, role: Role) -> str:
-        """The role's; for a checkpoint trained on Jacobi windows `jacobi`, which cannot sample."""
-        return "jacobi" if role.jacobi_window and self.sampling.greedy else DEFAULT_DECODER[role.name]
+        """The role's; `jacobi` for a checkpoint trained on Jacobi windows, unless tokens are sampled.
+
+        Where windows are set as well it is `jacobi` all the same, which then says that it cannot sample.
+        """
+        windows = self.window is not None or self.ngram is not None or self.fixed_windows
+        return "jacobi" if role.jacobi_window and (self.sampling.greedy or windows) else DEFAULT_DECODER[role.name]
 
     def _causal_decoder(self, name: str, role: Role, draft: Network | None, heads: MedusaHeads | None) -> Decoder:
         shared: dict[str, Any] = {"role": role, "sampling": self.sampling, "early_stop": self.early_stop}
