@@ -150,11 +150,25 @@ def flops_per_token(network: Network, work: Work, *, adapter_parameters: int = 0
     return (with_gradient + without_gradient) / work.real_tokens
 
 
+Made = tuple[Network, Objective, LoRASettings | None]
+"""A fresh network, the objective that it is trained on, and the adapter if only one is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained: the teacher's network, or with a `shape` a larger one of random weights."""
+
+    objective: str
+    make: Callable[[], Made]
+    shape: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.objective if self.shape is None else f"{self.objective}, {self.shape}"
+
+
 def measure_training(
-    name: str,
-    network: Network,
-    objective: Objective,
-    lora: LoRASettings | None,
+    case: Case,
     *,
     steps: int,
     rows: int,
@@ -164,6 +178,7 @@ def measure_training(
     """Train for some steps by the trainer itself; tokens per second are the median of its windows, the first (which
     compiles) left out.
     """
+    network, objective, lora = case.make()
     cuda = network.device.type == "cuda"
     every = max(1, steps // 6)
     settings = TrainSettings(
@@ -187,7 +202,8 @@ def measure_training(
     rates = [line["tokens_per_second"] for line in done.history if "tokens_per_second" in line]
     tokens_per_second = statistics.median(rates[1:] or rates)
     return {
-        "objective": name,
+        "objective": case.name,
+        "shape": case.shape,
         "parameters": config_parameters,
         "adapter_parameters": adapter,
         "rows": rows,
@@ -203,12 +219,8 @@ def measure_training(
     }
 
 
-def throughput_cases(
-    teacher: str, store: Path, *, device: str, rank: int, shape: str
-) -> list[tuple[str, Callable[[], tuple[Network, Objective, LoRASettings | None]]]]:
-    """The objectives by name, each with a fresh network. References of the store are the data of the first two, and of
-    those at `shape`, with random weights.
-    """
+def throughput_cases(teacher: str, store: Path, *, device: str, rank: int, shape: str) -> list[Case]:
+    """All that is measured. References of the store are the data of the first two, and of those at `shape`."""
 
     def network(role: RoleName, weights: str | Path = teacher) -> Network:
         """The teacher, or other weights with its tokenizer, in this role."""
@@ -236,11 +248,11 @@ def throughput_cases(
             write_random(shape, Path(folder) / shape)
             return network(role, Path(folder) / shape)
 
-    def causal(make: Callable[[RoleName], Network]) -> tuple[Network, Objective, LoRASettings | None]:
+    def causal(make: Callable[[RoleName], Network]) -> Made:
         one = make("autoregressive")
         return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
 
-    def diffusion(make: Callable[[RoleName], Network]) -> tuple[Network, Objective, LoRASettings | None]:
+    def diffusion(make: Callable[[RoleName], Network]) -> Made:
         one = make("bidirectional")
         objective = MaskedDiffusionObjective(
             one.role,
@@ -251,7 +263,7 @@ def throughput_cases(
         )
         return one, objective, None
 
-    def cdlm(lora: LoRASettings | None, **settings: Any) -> tuple[Network, Objective, LoRASettings | None]:
+    def cdlm(lora: LoRASettings | None, **settings: Any) -> Made:
         one = network("block_causal")
         table, references = stored()
         objective = CDLMObjective(
@@ -260,13 +272,13 @@ def throughput_cases(
         return one, objective, lora
 
     return [
-        ("causal", lambda: causal(network)),
-        ("teacher (masked diffusion)", lambda: diffusion(network)),
-        ("cdlm, full weights", lambda: cdlm(None)),
-        ("cdlm, LoRA", lambda: cdlm(LoRASettings(rank=rank, alpha=rank))),
-        ("cdlm, full weights, without consistency", lambda: cdlm(None, consistency=0.0)),
-        (f"causal, {shape}", lambda: causal(of_shape)),
-        (f"teacher (masked diffusion), {shape}", lambda: diffusion(of_shape)),
+        Case(objective="causal", make=lambda: causal(network)),
+        Case(objective="teacher (masked diffusion)", make=lambda: diffusion(network)),
+        Case(objective="cdlm, full weights", make=lambda: cdlm(None)),
+        Case(objective="cdlm, LoRA", make=lambda: cdlm(LoRASettings(rank=rank, alpha=rank))),
+        Case(objective="cdlm, full weights, without consistency", make=lambda: cdlm(None, consistency=0.0)),
+        Case(objective="causal", make=lambda: causal(of_shape), shape=shape),
+        Case(objective="teacher (masked diffusion)", make=lambda: diffusion(of_shape), shape=shape),
     ]
 
 
@@ -299,25 +311,26 @@ def main(
         "rows": [],
         "failed": [],
     }
-    for name, make in throughput_cases(teacher, store, device=str(place), rank=rank, shape=shape):
-        if only and not name.startswith(tuple(only)):
+    for case in throughput_cases(teacher, store, device=str(place), rank=rank, shape=shape):
+        if only and not case.name.startswith(tuple(only)):
             continue
         torch.compiler.reset()  # each has its graphs to itself, so that none runs into the limit of recompilations
         try:
-            network, objective, lora = make()
             row = measure_training(
-                name, network, objective, lora, steps=steps, rows=shape_rows if shape in name else rows,
-                row_length=row_length, matmul_rate=rate,
-            )  # fmt: skip
+                case,
+                steps=steps,
+                rows=rows if case.shape is None else shape_rows,
+                row_length=row_length,
+                matmul_rate=rate,
+            )
         except (FewstepError, RuntimeError) as error:  # out of memory among them: the others are worth having
-            told["failed"].append({"objective": name, "error": str(error)[:500]})
-            print(f"{name} failed: {error}", flush=True)
+            told["failed"].append({"objective": case.name, "error": str(error)[:500]})
+            print(f"{case.name} failed: {error}", flush=True)
         else:
             told["rows"].append(row)
             print(
-                f"{name}: {row['real_tokens_per_second'] / 1e6:.3f} M real tokens/s, {row['share_of_matmul_rate']:.1%} "
-                "of "
-                f"{rate / 1e12:.0f} TFLOP/s",
+                f"{case.name}: {row['real_tokens_per_second'] / 1e6:.3f} M real tokens/s, "
+                f"{row['share_of_matmul_rate']:.1%} of {rate / 1e12:.0f} TFLOP/s",
                 flush=True,
             )
         write_json_whole(results_folder / "throughput.json", told)

@@ -280,11 +280,12 @@ def test_all_figures_reach_the_cards(
 
     throughput.main(
         results, teacher=models["teacher"], store=toys / "trajectories", steps=4, rows=2, row_length=256,
-        shape="tiny-llama", shape_rows=2, matmul_size=64,
+        shape="tiny-llama", shape_rows=1, matmul_size=64,
     )  # fmt: skip
     trained = json.loads((results / "throughput.json").read_text())
     assert not trained["failed"]
     assert all(row["share_of_matmul_rate"] > 0 for row in trained["rows"])
+    assert [(row["shape"], row["rows"]) for row in trained["rows"]] == [(None, 2)] * 5 + [("tiny-llama", 1)] * 2
 
     measure.cards(results, bundled=bundled, student_report=bundled / "gsm-student" / "report.json")
     card = (bundled / "gsm-student" / "README.md").read_text()
@@ -295,6 +296,14 @@ def test_all_figures_reach_the_cards(
     assert "(accuracy.png)" in card
     assert (bundled / "gsm-student" / "accuracy.png").exists()
     assert "license: apache-2.0" in (bundled / "gsm-ar" / "README.md").read_text()
+
+
+def test_a_shape_is_known_by_itself_and_not_by_the_names_of_cases(throughput: ModuleType) -> None:
+    cases = throughput.throughput_cases("none", Path("none"), device="cpu", rank=2, shape="cdlm")
+    assert [case.name for case in cases if case.shape is not None] == [
+        "causal, cdlm",
+        "teacher (masked diffusion), cdlm",
+    ]
 
 
 def test_operations_are_counted_by_the_formula(throughput: ModuleType) -> None:
