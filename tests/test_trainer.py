@@ -340,6 +340,23 @@ def begun(output: Path, network: Network | None = None) -> None:
         train(network, objective_for(network), settings, output, evaluate=interrupt_at(6))
 
 
+def test_a_checkpoint_of_tied_weights_is_saved_without_a_word_and_continued_exactly(tmp_path, caplog):
+    def tied() -> Network:
+        network = tiny_network("autoregressive")
+        network.module.config.tie_word_embeddings = True
+        network.module.tie_weights()
+        assert network.module.lm_head.weight is network.module.model.embed_tokens.weight
+        return network
+
+    begun(tmp_path / "out", tied())
+    assert checkpoints_in(tmp_path / "out") == ["step-00000004"]
+    assert caplog.text == ""
+    for name in ("out", "whole"):
+        network = tied()
+        train(network, objective_for(network), replace(SETTINGS, evaluate_every=1), tmp_path / name)
+    assert final_state(tmp_path / "out") == final_state(tmp_path / "whole")
+
+
 def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(tmp_path):
     begun(tmp_path / "out")
     network = tiny_network("autoregressive")

@@ -37,7 +37,8 @@ class Checkpoints:
     def save(self, step: int, run: Mapping[str, Any], local: Mapping[str, Any]) -> None:
         """To be called by all processes. FewstepError if the disk is full; the previous checkpoint is then kept."""
         with self._written_whole(self.folder / f"step-{step:08d}") as target:
-            self.accelerator.save_state(str(target))
+            # safetensors would drop one of two tied weights and warn of it; torch's own format keeps them tied.
+            self.accelerator.save_state(str(target), safe_serialization=False)
             (target / self._local_name).write_text(json.dumps(local))
             if self.accelerator.is_main_process:
                 if self.average is not None:
