@@ -117,6 +117,16 @@ def test_every_training_explains_itself(run: Run, command: str) -> None:
     assert "--json" in shown.out
 
 
+@pytest.mark.parametrize("command", ["diffusion", "cdlm", "sft", "cllm", "medusa"])
+def test_every_option_of_training_says_what_it_is(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    lines = [line.strip("│ ") for line in run("train", command, "--help").out.splitlines() if line.startswith("│ --")]
+    assert len(lines) > 20
+    said = {line.split()[0]: re.split(" {2,}", line)[-1] for line in lines}
+    described = {option: re.sub(r"(Required|Default: .*)\.$", "", text).strip() for option, text in said.items()}
+    assert [option for option, text in described.items() if not text.endswith(".")] == []
+
+
 @pytest.mark.parametrize("command", ["cdlm", "diffusion"])
 def test_every_option_of_diffusion_training_is_documented(run: Run, command: str) -> None:
     documented = set(re.findall(r"--[a-z-]+", (REPOSITORY / "docs" / "cdlm.md").read_text(encoding="utf-8")))

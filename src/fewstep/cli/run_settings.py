@@ -1,5 +1,6 @@
 """Options and YAML keys that mirror settings classes, so that a setting is declared once, beside its reader.
 
+The help of an option is the text in its field's type: `rows: Annotated[int, "Packed rows of a micro-batch."] = 16`.
 A run file's keys are the option names with underscores; options override it. Unknown keys are errors.
 """
 
@@ -49,6 +50,7 @@ class Setting:
     group: type
     field: "Field[Any]"
     type: Any
+    description: str
 
     @property
     def option(self) -> str:
@@ -85,21 +87,24 @@ class Setting:
         return self.read(_parse(text, self.type), self.option)
 
     def _help(self) -> str:
-        if self.default is MISSING:
-            return "Required."
-        return f"Default: {self.default}." if self.default is not None else "Not set by default."
+        """What the setting is; where that is None unless given, the description says what holds then."""
+        if self.default is None:
+            return self.description
+        default = "Required." if self.default is MISSING else f"Default: {self.default}."
+        return f"{self.description} {default}"
 
 
 def settings_of(groups: Groups) -> dict[str, Setting]:
     """Name -> setting, over all fields that the groups' constructors take. No two may have the same name."""
     found: dict[str, Setting] = {}
     for group, prefix in groups.items():
-        hints = get_type_hints(group)
+        hints, described = get_type_hints(group), get_type_hints(group, include_extras=True)
         for field in fields(group):
             name = f"{prefix}{field.name}"
             assert name not in found, f"{group.__name__} and {found[name].group.__name__} share {name}"
             if field.init:
-                found[name] = Setting(name, group, field, hints[field.name])
+                description = "".join(getattr(described[field.name], "__metadata__", ()))
+                found[name] = Setting(name, group, field, hints[field.name], description)
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -50,9 +50,11 @@ app = typer.Typer(
 class NetworkSettings:
     """The network; what is not given is as in its checkpoint."""
 
-    block_size: int | None = None
-    context_attention: ContextAttention | None = None
-    device: str = "auto"
+    block_size: Annotated[int | None, "Tokens per block; by default as in the checkpoint."] = None
+    context_attention: Annotated[
+        ContextAttention | None, "How the context attends to itself; by default as in the checkpoint."
+    ] = None
+    device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
     def load(self, name: str, role: RoleName | None = None, *, right_shift_logits: bool | None = None) -> Network:
         """In float32, on this process's device, playing `role`; one that is adapted to a diffusion role takes its mask
@@ -82,7 +84,7 @@ class NetworkSettings:
 class Start(NetworkSettings):
     """The network to start from; what is not given is as in its checkpoint."""
 
-    model: str
+    model: Annotated[str, "A bundled name, a folder, or a hub id."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,44 +94,46 @@ class TeacherStart(Start):
     With `right_shift_logits` a row scores the next token, as in a causal network, and starts from what that has learnt.
     """
 
-    role: RoleName = "bidirectional"
-    right_shift_logits: bool | None = None
+    role: Annotated[RoleName, "A bidirectional teacher, or a block_causal student without one."] = "bidirectional"
+    right_shift_logits: Annotated[
+        bool | None, "A row scores the next token, as in a causal network; by default as in the checkpoint."
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentStart(NetworkSettings):
     """Trajectories and the teacher that made them; the student starts from `model`, by default the teacher."""
 
-    trajectories: Path
-    teacher: str = "gsm-teacher"
-    model: str | None = None
+    trajectories: Annotated[Path, "What `fewstep collect` wrote."]
+    teacher: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id."] = "gsm-teacher"
+    model: Annotated[str | None, "What the student starts from; by default the teacher."] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalStart:
     """Jacobi trajectories and the causal model that made them, which is trained."""
 
-    trajectories: Path
-    model: str = "gsm-ar"
-    device: str = "auto"
+    trajectories: Annotated[Path, "What `fewstep collect` wrote."]
+    model: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id."] = "gsm-ar"
+    device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsStart:
     """The causal model that the heads are for; it stays as it is."""
 
-    model: str
-    output: Path
-    device: str = "auto"
+    model: Annotated[str, "A bundled name, a folder, or a hub id."]
+    output: Annotated[Path, "A new folder for the heads and the report."]
+    device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Training rows: JSONL or Parquet with prompt and completion, messages, or text; longer ones are left out."""
 
-    data: Path
-    max_prompt: int | None = None
-    max_completion: int | None = None
+    data: Annotated[Path, "Rows of prompt and completion, messages, or text."]
+    max_prompt: Annotated[int | None, "Leave out rows with a longer prompt, in tokens; by default none."] = None
+    max_completion: Annotated[int | None, "Leave out rows with a longer completion, in tokens; by default none."] = None
 
     def __post_init__(self) -> None:
         for name in ("max_prompt", "max_completion"):
@@ -150,26 +154,28 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """How often the canvas has 1, 2, ... blocks."""
+    """Lengths of the canvas."""
 
-    weights: tuple[float, ...] = CanvasLengths.weights
+    weights: Annotated[tuple[float, ...], "How often it has 1, 2, ... blocks, such as [0, 1, 2, 1]."] = (
+        CanvasLengths.weights
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """Where the result goes, as a plain folder or an adapter, and what is watched on the way."""
 
-    output: Path
-    lora: bool = False
+    output: Annotated[Path, "A new folder for the model, its report and its logs."]
+    lora: Annotated[bool, "Train and keep an adapter instead of all weights."] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     """Held-out rows whose prompts are answered at every evaluation: a sample for the log, health, collapse."""
 
-    data: Path | None = None
-    num_prompts: int = 32
-    max_new_tokens: int = 256
+    data: Annotated[Path | None, "Rows as for training, which are not trained on; by default none."] = None
+    num_prompts: Annotated[int, "How many of these rows are taken, the first ones."] = 32
+    max_new_tokens: Annotated[int, "Most new tokens of an answer."] = 256
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens"):

@@ -9,7 +9,7 @@ same block, scored by a second packed forward without gradient.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -139,14 +139,18 @@ class CDLMSettings:
     consistency loss without an anchor, unless forced.
     """
 
-    distillation: float = 1.0
-    consistency: float = 0.5
-    denoising: float = 0.01
-    direction: Distillation = "forward"
-    later_state: LaterState = "uniform"
-    temperature: float = 1.0
-    untouched: float = 0.1
-    allow_unanchored: bool = False
+    distillation: Annotated[float, "Weight of the divergence from the teacher's distributions."] = 1.0
+    consistency: Annotated[float, "Weight of the divergence from the student's own later states."] = 0.5
+    denoising: Annotated[float, "Weight of masked denoising on the reference answers."] = 0.01
+    direction: Annotated[
+        Distillation, "Distillation by KL(teacher, student), by KL(student, teacher), or on the teacher's tokens."
+    ] = "forward"
+    later_state: Annotated[
+        LaterState, "A block's later state is one token on, any, or the last that hides something."
+    ] = "uniform"
+    temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
+    untouched: Annotated[float, "Share of the trajectories' blocks that are shown hidden whole."] = 0.1
+    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which collapses."] = False
 
     def __post_init__(self) -> None:
         for name in ("distillation", "consistency", "denoising"):

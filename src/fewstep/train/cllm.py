@@ -11,7 +11,7 @@ those of the clean rows at the same positions, so the forward that anchors the n
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -104,16 +104,16 @@ class CLLMSettings:
     it, unless forced.
     """
 
-    consistency: float = 1.0
-    autoregressive: float = 10.0
-    goal: Goal = "global"
-    labels: Labels = "trajectory"
-    noise: Noise = "uniform"
-    noise_cycle: int = 8
-    augmented: float = 0.0
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
-    allow_unanchored: bool = False
+    consistency: Annotated[float, "Weight of the divergence of a window's state from its goal."] = 1.0
+    autoregressive: Annotated[float, "Weight of the cross-entropy that anchors the model."] = 10.0
+    goal: Annotated[Goal, "What a state is led to: its window's fixed point, or its next state."] = "global"
+    labels: Annotated[Labels, "Cross-entropy on the model's own answers, or on the reference answers."] = "trajectory"
+    noise: Annotated[Noise, "Any state of a window, or noise ratios that rise from window to window."] = "uniform"
+    noise_cycle: Annotated[int, "Windows in which the ratio of progressive noise rises to 1."] = 8
+    augmented: Annotated[float, "Share of windows in which half of the wrong tokens are made right."] = 0.0
+    temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
+    label_smoothing: Annotated[float, "Label smoothing of the cross-entropy."] = 0.0
+    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which collapses."] = False
 
     def __post_init__(self) -> None:
         for name in ("consistency", "autoregressive"):

@@ -4,7 +4,7 @@ Axes: N = documents, U = units with a state of their own (documents, canvases or
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ class BlockCorruption:
     visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
 
-    frontier: float = 0.0
-    late: float = 0.0
-    late_tokens: tuple[int, ...] = ()
-    visited: float = 0.0
-    untouched: float = 0.1
+    frontier: Annotated[float, "Share of the states that are open up to a random point."] = 0.0
+    late: Annotated[float, "Share of the states whose late tokens stay hidden longest."] = 0.0
+    late_tokens: Annotated[tuple[int, ...], "Ids of the late tokens, such as those of the digits."] = ()
+    visited: Annotated[float, "Share of the states in which the network first opens what it is surest of."] = 0.0
+    untouched: Annotated[float, "Share of a block_causal network's blocks that are hidden whole."] = 0.1
 
     def __post_init__(self) -> None:
         self._check_shares("frontier", "late", "visited", "untouched")
@@ -90,8 +90,13 @@ class Corruption(BlockCorruption):
     `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
 
-    leftward: float = 0.0
-    weighting: Literal["uniform", "inverse_ratio"] = "uniform"
+    leftward: Annotated[
+        float, "Share of a bidirectional teacher's documents that are shown as in block-by-block decoding."
+    ] = 0.0
+    weighting: Annotated[
+        Literal["uniform", "inverse_ratio"],
+        "Average over hidden positions, or weigh them by 1/t as the likelihood bound does.",
+    ] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()

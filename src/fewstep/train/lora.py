@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ MAX_SHARD_SIZE = "15MB"
 class LoRASettings:
     """Low-rank adapters on all linear layers of attention and MLP (arXiv 2106.09685)."""
 
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, "Rank of the adapters."] = 32
+    alpha: Annotated[float, "The adapters' outputs are multiplied by alpha / rank."] = 32.0
+    dropout: Annotated[float, "Dropout of the adapters' inputs."] = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -4,7 +4,7 @@ Axes as in `objectives.py`; K = heads. Head k (from 0), on the row that scores p
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ _NOTHING = -100  # what F.cross_entropy ignores
 class MedusaSettings:
     """How many heads, and how much less each weighs in the loss than the one before it."""
 
-    heads: int = 3
-    decay: float = 0.8
+    heads: Annotated[int, "Heads, each of which guesses one token further ahead."] = 3
+    decay: Annotated[float, "A head's loss weighs so many times what the one before it weighs."] = 0.8
 
     def __post_init__(self) -> None:
         if self.heads < 1:

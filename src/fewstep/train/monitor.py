@@ -7,7 +7,7 @@ outputs are watched: their health must stay near that of a baseline (the referen
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fewstep.decode.health import Health
 from fewstep.errors import FewstepError
@@ -19,24 +19,19 @@ class CollapseError(FewstepError):
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseLimits:
-    """How far from the baseline is collapse. None switches a check off.
+    """How far from the baseline is collapse. None switches a check off."""
 
-    `repetition_rise`, `empty_rise`: shares may rise by so much. `longest_run_factor`: the longest run of one token
-    may be so many times the baseline's, and at least `longest_run_free` in any case. `entropy_share`,
-    `distinct_share`: entropy and distinct-2 may fall to this share of the baseline's. `loss_factor`: the average loss
-    may be so many times the lowest average so far, averaged over about `loss_memory` observations and not judged
-    before as many. `grace_steps`: outputs are not judged before this step (a model from scratch begins unhealthy).
-    """
-
-    repetition_rise: float | None = 0.25
-    empty_rise: float | None = 0.25
-    longest_run_factor: float | None = 4.0
-    longest_run_free: int = 16
-    entropy_share: float | None = 0.5
-    distinct_share: float | None = 0.25
-    loss_factor: float | None = 3.0
-    loss_memory: int = 50
-    grace_steps: int = 0
+    repetition_rise: Annotated[float | None, "The share of repeated 4-grams may rise by so much."] = 0.25
+    empty_rise: Annotated[float | None, "The share of empty answers may rise by so much."] = 0.25
+    longest_run_factor: Annotated[float | None, "A run of one token may be so many times the baseline's longest."] = 4.0
+    longest_run_free: Annotated[int, "A run of so many tokens is fine in any case."] = 16
+    entropy_share: Annotated[float | None, "The entropy of the tokens may fall to this share of the baseline's."] = 0.5
+    distinct_share: Annotated[
+        float | None, "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's."
+    ] = 0.25
+    loss_factor: Annotated[float | None, "The average loss may be so many times the lowest average so far."] = 3.0
+    loss_memory: Annotated[int, "The average is over about so many logged losses, and not judged before."] = 50
+    grace_steps: Annotated[int, "Answers are not judged before this step (a model from scratch begins unhealthy)."] = 0
 
     def __post_init__(self) -> None:
         for name in ("repetition_rise", "empty_rise", "entropy_share", "distinct_share"):

@@ -1,7 +1,7 @@
 """What a training run is told."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fewstep.errors import FewstepError
 from fewstep.models.masks import MAX_ROW_LENGTH
@@ -11,30 +11,34 @@ from fewstep.models.masks import MAX_ROW_LENGTH
 class TrainSettings:
     """Settings of a run, checked when built.
 
-    `rows` x `row_length` tokens are packed for each process and micro-batch. `max_steps` counts optimizer steps; over
-    the first `warmup_steps` (None: see `num_warmup_steps`) the learning rate rises. A checkpoint is saved every
-    `save_every` steps, on Ctrl-C, and before the last evaluation. With `evaluate_every` the network is evaluated so
-    often and at the end; with None it is not.
+    `warmup_steps` None: see `num_warmup_steps`. A checkpoint is also saved on Ctrl-C, and before the last evaluation.
+    With `evaluate_every` the network is evaluated so often and at the end.
     """
 
-    max_steps: int
-    rows: int = 16
-    row_length: int = 2048
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    schedule: Literal["cosine", "constant_with_warmup", "linear"] = "cosine"
-    warmup_steps: int | None = None
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
-    ema_decay: float | None = None
-    precision: Literal["no", "bf16"] = "no"
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    compiled: bool = False
-    seed: int = 0
-    log_every: int = 20
-    save_every: int | None = 500
-    evaluate_every: int | None = None
+    max_steps: Annotated[int, "Optimizer steps."]
+    rows: Annotated[int, "Packed rows of a micro-batch, in each process."] = 16
+    row_length: Annotated[int, "Tokens of a packed row."] = 2048
+    accumulation: Annotated[int, "Micro-batches of an optimizer step."] = 1
+    learning_rate: Annotated[float, "The highest learning rate."] = 1e-3
+    schedule: Annotated[
+        Literal["cosine", "constant_with_warmup", "linear"], "How the learning rate goes on after the warm-up."
+    ] = "cosine"
+    warmup_steps: Annotated[
+        int | None, "Steps in which the learning rate rises; by default 100, in a short run a tenth."
+    ] = None
+    weight_decay: Annotated[float, "Weight decay of AdamW; norms and biases have none."] = 0.05
+    betas: Annotated[tuple[float, float], "Betas of AdamW."] = (0.9, 0.95)
+    clip_norm: Annotated[float, "Largest norm of the gradient, which is cut to it."] = 1.0
+    ema_decay: Annotated[
+        float | None, "Evaluate and save a moving average of the weights of this decay, such as 0.999; by default none."
+    ] = None
+    precision: Annotated[Literal["no", "bf16"], "bf16 computes in bfloat16 and keeps float32 weights."] = "no"
+    weights_dtype: Annotated[Literal["float32", "bfloat16"], "What the weights are saved in."] = "float32"
+    compiled: Annotated[bool, "Compile the layers, which pays on a GPU."] = False
+    seed: Annotated[int, "Seed of the order of the examples and of all noise."] = 0
+    log_every: Annotated[int, "Steps from one line of the log to the next."] = 20
+    save_every: Annotated[int | None, "Steps from one checkpoint to the next; they are removed at the end."] = 500
+    evaluate_every: Annotated[int | None, "Steps from one evaluation to the next; by default there is none."] = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "rows", "row_length", "accumulation", "log_every", "save_every", "evaluate_every"):
