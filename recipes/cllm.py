@@ -7,8 +7,10 @@ Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept)
 (how much of it to keep), `medusa` (heads on the frozen model) and `draft` (a small model), which
 `recipes/compare_decoders.py` sets beside it, and `bundle`. `medusa` and `draft` train on the token tables of
 `recipes/gsm.py data`. Each writes a folder under --runs; `trajectories` skips what is there, training resumes. The
-bundled `gsm-cllm` is `bundle --source gsm-cllm-0.85` after the defaults of the others. Any causal model can be the
-source, such as SmolLM2: `--runs runs/smollm --source runs/smollm/ar`, and `--data runs/smollm/data` for heads and draft.
+bundled `gsm-cllm` is `bundle --source gsm-cllm-0.85` after the defaults of the others.
+
+Any causal model can be the source, such as SmolLM2: `--runs runs/smollm --source runs/smollm/ar`, with `--data
+runs/smollm/data` for heads and draft. Its 49,152 tokens leave room for fewer --rows on 80 GB: 24, and 16 for heads.
 """
 
 import shutil

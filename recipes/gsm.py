@@ -291,6 +291,7 @@ def student(
     row_length: int = 2048,
     learning_rate: float = 1.5e-3,
     rank: int = 32,
+    distillation: float = 1.0,
     denoising: float = 0.1,
     consistency: float = 0.5,
     late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
@@ -311,7 +312,7 @@ def student(
         table,
         network.eos_token_id,
         references=references,
-        settings=CDLMSettings(denoising=denoising, consistency=consistency),
+        settings=CDLMSettings(distillation=distillation, denoising=denoising, consistency=consistency),
         corruption=BlockCorruption(late=late, late_tokens=digits(network.tokenizer) if late else (), visited=visited),
     )
     settings = gpu_settings(

@@ -239,6 +239,7 @@ def student(
     row_length: int = 2048,
     learning_rate: float = 6e-4,
     rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 128,
+    distillation: float = 1.0,
     denoising: float = 0.1,
     consistency: float = 0.5,
     late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
@@ -250,8 +251,8 @@ def student(
     if is_there(runs / name / "config.json"):
         return
     gsm.student(
-        runs, source, name, store, own, examples, steps, rows, row_length, learning_rate, rank, denoising, consistency,
-        late, visited, seed, dev,
+        runs, source, name, store, own, examples, steps, rows, row_length, learning_rate, rank, distillation, denoising,
+        consistency, late, visited, seed, dev,
     )  # fmt: skip
 
 
