@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fewstep.decode.requests import Output
+from fewstep.errors import FewstepError
 from fewstep.files import read_rows, write_whole
 from fewstep.measure.gsm_solutions import extract_answer
 from fewstep.measure.gsm_symbolic import Problem, training_rows
@@ -113,11 +114,13 @@ def make_tables(
 
 def load_examples(folder: Path, count: int | None = None) -> Examples:
     """All parts as one table: GSM-Symbolic's rows, or the first `count` of them, and GSM8K's repeated if there."""
-    made = joined([load_file(file) for file in sorted(folder.glob("part-*.safetensors"))])
-    if count is not None:
-        made = made.head(count)
+    made: list[Mapping[str, torch.Tensor]] = [load_file(file) for file in sorted(folder.glob("part-*.safetensors"))]
     real = [load_file(file) for file in folder.glob("gsm8k.safetensors")]
-    return joined([vars(made), *real * GSM8K_REPEATS])
+    if not made and not real:
+        raise FewstepError(f"{folder} holds no token tables; make them with the recipe's stage `data`")
+    if made and count is not None:
+        made = [vars(joined(made).head(count))]
+    return joined([*made, *real * GSM8K_REPEATS])
 
 
 def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> Examples:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fewstep.errors import FewstepError
 from fewstep.measure.gsm_symbolic import training_rows
 from fewstep.models.load import BUNDLED, load_network
 from fewstep.models.medusa import load_heads
@@ -164,6 +165,8 @@ def test_gsm8k_rows_lose_their_notes_and_stand_in_the_tables_ten_times(
     first, last = examples.completion_offsets[-2:]
     completion = tokenizer.decode(examples.completion_ids[first:last])
     assert completion == "She has 2 + 1999 = 2001 <wide> eggs.\n#### 2,001<eos>"
+    with pytest.raises(FewstepError, match="holds no token tables; make them with the recipe's stage `data`"):
+        word_problems.load_examples(tmp_path)
     assert len(word_problems.load_examples(tmp_path / "data", 2)) == 2 + 3 * word_problems.GSM8K_REPEATS
 
 
