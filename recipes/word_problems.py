@@ -1,0 +1,166 @@
+"""What the recipes train on and decode: GSM-Symbolic's word problems and, if its folder is given, GSM8K's.
+
+Rows become token tables, one file a part, and prompts of trajectories, with any model's tokenizer and chat template.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fewstep.decode.requests import Output
+from fewstep.errors import FewstepError
+from fewstep.files import read_rows, write_whole
+from fewstep.measure.gsm_solutions import extract_answer
+from fewstep.measure.gsm_symbolic import Problem, training_rows
+from fewstep.models.text import decode_text, encode_prompt
+from fewstep.train.examples import Examples, encode_rows
+from fewstep.train.trajectories import PromptRow
+
+GSM8K = Annotated[Path | None, typer.Option("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")]
+
+MAX_PROMPT, MAX_ANSWER = 256, 256
+ROWS_PER_PART = 20_000
+GSM8K_REPEATS = 10
+"""Times that each of GSM8K's 7,473 training problems stands in the tables, beside hundreds of thousands made ones."""
+
+
+def gsm8k_rows(file: Path) -> Iterator[dict[str, str]]:
+    """Prompts and completions of a GSM8K file, without its <<calculator>> notes."""
+    for row in read_rows(file, required=("question", "answer")):
+        yield {"prompt": row["question"], "completion": re.sub(r"<<.*?>>", "", row["answer"])}
+
+
+def gsm8k_problems(file: Path) -> list[Problem]:
+    """The same as problems; the answer stands behind the `####` of the last line."""
+    rows = list(read_rows(file, required=("question", "answer")))
+    answers = [str(row["answer"]).rpartition("####")[2].strip().replace(",", "") for row in rows]
+    return [
+        Problem(f"gsm8k-{file.stem}-{i:04d}", row["question"], answer)
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+    ]
+
+
+# --- token tables ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file of token tables: `count` rows of GSM-Symbolic by `seed`, or the rows of a GSM8K file.
+
+    `tokenizer` is the folder of a model. `drills` and `worded`: see `training_rows`.
+    """
+
+    path: Path
+    tokenizer: Path
+    seed: int = 0
+    count: int = 0
+    drills: float = 0.0
+    worded: float = 0.0
+    gsm8k: Path | None = None
+
+    def make(self) -> Path:
+        """Write it, unless it is there."""
+        if not self.path.exists():
+            torch.set_num_threads(1)
+            examples = encode_rows(
+                enumerate(self._rows(), start=1),
+                AutoTokenizer.from_pretrained(self.tokenizer),
+                max_prompt=MAX_PROMPT,
+                max_completion=MAX_ANSWER,
+            )
+            with write_whole(self.path) as file:
+                save_file(vars(examples), file)
+        return self.path
+
+    def _rows(self) -> Iterator[dict[str, str]]:
+        if self.gsm8k is not None:
+            return gsm8k_rows(self.gsm8k)
+        return training_rows(self.seed, self.count, drill_fraction=self.drills, worded=self.worded)
+
+
+def make_tables(
+    folder: Path, tokenizer: Path, examples: int, *, seed: int, drills: float, worded: float, workers: int,
+    gsm8k: Path | None = None,
+) -> None:  # fmt: skip
+    """The missing parts of `examples` rows of GSM-Symbolic, and of GSM8K's training problems if its folder is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        Part(
+            path=folder / f"part-{i:04d}.safetensors",
+            tokenizer=tokenizer,
+            seed=seed * 1_000_000 + i,
+            count=min(ROWS_PER_PART, examples - first),
+            drills=drills,
+            worded=worded,
+        )
+        for i, first in enumerate(range(0, examples, ROWS_PER_PART))
+    ]
+    if gsm8k is not None:
+        parts.insert(0, Part(path=folder / "gsm8k.safetensors", tokenizer=tokenizer, gsm8k=gsm8k / "train.jsonl"))
+    with Pool(min(workers, len(parts))) as pool:
+        for done, path in enumerate(pool.imap_unordered(Part.make, parts), start=1):
+            if done % 25 == 0 or done == len(parts):
+                print(f"{path}: {done} of {len(parts)} parts", flush=True)
+
+
+def load_examples(folder: Path, count: int | None = None) -> Examples:
+    """All parts as one table: GSM-Symbolic's rows, or the first `count` of them, and GSM8K's repeated if there."""
+    made: list[Mapping[str, torch.Tensor]] = [load_file(file) for file in sorted(folder.glob("part-*.safetensors"))]
+    real = [load_file(file) for file in folder.glob("gsm8k.safetensors")]
+    if not made and not real:
+        raise FewstepError(f"{folder} holds no token tables; make them with the recipe's stage `data`")
+    if made and count is not None:
+        made = [vars(joined(made).head(count))]
+    return joined([*made, *real * GSM8K_REPEATS])
+
+
+def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> Examples:
+    """Tables one after the other, as one."""
+
+    def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.cat([part[f"{name}_offsets"].diff() for part in parts])
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return torch.cat([part[f"{name}_ids"] for part in parts]), offsets
+
+    return Examples(*of("prompt"), *of("completion"))
+
+
+# --- prompts ---
+
+
+def prompt_rows(
+    tok: PreTrainedTokenizerBase, count: int, seed: int, *, gsm8k: Path | None = None, gsm8k_count: int = 0
+) -> tuple[list[PromptRow], dict[str, float | None]]:
+    """Training problems with their references, and the answers by id: `count` of GSM-Symbolic by `seed`, and the first
+    of GSM8K if its folder is given. Those that are too long are left out.
+    """
+    symbolic = (row for row in training_rows(seed * 1_000_000) if row["kind"] == "cot")
+    named = [(f"symbolic-{i}", row) for i, row in enumerate(islice(symbolic, count))]
+    if gsm8k is not None:
+        chosen = islice(gsm8k_rows(gsm8k / "train.jsonl"), gsm8k_count)
+        named += [(f"gsm8k-{i}", row) for i, row in enumerate(chosen)]
+    rows: list[PromptRow] = []
+    answers: dict[str, float | None] = {}
+    for row_id, row in named:
+        prompt_ids = encode_prompt(tok, row["prompt"])
+        reference_ids = [*tok.encode(row["completion"], add_special_tokens=False), tok.eos_token_id]
+        if len(prompt_ids) <= MAX_PROMPT and len(reference_ids) <= MAX_ANSWER:
+            rows.append(PromptRow(row_id, prompt_ids, reference_ids))
+            answers[row_id] = extract_answer(row["completion"])
+    return rows, answers
+
+
+def keep_solved(
+    tok: PreTrainedTokenizerBase, answers: dict[str, float | None], *, solved: bool = True
+) -> Callable[[PromptRow, Output], bool]:
+    """Which outputs a store keeps: those with the answer of their row, or all."""
+    return lambda row, output: not solved or extract_answer(decode_text(tok, output.token_ids)) == answers[row.id]
