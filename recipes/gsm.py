@@ -23,7 +23,7 @@ from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, make_ta
 from fewstep.engine.language_model import LanguageModel
 from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
-from fewstep.measure.gsm_symbolic import DRILL_FRACTION, problems, write_problem_files
+from fewstep.measure.gsm_symbolic import problems, write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
@@ -51,18 +51,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @app.command()
-def data(
-    runs: Runs = RUNS,
-    examples: int = 3_000_000,
-    workers: int = 32,
-    drills: Annotated[float, typer.Option(help="share of rows that are one computation")] = DRILL_FRACTION,
-    worded: Annotated[float, typer.Option(help="share of these in the words of a solution")] = 0.0,
-    seed: int = 1,
-) -> None:
+def data(runs: Runs = RUNS, examples: int = 3_000_000, workers: int = 32, seed: int = 1) -> None:
     """Render and tokenize training problems and arithmetic drills."""
-    make_tables(
-        runs / "data", BUNDLED / "gsm-tokenizer", examples, seed=seed, drills=drills, worded=worded, workers=workers
-    )
+    make_tables(runs / "data", BUNDLED / "gsm-tokenizer", examples, seed=seed, workers=workers)
 
 
 @app.command("problems")

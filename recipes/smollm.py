@@ -39,7 +39,7 @@ from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make
 from fewstep.engine.language_model import load
 from fewstep.files import read_json, write_json_whole, write_whole
 from fewstep.measure.evaluate import evaluate
-from fewstep.measure.gsm_symbolic import DRILL_FRACTION, Problem, problems
+from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.metrics import clustered_paired_interval, paired_interval
 from fewstep.measure.timing import describe_machine, this_command, time_interleaved
 from fewstep.models.importers.convert import import_checkpoint
@@ -117,14 +117,10 @@ def data(
     gsm8k: GSM8K = None,
     examples: int = 600_000,
     workers: int = 16,
-    drills: Annotated[float, typer.Option(help="share of rows that are one computation")] = DRILL_FRACTION,
-    worded: Annotated[float, typer.Option(help="share of these in the words of a solution")] = 0.0,
     seed: int = 1,
 ) -> None:
     """Render and tokenize GSM-Symbolic training problems and arithmetic drills, and GSM8K's training problems."""
-    make_tables(
-        runs / "data", runs / "smollm2", examples, seed=seed, drills=drills, worded=worded, workers=workers, gsm8k=gsm8k
-    )
+    make_tables(runs / "data", runs / "smollm2", examples, seed=seed, workers=workers, gsm8k=gsm8k)
 
 
 # --- causal model and teacher ---
@@ -176,8 +172,9 @@ def teacher(
     if is_there(runs / name / "config.json"):
         return
     gsm.teacher(
-        runs, source, name, context_attention, steps, rows, row_length, learning_rate, shift, leftward, frontier, late,
-        visited, canvases, seed, dev, threshold, gaps,
+        runs=runs, source=source, name=name, context_attention=context_attention, steps=steps, rows=rows,
+        row_length=row_length, learning_rate=learning_rate, shift=shift, leftward=leftward, frontier=frontier,
+        late=late, visited=visited, canvases=canvases, seed=seed, dev=dev, threshold=threshold, gaps=gaps,
     )  # fmt: skip
 
 
@@ -221,7 +218,10 @@ def trajectories(
     seed: int = 7,
 ) -> None:
     """Decode training problems with the teacher."""
-    gsm.trajectories(runs, source, name, gsm8k, prompts, gsm8k_prompts, batch_size, threshold, solved, seed)
+    gsm.trajectories(
+        runs=runs, source=source, name=name, gsm8k=gsm8k, prompts=prompts, gsm8k_prompts=gsm8k_prompts,
+        batch_size=batch_size, threshold=threshold, solved=solved, seed=seed,
+    )  # fmt: skip
 
 
 @app.command()
@@ -251,8 +251,9 @@ def student(
     if is_there(runs / name / "config.json"):
         return
     gsm.student(
-        runs, source, name, store, own, examples, steps, rows, row_length, learning_rate, rank, distillation, denoising,
-        consistency, late, visited, seed, dev,
+        runs=runs, source=source, name=name, store=store, own=own, examples=examples, steps=steps, rows=rows,
+        row_length=row_length, learning_rate=learning_rate, rank=rank, distillation=distillation, denoising=denoising,
+        consistency=consistency, late=late, visited=visited, seed=seed, dev=dev,
     )  # fmt: skip
 
 

@@ -56,15 +56,13 @@ def gsm8k_problems(file: Path) -> list[Problem]:
 class Part:
     """One file of token tables: `count` rows of GSM-Symbolic by `seed`, or the rows of a GSM8K file.
 
-    `tokenizer` is the folder of a model. `drills` and `worded`: see `training_rows`.
+    `tokenizer` is the folder of a model.
     """
 
     path: Path
     tokenizer: Path
     seed: int = 0
     count: int = 0
-    drills: float = 0.0
-    worded: float = 0.0
     gsm8k: Path | None = None
 
     def make(self) -> Path:
@@ -84,13 +82,12 @@ class Part:
     def _rows(self) -> Iterator[dict[str, str]]:
         if self.gsm8k is not None:
             return gsm8k_rows(self.gsm8k)
-        return training_rows(self.seed, self.count, drill_fraction=self.drills, worded=self.worded)
+        return training_rows(self.seed, self.count)
 
 
 def make_tables(
-    folder: Path, tokenizer: Path, examples: int, *, seed: int, drills: float, worded: float, workers: int,
-    gsm8k: Path | None = None,
-) -> None:  # fmt: skip
+    folder: Path, tokenizer: Path, examples: int, *, seed: int, workers: int, gsm8k: Path | None = None
+) -> None:
     """The missing parts of `examples` rows of GSM-Symbolic, and of GSM8K's training problems if its folder is given."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
@@ -99,8 +96,6 @@ def make_tables(
             tokenizer=tokenizer,
             seed=seed * 1_000_000 + i,
             count=min(ROWS_PER_PART, examples - first),
-            drills=drills,
-            worded=worded,
         )
         for i, first in enumerate(range(0, examples, ROWS_PER_PART))
     ]

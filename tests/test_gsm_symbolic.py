@@ -1,6 +1,5 @@
 """The task: splits that never meet, bundled files that the generator reproduces, true and complete solutions."""
 
-import re
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -122,21 +121,12 @@ def test_training_rows_avoid_every_test_question_and_obey_the_filter() -> None:
 
 
 @pytest.mark.usefixtures("reasoning_gym")
-@pytest.mark.parametrize("worded", [0.0, 1.0])
-def test_drills_are_right(worded: float) -> None:
-    for row in task.training_rows(8, 400, drill_fraction=0.9, worded=worded):
+def test_drills_are_right() -> None:
+    for row in task.training_rows(8, 400, drill_fraction=0.9):
         if row["kind"] == "drill":
             asked = row["prompt"].removeprefix("Compute ").removesuffix(".")
             asked = asked.replace("×", "*").replace("x", "*").replace("÷", "/")
             assert is_correct(row["completion"], str(float(evaluate(asked))))
-
-
-@pytest.mark.usefixtures("reasoning_gym")
-def test_worded_drills_stand_in_the_words_of_a_solution() -> None:
-    rows = task.training_rows(8, 400, drill_fraction=0.9, worded=1.0)
-    lines = [row["completion"].split("\n")[0] for row in rows if row["kind"] == "drill"]
-    in_words = [line for line in lines if len(re.findall(r"[A-Za-z]{2,}", line)) > 3]
-    assert len(in_words) > len(lines) / 2
 
 
 @pytest.mark.usefixtures("reasoning_gym")

@@ -85,7 +85,7 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
 
     def stages() -> None:
         smollm.import_(runs, source=source, mask_token="<mask>")
-        smollm.data(runs, gsm8k=gsm8k, examples=40, workers=1, drills=0.3, worded=0.5)
+        smollm.data(runs, gsm8k=gsm8k, examples=40, workers=1)
         smollm.ar(runs, **SMALL)
         smollm.shift(runs, **SMALL)
         smollm.teacher(runs, **SMALL, visited=0.8)

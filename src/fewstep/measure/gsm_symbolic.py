@@ -11,7 +11,7 @@ Making problems and training rows needs the extra `gsm`; reading the bundled pro
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from importlib import resources
@@ -39,13 +39,10 @@ DRILL_FRACTION = 0.15
 _NUM_BUCKETS = 16
 _BUCKET_OF: dict[Split, int] = {"dev": 0, "test": 1}
 _MAX_TRIES = 400  # draws from one template before another is chosen: small templates run out of new questions
-_DIGIT = re.compile(r"\d")
 _QUESTION_NUMBER = re.compile(r"\d+(?:[.,/]\d+)*")
 
 Generator = Callable[[Random, float], dict[str, Any]]
 Fits = Callable[[str, str], bool]
-Computation = tuple[Equation, Line]
-"""An equation of a solution, and the line that it stands in."""
 
 
 @dataclass(frozen=True)
@@ -179,26 +176,20 @@ def training_templates() -> list[int]:
 
 
 def training_rows(
-    seed: int,
-    n: int | None = None,
-    *,
-    drill_fraction: float = DRILL_FRACTION,
-    worded: float = 0.0,
-    fits: Fits | None = None,
+    seed: int, n: int | None = None, *, drill_fraction: float = DRILL_FRACTION, fits: Fits | None = None
 ) -> Iterator[dict[str, str]]:
-    """`n` rows (endlessly many for None) ``{"prompt", "completion", "kind"}``, a function of the arguments alone.
+    """`n` rows (endlessly many for None) ``{"prompt", "completion", "kind"}``, a function of `seed` alone.
 
     kind is "cot" (a problem and its solution) or "drill" (one computation as it stands in the solutions, with other
-    numbers; the share `worded` of them with the words around it, where these hold no number). No problem has the
-    signature of a development or test problem. `fits(prompt, completion)` may refuse rows, for instance those that are
-    too long. Different seeds, one for each worker, give independent streams.
+    numbers). No problem has the signature of a development or test problem. `fits(prompt, completion)` may refuse rows,
+    for instance those that are too long. Different seeds, one for each worker, give independent streams.
     """
     rng = Random(f"gsm-symbolic training {seed}")
-    pool: list[Computation] = []  # the latest met in solutions, which drills vary
+    pool: list[str] = []  # the latest expressions met in solutions, which drills vary
     made = 0
     while n is None or made < n:
         if pool and rng.random() < drill_fraction:
-            row = _drill(rng, pool, worded)
+            row = _drill(rng, pool)
         else:
             row = _solved_problem(rng, pool)
         if fits is None or fits(row["prompt"], row["completion"]):
@@ -206,15 +197,15 @@ def training_rows(
             yield row
 
 
-def _solved_problem(rng: Random, pool: list[Computation]) -> dict[str, str]:
+def _solved_problem(rng: Random, pool: list[str]) -> dict[str, str]:
     question, answer, lines = _draw_training_example(rng)
     for line in lines:
         for part in line:
             if isinstance(part, Equation):
                 if len(pool) < _POOL_SIZE:
-                    pool.append((part, line))
+                    pool.append(part.expression)
                 else:
-                    pool[int(rng.random() * _POOL_SIZE)] = (part, line)
+                    pool[int(rng.random() * _POOL_SIZE)] = part.expression
     if rng.random() < PROMPTS_WITH_INSTRUCTION:
         question += INSTRUCTION
     return {"prompt": question, "completion": render(lines, answer, _any_style(rng), rng), "kind": "cot"}
@@ -250,36 +241,27 @@ _VARIABLE_NUMBER = re.compile(r"(?<!/ )(?<![\d.])\d+(?:\.\d+)?(?![\d.])")  # a d
 _CONSTANTS = frozenset(("0.5", "0.25", "0.75", "7", "12", "60", "100"))  # common enough to be practised as they are
 
 
-def _drill(rng: Random, pool: list[Computation], worded: float) -> dict[str, str]:
-    equation, line = pool[int(rng.random() * len(pool))]
-    source = equation.expression
+def _drill(rng: Random, pool: list[str]) -> dict[str, str]:
+    source = pool[int(rng.random() * len(pool))]
     expression, result = source, _finite_result(source)
     if result is None or rng.random() >= _SAME_NUMBERS:
         for _ in range(_DRILL_TRIES):
-            other = _vary(source, rng)
-            other_result = _finite_result(other)
-            if other_result is not None:
-                expression, result = other, other_result
+            varied = _vary(source, rng)
+            varied_result = _finite_result(varied)
+            if varied_result is not None:
+                expression, result = varied, varied_result
                 break
     if result is None:  # a source that does not come out even, such as 899.25 / 1.15
         return _solved_problem(rng, pool)
     if len(result) + len(expression) < _EASY_CHARACTERS and rng.random() < _SKIP_EASY:
-        return _drill(rng, pool, worded)
+        return _drill(rng, pool)
     style = _any_style(rng)
     asked = _any_style(rng).write_chain(expression)
-    answered: Line = ["", Equation(expression, result)]
-    if worded and rng.random() < worded and _holds_no_other_number(line, equation):
-        varied = replace(equation, expression=expression, result=result)
-        answered = [varied if part is equation else part for part in line]
     return {
         "prompt": f"Compute {asked}.",
-        "completion": render([answered], result, style, rng),
+        "completion": render([["", Equation(expression, result)]], result, style, rng),
         "kind": "drill",
     }
-
-
-def _holds_no_other_number(line: Line, equation: Equation) -> bool:
-    return all(part is equation or (isinstance(part, str) and not _DIGIT.search(part)) for part in line)
 
 
 def _finite_result(expression: str) -> str | None:
