@@ -350,6 +350,7 @@ def test_a_checkpoint_of_tied_weights_is_saved_without_a_word_and_continued_exac
 
     begun(tmp_path / "out", tied())
     assert checkpoints_in(tmp_path / "out") == ["step-00000004"]
+    assert (tmp_path / "out" / "checkpoints" / "step-00000004" / "model.safetensors").exists()
     assert caplog.text == ""
     for name in ("out", "whole"):
         network = tied()

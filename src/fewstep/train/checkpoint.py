@@ -37,8 +37,9 @@ class Checkpoints:
     def save(self, step: int, run: Mapping[str, Any], local: Mapping[str, Any]) -> None:
         """To be called by all processes. FewstepError if the disk is full; the previous checkpoint is then kept."""
         with self._written_whole(self.folder / f"step-{step:08d}") as target:
-            # safetensors would drop one of two tied weights and warn of it; torch's own format keeps them tied.
-            self.accelerator.save_state(str(target), safe_serialization=False)
+            hook = self.accelerator.register_save_state_pre_hook(_drop_tied_weights)
+            self.accelerator.save_state(str(target))
+            hook.remove()
             (target / self._local_name).write_text(json.dumps(local))
             if self.accelerator.is_main_process:
                 if self.average is not None:
@@ -84,6 +85,15 @@ class Checkpoints:
             yield Path(str(shared[0]))
             self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()
+
+
+def _drop_tied_weights(models: list[nn.Module], states: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Keep one of several names of a tensor, as safetensors asks; accelerate would, and warn of it each time."""
+    for state in states:
+        first: dict[tuple[int, torch.Size], str] = {}
+        for name, tensor in list(state.items()):
+            if first.setdefault((tensor.data_ptr(), tensor.shape), name) != name:
+                del state[name]
 
 
 def describe_difference(there: Any, here: Any, name: str = "") -> str:
