@@ -204,6 +204,7 @@ def trajectories(
     gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 0,
     batch_size: int = 1024,
     threshold: Annotated[float | None, typer.Option(help="by default one token a pass")] = None,
+    gaps: Annotated[int | None, typer.Option(help="with a threshold")] = None,
     solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
     seed: int = 7,
 ) -> None:
@@ -211,7 +212,9 @@ def trajectories(
     network = load_network(runs / source, device=device())
     rows, answers = prompt_rows(network.tokenizer, prompts, seed, gsm8k=gsm8k, gsm8k_count=gsm8k_prompts)
     distribution = distribution_of(network)
-    decoder = LanguageModel(network).decoder(max_new_tokens=MAX_ANSWER, block_size=BLOCK, threshold=threshold)
+    decoder = LanguageModel(network).decoder(
+        max_new_tokens=MAX_ANSWER, block_size=BLOCK, threshold=threshold, gaps=gaps
+    )
     report = collect(
         decode_with(network, decoder, max_new_tokens=MAX_ANSWER, batch_size=batch_size, distribution=distribution),
         rows,
@@ -221,6 +224,7 @@ def trajectories(
             "max_new_tokens": MAX_ANSWER,
             "block_size": BLOCK,
             "threshold": threshold,
+            "gaps": gaps,
             "early_stop": True,
             "keep": "solved" if solved else "all",
         },

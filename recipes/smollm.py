@@ -214,13 +214,14 @@ def trajectories(
     gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 1024,
     batch_size: int = 512,
     threshold: Annotated[float | None, typer.Option(help="by default one token a pass")] = None,
+    gaps: Annotated[int | None, typer.Option(help="with a threshold")] = None,
     solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
     seed: int = 7,
 ) -> None:
     """Decode training problems with the teacher."""
     gsm.trajectories(
         runs=runs, source=source, name=name, gsm8k=gsm8k, prompts=prompts, gsm8k_prompts=gsm8k_prompts,
-        batch_size=batch_size, threshold=threshold, solved=solved, seed=seed,
+        batch_size=batch_size, threshold=threshold, gaps=gaps, solved=solved, seed=seed,
     )  # fmt: skip
 
 
