@@ -26,6 +26,7 @@ from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
 from fewstep.train.trajectory_shards import Distribution, Teacher
+from fewstep.train.trajectory_table import table_from_store
 
 MASK = 3
 TEACHER = Teacher(hash="a" * 64, vocab_size=64, mask_token_id=MASK)
@@ -236,6 +237,8 @@ def test_a_shard_may_be_empty(tmp_path):
     assert TrajectoryStore(tmp_path / "t").load().ids == ["p9"]
     gather(tmp_path / "none", keep=lambda row, made: False)
     assert len(TrajectoryStore(tmp_path / "none").load()) == 0
+    with pytest.raises(FewstepError, match="none holds no trajectories, since all were rejected"):
+        table_from_store(TrajectoryStore(tmp_path / "none"))
 
 
 def test_other_settings_prompts_or_teacher_are_refused(tmp_path):

@@ -126,8 +126,7 @@ def read_jacobi_table(folder: str | Path, network: Network) -> tuple[JacobiTable
     FewstepError for a store that is damaged, unfinished, empty, of another kind or schema, or made by another network.
     """
     store = RecordStore(folder, JacobiShards, teacher_hash=network_hash(network))
-    if not len(store):
-        raise FewstepError(f"{folder} holds no trajectories, since all were rejected; collect with a weaker filter")
+    store.check_not_empty()
     parts = [store.files.read(index) for index in store.finished]
 
     def joined(name: str) -> np.ndarray:

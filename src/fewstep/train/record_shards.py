@@ -219,6 +219,13 @@ class RecordStore(Generic[ShardsT]):
             )
         self.facts = [self.files.facts(index) for index in self.finished]
 
+    def check_not_empty(self) -> None:
+        """FewstepError if no record was kept."""
+        if not len(self):
+            raise FewstepError(
+                f"{self.folder} holds no trajectories, since all were rejected; collect with a weaker filter"
+            )
+
     def count(self, fact: str) -> int:
         """A sum over the shards: num_prompts, num_records, num_positions, num_forwards, ..."""
         return sum(facts[fact] for facts in self.facts)

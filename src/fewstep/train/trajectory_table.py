@@ -18,13 +18,14 @@ def read_table(folder: str | Path, teacher: Network) -> tuple[TrajectoryTable, E
     """The trajectories in `folder`, and the reference answers stored beside them (None if there are none).
 
     Hidden rows are read by the head of `teacher`, which must therefore not be the network in training. FewstepError for
-    a store that is damaged, unfinished, of another schema, or made (or labelled) by another teacher.
+    a store that is damaged, unfinished, empty, of another schema, or made (or labelled) by another teacher.
     """
     return table_from_store(TrajectoryStore(folder, teacher_hash=network_hash(teacher)), teacher)
 
 
 def table_from_store(store: TrajectoryStore, teacher: Network | None = None) -> tuple[TrajectoryTable, Examples | None]:
     """As `read_table`, of an open store. `teacher` is needed for hidden rows only. ValueError if it is missing then."""
+    store.check_not_empty()
     arrays = store.load()
     examples = Examples(
         torch.from_numpy(arrays.prompt_ids),
