@@ -37,9 +37,8 @@ class Checkpoints:
     def save(self, step: int, run: Mapping[str, Any], local: Mapping[str, Any]) -> None:
         """To be called by all processes. FewstepError if the disk is full; the previous checkpoint is then kept."""
         with self._written_whole(self.folder / f"step-{step:08d}") as target:
-            hook = self.accelerator.register_save_state_pre_hook(_drop_tied_weights)
-            self.accelerator.save_state(str(target))
-            hook.remove()
+            with self.accelerator.register_save_state_pre_hook(_drop_tied_weights):
+                self.accelerator.save_state(str(target))
             (target / self._local_name).write_text(json.dumps(local))
             if self.accelerator.is_main_process:
                 if self.average is not None:
@@ -90,10 +89,12 @@ class Checkpoints:
 def _drop_tied_weights(models: list[nn.Module], states: list[dict[str, torch.Tensor]], folder: str) -> None:
     """Keep one of several names of a tensor, as safetensors asks; accelerate would, and warn of it each time."""
     for state in states:
-        first: dict[tuple[int, torch.Size], str] = {}
+        seen = set()
         for name, tensor in list(state.items()):
-            if first.setdefault((tensor.data_ptr(), tensor.shape), name) != name:
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if key in seen:
                 del state[name]
+            seen.add(key)
 
 
 def describe_difference(there: Any, here: Any, name: str = "") -> str:
