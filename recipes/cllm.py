@@ -9,8 +9,9 @@ Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept)
 `recipes/gsm.py data`. Each writes a folder under --runs; `trajectories` skips what is there, training resumes. The
 bundled `gsm-cllm` is `bundle --source gsm-cllm-0.85` after the defaults of the others.
 
-Any causal model can be the source, such as SmolLM2: `--runs runs/smollm --source runs/smollm/ar`, with `--data
-runs/smollm/data` for heads and draft. Its 49,152 tokens leave room for fewer --rows on 80 GB: 24, and 16 for heads.
+Any causal model can be the source, such as SmolLM2: `--runs runs/smollm --source runs/smollm/ar`, with `--name cllm`
+for the student, as `smollm.py report` calls it, and `--data runs/smollm/data` for heads and draft. Its 49,152 tokens
+leave room for fewer --rows on 80 GB: 24, and 16 for heads.
 """
 
 import shutil
@@ -175,7 +176,7 @@ def draft(
     """Train a model of the bundled shape with few layers and the source's vocabulary from scratch, to draft for it."""
     if is_there(runs / name / "config.json"):
         return
-    network = fresh_network(device(), layers=layers, like=load_network(source, device="cpu"))
+    network = fresh_network(name, device(), layers=layers, like=load_network(source, device="cpu"))
     objective = CausalObjective(network.role, load_examples(data), network.eos_token_id)
     settings = gpu_settings(
         max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(200, steps),

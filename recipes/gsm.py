@@ -20,6 +20,7 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
 
+from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel
 from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
@@ -65,8 +66,10 @@ def problem_files(folder: Path = BUNDLED / "gsm-symbolic") -> None:
 # --- causal model and teacher ---
 
 
-def fresh_network(device: str, *, layers: int = 12, like: Network | None = None) -> Network:
-    """The bundled shape: 9.6 M parameters, 12 layers of width 256. `like`: with this network's vocabulary."""
+def fresh_network(name: str, device: str, *, layers: int = 12, like: Network | None = None) -> Network:
+    """Layers of width 256: the bundled shape (9.6 M parameters with 12 of them), or that with the vocabulary and the
+    positions of `like`.
+    """
     torch.manual_seed(0)
     tok = tokenizer() if like is None else like.tokenizer
     config = LlamaConfig(
@@ -82,9 +85,7 @@ def fresh_network(device: str, *, layers: int = 12, like: Network | None = None)
         eos_token_id=tok.eos_token_id,
         bos_token_id=tok.bos_token_id,
     )
-    return Network(
-        LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tok, name="gsm-ar"
-    )
+    return Network(LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tok, name=name)
 
 
 def accuracy(count: int, **settings: Any) -> Evaluate:
@@ -119,7 +120,7 @@ def ar(
     dev: int = 500,
 ) -> None:
     """Train the causal model from scratch."""
-    network = fresh_network(device())
+    network = fresh_network("gsm-ar", device())
     objective = CausalObjective(network.role, load_examples(runs / "data"), network.eos_token_id)
     settings = gpu_settings(
         max_steps=steps,
@@ -222,9 +223,7 @@ def trajectories(
         teacher=teacher_of(network),
         settings={
             "max_new_tokens": MAX_ANSWER,
-            "block_size": BLOCK,
-            "threshold": threshold,
-            "gaps": gaps,
+            **threshold_rule(decoder),
             "early_stop": True,
             "keep": "solved" if solved else "all",
         },
@@ -262,7 +261,11 @@ def own_states(
         rows,
         runs / name,
         teacher=teacher_of(judge),
-        settings={"threshold": threshold, "teacher_canvas_length": labelling.canvas_length, **of_student(network)},
+        settings={
+            **threshold_rule(decoder),
+            "teacher_canvas_length": labelling.canvas_length,
+            **of_student(network),
+        },
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,

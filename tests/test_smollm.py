@@ -90,7 +90,8 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
         smollm.shift(runs, **SMALL)
         smollm.teacher(runs, **SMALL, visited=0.8)
         smollm.trajectories(runs, gsm8k=gsm8k, prompts=4, gsm8k_prompts=2, batch_size=4, solved=False)
-        smollm.report(runs, gsm8k=gsm8k, test=3, gsm8k_test=2, batch_size=4)  # of what there is before the student
+        # Of what there is before the student.
+        smollm.report(runs, gsm8k=gsm8k, test=3, gsm8k_test=2, threshold=[0.9], batch_size=4)
         smollm.student(runs, **SMALL, rank=4, examples=30, late=0.4, visited=0.8)
         cllm.trajectories(**causal, gsm8k=gsm8k, prompts=4, gsm8k_prompts=2, batch_size=4, solved=False)
         cllm.student(**causal, name="cllm", **SMALL, rank=4)
@@ -141,9 +142,11 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
 
     for module in (smollm, sys.modules["gsm"], cllm):
         monkeypatch.setattr(module, "train", fail)
-    monkeypatch.setattr(smollm, "answered", fail)
+    answered = []  # a job that fails is only noted, and tried again
+    monkeypatch.setattr(smollm, "answered", lambda *arguments: answered.append(arguments))
     monkeypatch.setattr(cllm, "shares", lambda *arguments, **settings: None)
     stages()
+    assert not answered
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     assert not list((runs / "answers").glob("*.failed"))
 

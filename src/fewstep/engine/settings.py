@@ -181,11 +181,7 @@ class GenerationSettings:
         if name == "block":
             return Block(
                 role=role,
-                policy=self.policy
-                or Threshold(
-                    at_least=role.threshold if self.threshold is None else self.threshold,
-                    gaps=role.gaps if self.gaps is None else self.gaps,
-                ),
+                policy=self.policy or self._threshold(role),
                 sampling=self.sampling,
                 early_stop=self.early_stop,
             )
@@ -241,11 +237,18 @@ class GenerationSettings:
         eps = DreamSchedule.eps if self.eps is None else self.eps
         return DreamSchedule(alg=self.alg, num_steps=self.steps or self._canvas_room(), eps=eps)
 
+    def _threshold(self, role: Role) -> Threshold:
+        """As set, else as the role says."""
+        return Threshold(
+            at_least=role.threshold if self.threshold is None else self.threshold,
+            gaps=role.gaps if self.gaps is None else self.gaps,
+        )
+
     def _diffusion_policy(self, role: Role) -> Policy:
         if self.alg is not None:
             return self._dream_schedule()
         if self.threshold is not None:
-            return Threshold(at_least=self.threshold, gaps=role.gaps if self.gaps is None else self.gaps)
+            return self._threshold(role)
         if self.gaps is not None:
             raise FewstepError("gaps limits what a threshold finalises; set threshold with it, and no steps or order")
         if self.order == "origin":

@@ -62,7 +62,7 @@ def read(path: Path) -> GGUFModel:
         if tensor.tensor_type not in readable:
             try:
                 dequantize(tensor.data[:1], tensor.tensor_type)
-            except (NotImplementedError, ValueError) as error:
+            except (NotImplementedError, ValueError) as error:  # no reader, or data it does not fit
                 raise FewstepError(
                     f"{path} holds {name} in the quantisation {tensor.tensor_type.name}, which cannot be read; "
                     "choose a file in another one, such as Q8_0"
