@@ -37,10 +37,12 @@ from jobs import Job, results, spread
 from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make_tables
 
 from fewstep.engine.language_model import load
+from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
 from fewstep.measure.evaluate import evaluate
 from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.metrics import clustered_paired_interval, paired_interval
+from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.timing import describe_machine, this_command, time_interleaved
 from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
@@ -337,7 +339,8 @@ def report(
 ) -> None:
     """Answer test problems with every model that is there, spread over the visible GPUs, and gather `report.json`.
 
-    What was answered is kept, one file a model and set; a rerun does what is missing.
+    What was answered is kept, one file a model and set; a rerun does what is missing. `accuracy.png` and `.svg` show
+    the set gsm-symbolic.
     """
     sets = {"gsm-symbolic": problems("test", test)}
     if gsm8k is not None:
@@ -375,6 +378,14 @@ def report(
         },
     }
     write_json_whole(runs / "report.json", told)
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["set"] == "gsm-symbolic":
+            curves.setdefault(row["contender"].split("-")[0], []).append(row)
+    try:
+        plot_accuracy(curves, runs / "accuracy", title=f"{test:,} test problems of GSM-Symbolic")
+    except FewstepError as error:  # without matplotlib; the same command draws it later from what is there
+        print(error)
     for row in rows:
         low, high = row["accuracy_ci95"]
         print(
