@@ -97,6 +97,18 @@ def test_training_lowers_the_loss(role, tmp_path):
     assert not (tmp_path / "out" / "finished").exists()
 
 
+def test_a_line_of_the_log_has_the_means_of_the_steps_since_the_last(tmp_path):
+    histories = {}
+    for every in (1, 3):
+        network = tiny_network("autoregressive")
+        settings = replace(SETTINGS, max_steps=7, log_every=every, save_every=None)
+        histories[every] = train(network, objective_for(network), settings, tmp_path / f"out{every}").history
+    steps = [line["loss"] for line in histories[1]]
+    assert [line["step"] for line in histories[3]] == [3, 6, 7]
+    means = [sum(steps[:3]) / 3, sum(steps[3:6]) / 3, steps[6]]
+    assert [line["loss"] for line in histories[3]] == pytest.approx(means, rel=1e-5)
+
+
 def test_two_half_batches_step_as_one_whole_batch_does(tmp_path):
     """With documents of one length, both fill the rows, and the means over halves average to the mean."""
     prompts = [[3, 10 + i % 30, 4] for i in range(64)]

@@ -36,7 +36,7 @@ class TrainSettings:
     weights_dtype: Annotated[Literal["float32", "bfloat16"], "What the weights are saved in."] = "float32"
     compiled: Annotated[bool, "Compile the layers, which pays on a GPU."] = False
     seed: Annotated[int, "Seed of the order of the examples and of all noise."] = 0
-    log_every: Annotated[int, "Steps from one line of the log to the next."] = 20
+    log_every: Annotated[int, "Steps from one line of the log to the next, which has their means."] = 20
     save_every: Annotated[int | None, "Steps from one checkpoint to the next; they are removed at the end."] = 500
     evaluate_every: Annotated[int | None, "Steps from one evaluation to the next; by default there is none."] = None
 

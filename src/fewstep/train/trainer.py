@@ -147,6 +147,7 @@ class _Run:
         )
         self.step = 0
         self.seconds = 0.0
+        self.means = _Means()
         self.checkpoints = Checkpoints(
             output / "checkpoints", self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
         )
@@ -177,7 +178,7 @@ class _Run:
                 self._evaluate()  # which is all that was missing
             while self.step < settings.max_steps:
                 started = time.monotonic()
-                parts = self.learner.step(self.objective, self.stream)
+                self.means.add(self.learner.step(self.objective, self.stream))
                 self.step += 1
                 is_last = self.step == settings.max_steps
                 stops = interrupt.wanted
@@ -185,8 +186,9 @@ class _Run:
                 evaluates = settings.evaluate_every is not None and (self._due(settings.evaluate_every) or is_last)
                 logs = evaluates or is_last or self._due(settings.log_every)
                 if logs or saves or stops:
-                    figures = self._figures(parts)
+                    figures = self._figures()
                 if logs:
+                    self.means.clear()
                     figures["tokens_per_second"] = self._sum(window.rate(self.stream.num_tokens))
                     self._record(figures)
                 self.log.advance(self.step)
@@ -210,13 +212,14 @@ class _Run:
 
     # Watching
 
-    def _figures(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """The parts as numbers, averaged over the processes, and the learning rate.
+    def _figures(self) -> dict[str, float]:
+        """Means over the steps since the last line of the log and over the processes, and the learning rate.
 
         FewstepError if one is not finite: such weights must not reach a checkpoint.
         """
-        values = self.accelerator.reduce(torch.stack(list(parts.values())).float(), "mean").tolist()
-        figures = dict(zip(parts, values, strict=True))
+        means = self.means.means
+        values = self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+        figures = dict(zip(means, values, strict=True))
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise FewstepError(
@@ -265,7 +268,7 @@ class _Run:
             "history": self.log.history,
             "monitor": self.monitor.state_dict() if self.monitor else None,
         }
-        self.checkpoints.save(self.step, run, self.stream.state_dict())
+        self.checkpoints.save(self.step, run, {"stream": self.stream.state_dict(), "means": self.means.state_dict()})
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -274,7 +277,8 @@ class _Run:
             return
         run, local = found
         self.step, self.seconds, self.log.history = run["step"], run["seconds"], run["history"]
-        self.stream.load_state_dict(local)
+        self.stream.load_state_dict(local["stream"])
+        self.means.load_state_dict(local["means"], device=self.accelerator.device)
         if self.monitor is not None and run["monitor"] is not None:
             self.monitor.load_state_dict(run["monitor"])
 
@@ -338,6 +342,32 @@ def _publish(finished: Path, output: Path) -> None:
     for path in sorted(finished.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
         path.replace(output / path.name)
     finished.rmdir()
+
+
+class _Means:
+    """Figures of this process averaged over steps, kept on the device: nobody waits for them before they are logged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        self._sums = {name: self._sums.get(name, 0.0) + value.float() for name, value in parts.items()}
+        self._count += 1
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        return {name: value / self._count for name, value in self._sums.items()}
+
+    def clear(self) -> None:
+        self._sums, self._count = {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.item() for name, value in self._sums.items()}, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
+        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self._count = state["count"]
 
 
 class _Window:
