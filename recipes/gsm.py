@@ -28,14 +28,14 @@ from fewstep.measure.gsm_symbolic import problems, write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings, join
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import Evaluate, TrainSettings, train
-from fewstep.train.trajectory_table import read_table
+from fewstep.train.trajectory_table import join, read_table
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]

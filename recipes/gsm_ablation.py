@@ -32,7 +32,7 @@ from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TrajectoryTable, join
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
@@ -41,7 +41,7 @@ from fewstep.train.objectives import MaskedDiffusionObjective, Objective
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import TrainResult, TrainSettings, train
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
-from fewstep.train.trajectory_table import read_table
+from fewstep.train.trajectory_table import TrajectoryTable, join, read_table
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]

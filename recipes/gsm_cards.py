@@ -1,6 +1,7 @@
-"""Model cards of the bundled models, written from what was measured: every number comes from a JSON file.
+"""Model cards of the bundled models, written from what was measured: every number comes from a file of results.
 
-The results folder is what `gsm_measure.py` and `gsm_ablation.py` wrote, `report` the `report.json` that the trainer
+The results folder is what the recipes gsm_measure.py, gsm_throughput.py, gsm_ablation.py, compare_decoders.py and
+`cllm.py shares` wrote (JSON files, and tables that they wrote as Markdown), `report` the `report.json` that the trainer
 left beside the weights. A part whose file is missing is left out, and `Sources.missing` names it.
 """
 
@@ -8,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from gsm_tokenizer import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 
 from fewstep.files import read_json
 from fewstep.measure.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
@@ -370,7 +373,8 @@ def _limits(sources: Sources) -> str:
         "- It knows one kind of text: English word problems with their instruction, answered in a few fixed styles. It "
         "is a research model to "
         "show and test decoding, not an assistant.",
-        "- Prompts are at most 160 tokens and answers at most 256; positions end at 512.",
+        f"- Prompts are at most {MAX_PROMPT_TOKENS} tokens and answers at most {MAX_ANSWER_TOKENS}; positions end at "
+        "512.",
         "- Wrong arithmetic looks like right arithmetic. Check what it says.",
     ]
     if found is not None:

@@ -308,7 +308,12 @@ def accuracy(
     def make_jobs() -> list[Job]:
         return accuracy_jobs(sets, everyone, shard=shard, batch_size=batch_size)
 
-    if spread(make_jobs, results_folder / "accuracy", time_limit_s=time_limit):
+    settings = {
+        "ar": ar, "cllm": cllm, "teacher": teacher, "student": student, "test": test, "heldout": heldout, "dev": dev,
+        "published": published, "training_free": training_free, "gaps": gaps, "max_new_tokens": max_new_tokens,
+        "shard": shard,
+    }  # fmt: skip
+    if spread(make_jobs, results_folder / "accuracy", settings=settings, time_limit_s=time_limit):
         told = gather_accuracy(results_folder, sets, slack)
         for row in told["rows"]:
             print(

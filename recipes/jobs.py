@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
 
 _WORKER = "FEWSTEP_RECIPE_WORKER"
@@ -44,17 +45,25 @@ def results(folder: Path) -> dict[str, Any]:
     return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
-def spread(make_jobs: Callable[[], Sequence[Job]], folder: Path, *, time_limit_s: float | None = None) -> bool:
+def spread(
+    make_jobs: Callable[[], Sequence[Job]],
+    folder: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    time_limit_s: float | None = None,
+) -> bool:
     """Do the missing jobs, with a process for each visible GPU if there are several.
 
     The processes run this same command again; in them the function returns False when nothing is left to take, in the
     command itself True, so that it goes on to gather. No job is begun that would, if it takes as long as the longest
-    one before it, end after `time_limit_s`.
+    one before it, end after `time_limit_s`. `settings` are what the jobs' names do not say; they are kept beside the
+    folder, and FewstepError is raised where there are results of others.
     """
     if _WORKER in os.environ:
         work(make_jobs(), folder, deadline_s=float(os.environ[_DEADLINE]))
         return False
     folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(folder, dict(settings or {}))
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
     deadline_s = time.time() + (float("inf") if time_limit_s is None else time_limit_s)
@@ -66,6 +75,15 @@ def spread(make_jobs: Callable[[], Sequence[Job]], folder: Path, *, time_limit_s
     for failure in sorted(folder.glob("*.failed")):
         print(f"failed: {failure.stem}: {failure.read_text().strip().splitlines()[-1]}", flush=True)
     return True
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    file = folder.with_name(f"{folder.name}-settings.json")
+    kept = read_json(file) if file.exists() and any(folder.glob("*.json")) else {}
+    differing = [f"{key} {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
+    if differing:
+        raise FewstepError(f"{folder} holds results of {'; '.join(differing)}: empty it, or name another folder")
+    write_json_whole(file, {**kept, **settings})
 
 
 def _run_again(devices: Sequence[str], deadline_s: float) -> None:

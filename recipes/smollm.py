@@ -155,10 +155,10 @@ def teacher(
     source: str = "ar",
     name: str = "teacher",
     context_attention: ContextAttention = "causal",
-    steps: int = 3000,
+    steps: int = 4200,
     rows: int = 32,
     row_length: int = 2048,
-    learning_rate: float = 8e-4,
+    learning_rate: float = 6e-4,
     shift: bool = True,
     leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
     frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
@@ -213,10 +213,10 @@ def trajectories(
     name: str = "trajectories",
     gsm8k: GSM8K = None,
     prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 6144,
-    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 1024,
+    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 512,
     batch_size: int = 512,
-    threshold: Annotated[float | None, typer.Option(help="by default one token a pass")] = None,
-    gaps: Annotated[int | None, typer.Option(help="with a threshold")] = None,
+    threshold: Annotated[float | None, typer.Option(help="one token a pass without")] = 0.95,
+    gaps: Annotated[int | None, typer.Option(help="with a threshold")] = 2,
     solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
     seed: int = 7,
 ) -> None:
@@ -236,17 +236,17 @@ def student(
     own: Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")] = None,
     examples: Annotated[
         int, typer.Option(help="references: so many rows of the data and all of GSM8K's, or 0 for those of the store")
-    ] = 0,
-    steps: int = 600,
-    rows: int = 24,
+    ] = 300_000,
+    steps: int = 1200,
+    rows: int = 20,
     row_length: int = 2048,
-    learning_rate: float = 6e-4,
+    learning_rate: float = 2e-4,
     rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 128,
     distillation: float = 1.0,
-    denoising: float = 0.1,
-    consistency: float = 0.5,
-    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
-    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.0,
+    denoising: float = 2.0,
+    consistency: float = 0.0,
+    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.4,
+    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.8,
     seed: int = 0,
     dev: int = 500,
 ) -> None:
@@ -332,7 +332,7 @@ def report(
     gsm8k: GSM8K = None,
     test: Annotated[int, typer.Option(help="test problems of GSM-Symbolic")] = 1000,
     gsm8k_test: Annotated[int | None, typer.Option(help="test problems of GSM8K; by default all")] = None,
-    threshold: Annotated[list[float], typer.Option()] = [0.9, 0.95],  # noqa: B006
+    threshold: Annotated[list[float], typer.Option()] = [0.95, 0.97, 0.98],  # noqa: B006
     gaps: Annotated[int | None, typer.Option(help="with every threshold")] = 2,
     batch_size: int = 512,
     time_limit_s: Annotated[float | None, typer.Option(help="begin nothing that would end later")] = None,
@@ -351,7 +351,8 @@ def report(
         for task, items in sets.items()
         for name, contender in everyone.items()
     ]
-    if not spread(lambda: jobs, runs / "answers", time_limit_s=time_limit_s):
+    asked = {task: len(items) for task, items in sets.items()}
+    if not spread(lambda: jobs, runs / "answers", settings=asked, time_limit_s=time_limit_s):
         return
     found = results(runs / "answers")
     rows = [

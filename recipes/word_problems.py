@@ -4,7 +4,7 @@ Rows become token tables, one file a part, and prompts of trajectories, with any
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import Pool
@@ -89,16 +89,16 @@ def make_tables(
     folder: Path, tokenizer: Path, examples: int, *, seed: int, workers: int, gsm8k: Path | None = None
 ) -> None:
     """The missing parts of `examples` rows of GSM-Symbolic, and of GSM8K's training problems if its folder is given."""
+    if examples < 1 or workers < 1:
+        raise FewstepError("--examples and --workers must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        Part(
-            path=folder / f"part-{i:04d}.safetensors",
-            tokenizer=tokenizer,
-            seed=seed * 1_000_000 + i,
-            count=min(ROWS_PER_PART, examples - first),
-        )
-        for i, first in enumerate(range(0, examples, ROWS_PER_PART))
-    ]
+    parts = []
+    for i, first in enumerate(range(0, examples, ROWS_PER_PART)):
+        count = min(ROWS_PER_PART, examples - first)
+        path = folder / f"part-{i:04d}-{count}.safetensors"
+        for old in set(folder.glob(f"part-{i:04d}-*.safetensors")) - {path}:
+            old.unlink()  # of another length, when --examples was another number
+        parts.append(Part(path=path, tokenizer=tokenizer, seed=seed * 1_000_000 + i, count=count))
     if gsm8k is not None:
         parts.insert(0, Part(path=folder / "gsm8k.safetensors", tokenizer=tokenizer, gsm8k=gsm8k / "train.jsonl"))
     with Pool(min(workers, len(parts))) as pool:
@@ -109,24 +109,13 @@ def make_tables(
 
 def load_examples(folder: Path, count: int | None = None) -> Examples:
     """All parts as one table: GSM-Symbolic's rows, or the first `count` of them, and GSM8K's repeated if there."""
-    made: list[Mapping[str, torch.Tensor]] = [load_file(file) for file in sorted(folder.glob("part-*.safetensors"))]
-    real = [load_file(file) for file in folder.glob("gsm8k.safetensors")]
+    made = [Examples(**load_file(file)) for file in sorted(folder.glob("part-*.safetensors"))]
+    real = [Examples(**load_file(file)) for file in folder.glob("gsm8k.safetensors")]
     if not made and not real:
         raise FewstepError(f"{folder} holds no token tables; make them with the recipe's stage `data`")
     if made and count is not None:
-        made = [vars(joined(made).head(count))]
-    return joined([*made, *real * GSM8K_REPEATS])
-
-
-def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> Examples:
-    """Tables one after the other, as one."""
-
-    def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.cat([part[f"{name}_offsets"].diff() for part in parts])
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return torch.cat([part[f"{name}_ids"] for part in parts]), offsets
-
-    return Examples(*of("prompt"), *of("completion"))
+        made = [Examples.joined(made).head(count)]
+    return Examples.joined([*made, *real * GSM8K_REPEATS])
 
 
 # --- prompts ---

@@ -24,10 +24,11 @@ from fewstep.models.importers.shapes import SHAPES, tiny_tokenizer_for, write_ra
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
-from fewstep.train.cdlm import CDLMObjective, CDLMSettings, TrajectoryTable
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import CLEAN, NOISY, Batch, MaskedDiffusionObjective, Objective
 from fewstep.train.stream import BatchStream
+from fewstep.train.trajectory_table import TrajectoryTable
 
 VOCABULARY, WIDTH, HIDDEN, LAYERS, HEADS = 64, 32, 64, 2, 4
 HEAD_WIDTH = WIDTH // HEADS
@@ -873,7 +874,9 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(
 # GGUF
 
 
-def write_gguf(path: Path, architecture: str, *, quantisation: str = "F32", extra: str | None = None) -> Path:
+def write_gguf(
+    path: Path, architecture: str, *, quantisation: str = "F32", extra: str | None = None, scaling: str | None = None
+) -> Path:
     """A tiny causal model as llama.cpp writes it: its names, and for llama its order of query and key rows."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
@@ -889,6 +892,9 @@ def write_gguf(path: Path, architecture: str, *, quantisation: str = "F32", extr
     writer.add_rope_freq_base(10_000.0)
     if architecture == "llama":
         writer.add_rope_dimension_count(HEAD_WIDTH)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
     writer.add_vocab_size(VOCABULARY)
     words = ["<pad>", "<eos>", "01", *(chr(code) for code in range(ord("0"), ord("0") + VOCABULARY - 3))]
     writer.add_tokenizer_model("gpt2")
@@ -953,6 +959,7 @@ def test_a_gguf_file_becomes_a_causal_folder(architecture: str, quantisation: st
         ({"architecture": "mamba"}, "has the architecture 'mamba', which no importer knows"),
         ({"quantisation": "Q8_1"}, r"holds token_embd\.weight in the quantisation Q8_1, which cannot be read"),
         ({"extra": "rope_freqs.weight"}, r"holds rope_freqs\.weight, which fits nowhere"),
+        ({"scaling": "yarn"}, r"sets llama\.rope\.scaling\.type to 'yarn': its positions are scaled"),
         ({"extra": "blk.2.attn_norm.weight"}, r"holds blk\.2\.attn_norm\.weight, which fits nowhere"),
     ],
 )

@@ -23,7 +23,7 @@ from fewstep.models.masks import Layout
 from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train import losses
-from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings, TopDistributions, TrajectoryTable
+from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption, later_state, stratified_uniform
 from fewstep.train.examples import Examples
@@ -32,7 +32,7 @@ from fewstep.train.packing import best_fit, pack
 from fewstep.train.relabel import Labelling, label, labelled, of_student
 from fewstep.train.stream import PreparedStream
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
-from fewstep.train.trajectory_table import read_table
+from fewstep.train.trajectory_table import TopDistributions, TrajectoryTable, join, read_table
 
 PROMPTS = [[3, 10, 11, 4], [3, 12, 13, 14, 15, 4], [3, 9, 4]]
 ANSWERS = [[20, 21, 22, 23, 24, 1], [30, 31, 1], [40, 41, 42, 43, 44, 45, 46, 47, 48, 1]]
@@ -878,3 +878,15 @@ def test_a_document_too_long_for_a_row_is_reported_from_the_thread_too(examples)
     )
     with closing(stream), pytest.raises(FewstepError, match="use longer rows"):
         stream.next()
+
+
+def test_only_trajectories_with_as_many_top_tokens_are_joined():
+    def table(top_k: int) -> TrajectoryTable:
+        dist = TopDistributions(torch.zeros(3, top_k, dtype=torch.long), torch.zeros(3, top_k), torch.zeros(3))
+        return TrajectoryTable(Examples.from_ids([[5]], [[6, 7, 1]]), torch.tensor([2, 1, 3]), dist)
+
+    joined = join(table(2), table(2))
+    assert joined.examples.completion_offsets.tolist() == [0, 3, 6]
+    assert joined.rank_P.tolist() == [2, 1, 3, 2, 1, 3]
+    with pytest.raises(FewstepError, match="the top 2 tokens of a position cannot be joined with others that have 3"):
+        join(table(2), table(3))

@@ -128,6 +128,20 @@ def test_no_job_is_begun_after_the_deadline_and_a_failed_one_is_tried_again(jobs
     assert jobs.results(tmp_path)["bad"]["now"] == "good"
 
 
+def test_results_of_other_settings_are_not_mixed_in(jobs: ModuleType, tmp_path: Path) -> None:
+    def spread(**settings: int) -> bool:
+        job = jobs.Job(name="one", run=lambda: settings)
+        return jobs.spread(lambda: [job], tmp_path / "answers", settings=settings)
+
+    assert spread(gaps=2)
+    assert spread(gaps=2, shard=100)
+    with pytest.raises(FewstepError, match="answers holds results of gaps 2, not 3; shard 100, not 200: empty it"):
+        spread(gaps=3, shard=200)
+    assert jobs.results(tmp_path / "answers")["one"]["gaps"] == 2
+    (tmp_path / "answers" / "one.json").unlink()
+    assert spread(gaps=3, shard=200)
+
+
 def test_a_job_that_another_process_holds_is_left_to_it(jobs: ModuleType, tmp_path: Path) -> None:
     with jobs._claimed(tmp_path / "lock") as mine, jobs._claimed(tmp_path / "lock") as too:
         assert mine

@@ -1,5 +1,6 @@
 """`fewstep compare`: two models, or two settings of one, on the same problems."""
 
+import difflib
 from typing import Annotated, Any
 
 import typer
@@ -57,7 +58,11 @@ def _parse(specification: str) -> tuple[str, dict[str, Any]]:
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
-        if not equals or (key not in known and key != "role"):
-            raise FewstepError(f"{part!r} in {specification!r} is no setting=value; settings: role, {', '.join(known)}")
+        key = key.replace("-", "_")
+        choices = ["role", *known]
+        if not equals or key not in choices:
+            close = difflib.get_close_matches(key, choices, n=1) if equals else []
+            hint = f"did you mean {close[0]!r}?" if close else f"settings: {', '.join(choices)}"
+            raise FewstepError(f"{part!r} in {specification!r} is no setting=value; {hint}")
         settings[key] = value if key == "role" else known[key].read_option(value)
     return name, settings

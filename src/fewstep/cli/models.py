@@ -36,7 +36,7 @@ def _bundled() -> list[dict[str, Any]]:
                 "name": name,
                 "role": role,
                 "block_size": None if role == "autoregressive" else config.get("block_size"),
-                "context_attention": config.get("context_attention"),
+                "context_attention": None if role == "autoregressive" else config.get("context_attention"),
                 "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 1),
                 "description": _description(folder / "README.md"),
             }

@@ -5,8 +5,9 @@ Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = roo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +135,10 @@ def threshold_rule(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def whole_blocks(count: int, block_size: int) -> int:
+_Count = TypeVar("_Count", int, np.ndarray)
+
+
+def whole_blocks(count: _Count, block_size: int) -> _Count:
     """`count` rounded up to whole blocks."""
     return -(-count // block_size) * block_size
 

@@ -221,12 +221,12 @@ class GenerationSettings:
             case "speculative":
                 if draft is None:
                     raise FewstepError(
-                        "the speculative decoder needs a draft; name a small model of the same vocabulary"
+                        "the speculative decoder needs a draft (--draft): name a small model of the same vocabulary"
                     )
                 return Speculative(**shared, **given, draft=draft)
             case _:
                 if heads is None:
-                    raise FewstepError("the medusa decoder needs heads; name the folder that holds them")
+                    raise FewstepError("the medusa decoder needs heads (--heads): name the folder that holds them")
                 return Medusa(**shared, **given, heads=heads, typical=self.typical)
 
     def _canvas_room(self) -> int:

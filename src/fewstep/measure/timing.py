@@ -98,8 +98,8 @@ def time_interleaved(
 
     Before that each answers the first prompt once unmeasured. `progress` is called after each prompt.
     """
-    if not prompts:
-        raise FewstepError("there is nothing to time: give at least one prompt")
+    if not prompts or not contenders:
+        raise FewstepError("there is nothing to time: give at least one prompt and one model")
     names = list(contenders)
     for name in names:
         contenders[name](prompts[0])

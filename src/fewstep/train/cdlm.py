@@ -8,13 +8,14 @@ same block, scored by a second packed forward without gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.decode.decoder import whole_blocks
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
@@ -28,76 +29,11 @@ from fewstep.train.objectives import (
     Opening,
     PackedDocuments,
     check_packable,
-    whole_blocks,
 )
+from fewstep.train.trajectory_table import HiddenDistributions, TopDistributions, TrajectoryTable
 
 Distillation = Literal["forward", "reverse", "hard"]
 LaterState = Literal["next", "uniform", "last"]
-
-
-@dataclass(frozen=True)
-class TopDistributions:
-    """The teacher's distribution at each stored position: top-K ids and log-probabilities [P, K], log of the mass
-    outside them [P].
-    """
-
-    ids_PK: Tensor
-    logp_PK: Tensor
-    tail_P: Tensor
-
-    def at(self, positions_N: Tensor) -> "TopDistributions":
-        """Those at these stored positions."""
-        return TopDistributions(self.ids_PK[positions_N], self.logp_PK[positions_N], self.tail_P[positions_N])
-
-    def fingerprint(self) -> str:
-        return f"top {self.ids_PK.shape[1]}: {fingerprint(self.tail_P)}"
-
-    def divergence(self, student_PV: Tensor, direction: str) -> Tensor:
-        """Mean divergence in nats."""
-        return losses.divergence_from_top(
-            self.ids_PK.long(), self.logp_PK, self.tail_P, student_PV, direction=direction
-        )
-
-
-@dataclass(frozen=True)
-class HiddenDistributions:
-    """The teacher's hidden row after the final norm at each stored position [P, D], and the teacher's own head."""
-
-    hidden_PD: Tensor
-    head: Callable[[Tensor], Tensor]
-
-    def at(self, positions_N: Tensor) -> "HiddenDistributions":
-        """Those at these stored positions."""
-        return HiddenDistributions(self.hidden_PD[positions_N], self.head)
-
-    def fingerprint(self) -> str:
-        return f"hidden {self.hidden_PD.shape[1]}: {fingerprint(self.hidden_PD[:, 0])}"
-
-    def divergence(self, student_PV: Tensor, direction: str) -> Tensor:
-        """Mean divergence in nats."""
-        # Full precision also where the student trains in bfloat16.
-        with torch.no_grad(), torch.autocast(student_PV.device.type, enabled=False):
-            teacher_PV = self.head(self.hidden_PD)
-        return losses.divergence(teacher_PV, student_PV, direction=direction)
-
-
-@dataclass(frozen=True)
-class TrajectoryTable:
-    """Trajectories as flat tensors: prompts and final ids, and each position's step rank [P].
-
-    Rank 0 is not recorded: a position that was given, or that was never finalised and holds the mask token.
-    `of_student`: the final ids are what the student drew, at states that it visited itself; the distributions are the
-    teacher's all the same.
-    """
-
-    examples: Examples
-    rank_P: Tensor
-    distributions: TopDistributions | HiddenDistributions | None
-    of_student: bool = False
-
-    def __post_init__(self) -> None:
-        if len(self.rank_P) != len(self.examples.completion_ids):
-            raise ValueError(f"{len(self.rank_P)} ranks for {len(self.examples.completion_ids)} stored positions")
 
 
 @dataclass(frozen=True)
@@ -150,7 +86,7 @@ class CDLMSettings:
     ] = "uniform"
     temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
     untouched: Annotated[float, "Share of the trajectories' blocks that are shown hidden whole."] = 0.1
-    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which collapses."] = False
+    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
 
     def __post_init__(self) -> None:
         for name in ("distillation", "consistency", "denoising"):
@@ -168,7 +104,8 @@ class CDLMSettings:
             raise FewstepError(f"unknown later_state {self.later_state!r}; choose {', '.join(get_args(LaterState))}")
         if self.consistency and not self.distillation and not self.denoising and not self.allow_unanchored:
             raise FewstepError(
-                "a consistency loss alone collapses; add distillation or denoising, or force it with allow_unanchored"
+                "a consistency loss alone may collapse; add distillation or denoising, or force it with "
+                "allow_unanchored"
             )
 
 
@@ -206,7 +143,7 @@ class CDLMObjective:
         offsets = table.examples.completion_offsets.cpu().numpy()
         orders = BlockOrders.of(offsets, table.rank_P.cpu().numpy(), role.block_size)
         self.examples = (
-            concatenate(table.examples, references) if self.settings.denoising and references else table.examples
+            Examples.joined([table.examples, references]) if self.settings.denoising and references else table.examples
         )
         # References follow the trajectories in the flat completions; their ranks are never read as recorded.
         self.rank_P = _padded(table.rank_P.long(), len(self.examples.completion_ids))
@@ -377,30 +314,6 @@ class _BlockStates:
 
 
 _NEVER = torch.iinfo(torch.long).max
-
-
-def join(first: TrajectoryTable, second: TrajectoryTable) -> TrajectoryTable:
-    """The trajectories of both, those of `first` first. FewstepError if their distributions are stored differently."""
-    one, other = first.distributions, second.distributions
-    if not (isinstance(one, TopDistributions) and isinstance(other, TopDistributions)):
-        raise FewstepError("joining trajectories needs distributions stored as top_k in both")
-    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(TopDistributions)]
-    return TrajectoryTable(
-        concatenate(first.examples, second.examples),
-        torch.cat([first.rank_P, second.rank_P]),
-        TopDistributions(*(torch.cat(pair) for pair in pairs)),
-        of_student=first.of_student or second.of_student,
-    )
-
-
-def concatenate(first: Examples, second: Examples) -> Examples:
-    """The examples of both, those of `first` first."""
-    return Examples(
-        torch.cat([first.prompt_ids, second.prompt_ids]),
-        torch.cat([first.prompt_offsets, second.prompt_offsets[1:] + first.prompt_offsets[-1]]),
-        torch.cat([first.completion_ids, second.completion_ids]),
-        torch.cat([first.completion_offsets, second.completion_offsets[1:] + first.completion_offsets[-1]]),
-    )
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

@@ -21,7 +21,6 @@ from fewstep.errors import FewstepError
 from fewstep.models.masks import Layout
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
-from fewstep.train.cdlm import concatenate
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import CLEAN, Batch, Forward, Inputs, Loss, PackedDocuments
 
@@ -113,7 +112,7 @@ class CLLMSettings:
     augmented: Annotated[float, "Share of windows in which half of the wrong tokens are made right."] = 0.0
     temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
     label_smoothing: Annotated[float, "Label smoothing of the cross-entropy."] = 0.0
-    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which collapses."] = False
+    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
 
     def __post_init__(self) -> None:
         for name in ("consistency", "autoregressive"):
@@ -136,7 +135,7 @@ class CLLMSettings:
             raise FewstepError(f"label_smoothing is a share below 1, got {self.label_smoothing}; try 0.1")
         if self.consistency and not self.autoregressive and not self.allow_unanchored:
             raise FewstepError(
-                "a consistency loss alone collapses; add an autoregressive loss, or force it with allow_unanchored"
+                "a consistency loss alone may collapse; add an autoregressive loss, or force it with allow_unanchored"
             )
 
 
@@ -179,7 +178,7 @@ class CLLMObjective:
         if self._on_references:
             if references is None:
                 raise FewstepError("labels reference needs reference answers, which these trajectories do not hold")
-            self.examples = concatenate(table.examples, references)
+            self.examples = Examples.joined([table.examples, references])
         self.num_examples = len(self.examples)
         self._lengths = self.examples.lengths()
 

@@ -62,6 +62,17 @@ class Examples:
         return fingerprint(self.prompt_ids, self.prompt_offsets, self.completion_ids, self.completion_offsets)
 
     @classmethod
+    def joined(cls, parts: Sequence["Examples"]) -> "Examples":
+        """The examples of all parts, one part after the other."""
+
+        def of(name: str) -> tuple[Tensor, Tensor]:
+            lengths = torch.cat([getattr(part, f"{name}_offsets").diff() for part in parts])
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            return torch.cat([getattr(part, f"{name}_ids") for part in parts]), offsets
+
+        return cls(*of("prompt"), *of("completion"))
+
+    @classmethod
     def from_ids(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> "Examples":
         """ValueError if there is nothing to learn from."""
         if not prompts or len(prompts) != len(completions):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.decode.decoder import whole_blocks
 from fewstep.errors import FewstepError
 from fewstep.models.masks import Layout
 from fewstep.models.roles import Role
@@ -452,8 +453,3 @@ class MaskedDiffusionObjective:
             scored_RT = ~leftward_RT | (block_RT == active_RT)
         hidden_RT = hidden_RT & documents.is_noisy_RT
         return Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], canvas_RT, num_canvases, leftward_RT)
-
-
-def whole_blocks(lengths_N: np.ndarray, block_size: int) -> np.ndarray:
-    """Lengths rounded up to whole blocks."""
-    return -(-lengths_N // block_size) * block_size

@@ -139,7 +139,7 @@ class _States:
                     f"positions of {teacher.name}; lower canvas_length"
                 )
         extents = [len(prompt) + canvas for prompt, canvas in zip(prompts, canvases, strict=True)]
-        length = -(-max(extents) // LENGTH_BUCKET) * LENGTH_BUCKET
+        length = whole_blocks(max(extents), LENGTH_BUCKET)
         tokens_ML = torch.full((len(outputs), length), int(self._role.mask_token_id or 0))
         steps_ML = torch.full((len(outputs), length), -1)
         for m, (prompt, output, extent) in enumerate(zip(prompts, outputs, extents, strict=True)):
@@ -177,7 +177,7 @@ class _States:
         position_NS = torch.argsort(~now_NL, dim=1, stable=True)[:, :width]
         found_NS = now_NL.gather(1, position_NS)
         scored_NS = torch.where(found_NS, position_NS - self._context_M[record_N][:, None], -1)
-        length = -(-visited[-1][0] // LENGTH_BUCKET) * LENGTH_BUCKET
+        length = whole_blocks(visited[-1][0], LENGTH_BUCKET)
         return _Batch(record_N, pass_N, scored_NS, length)
 
     def plan(self, batch: _Batch) -> Plan:

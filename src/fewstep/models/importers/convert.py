@@ -213,14 +213,14 @@ def _matched(places: list[Place], family: Family, stock: PreTrainedConfig, sourc
 
 
 def _role(family: Family, config: Config, mask: int | None, source: Path) -> Role:
+    if mask is None and family.needs_mask:
+        raise FewstepError(
+            f"the {family.model_type} checkpoint in {source} has no mask token: neither config.json, "
+            "generation_config.json nor the tokenizer names one; set mask_token_id in config.json"
+        )
     try:
         return family.role(config, mask)
     except FewstepError as error:
-        if mask is None and family.model_type not in ("llama", "qwen2", "qwen3"):
-            raise FewstepError(
-                f"the {family.model_type} checkpoint in {source} has no mask token: neither config.json, "
-                "generation_config.json nor the tokenizer names one; set mask_token_id in config.json"
-            ) from error
         raise FewstepError(f"{source}: {error}") from None
 
 

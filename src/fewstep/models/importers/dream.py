@@ -38,5 +38,6 @@ DREAM = Family(
     role=_role,
     forward=partial(causal.forward, block_size=None),
     names={},
+    needs_mask=True,
     tokenizer_class="Qwen2Tokenizer",
 )

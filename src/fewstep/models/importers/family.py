@@ -28,7 +28,8 @@ class Family:
     that config.json, generation_config.json or the tokenizer names, if any does. `names`: original -> stock names of
     tensors, `{}` for a layer's number; empty if they are the same. `forward(config, weights, tokens_T)`: logits [T, V]
     of the rows as the family's own code computes them, float32, from tensors under their original names.
-    `tokenizer_class`: the stock class that stands in for a tokenizer class that is the family's own code.
+    `needs_mask`: whether it cannot be decoded without a mask token. `tokenizer_class`: the stock class that stands in
+    for a tokenizer class that is the family's own code.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Family:
     role: Callable[[Config, int | None], Role]
     forward: Callable[[Config, Weights, Tensor], Tensor]
     names: Mapping[str, str]
+    needs_mask: bool = False
     tokenizer_class: str = "PreTrainedTokenizerFast"
 
     def stock_name(self, name: str) -> str | None:

@@ -53,6 +53,13 @@ def read(path: Path) -> GGUFModel:
             f"{path} has the architecture {architecture!r}, which no importer knows; "
             f"known are {', '.join(ARCHITECTURES)}"
         )
+    for setting in ("rope.scaling.type", "rope.scale_linear"):
+        scaling = fields.get(f"{architecture}.{setting}", "none")
+        if scaling not in ("none", 1.0):
+            raise FewstepError(
+                f"{path} sets {architecture}.{setting} to {scaling!r}: its positions are scaled, which transformers "
+                "does not read from GGUF files; import the original folder"
+            )
     readable = set()
     for name, tensor in tensors.items():
         if not _known(name, fields.get(f"{architecture}.block_count", 0)):

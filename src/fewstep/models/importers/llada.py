@@ -89,4 +89,6 @@ def _forward(config: Config, weights: Weights, tokens_T: Tensor) -> Tensor:
     )
 
 
-LLADA = Family(model_type="llada", stock_config=_stock_config, role=_role, forward=_forward, names=_NAMES)
+LLADA = Family(
+    model_type="llada", stock_config=_stock_config, role=_role, forward=_forward, names=_NAMES, needs_mask=True
+)

@@ -64,5 +64,6 @@ SDAR = Family(
     role=_role,
     forward=_forward,
     names={},
+    needs_mask=True,
     tokenizer_class="Qwen2Tokenizer",
 )
