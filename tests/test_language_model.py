@@ -306,6 +306,18 @@ def test_an_empty_prompt_is_refused(prompt: Any, raw: bool) -> None:
         lm.generate([prompt], raw=raw, max_new_tokens=4)
 
 
+@pytest.mark.parametrize("prompt", [None, 7])
+def test_what_is_no_text_is_refused(prompt: Any) -> None:
+    with pytest.raises(FewstepError, match="a prompt is a text or a list of messages, got"):
+        model().generate(prompt)
+
+
+def test_an_output_shows_its_text_and_not_its_tensors() -> None:
+    shown = repr(model().generate("abc", max_new_tokens=4))
+    assert "token_ids" in shown
+    assert "tensor" not in shown
+
+
 def test_a_prompt_longer_than_the_models_positions_is_refused() -> None:
     with pytest.raises(FewstepError, match="exceed the 256 positions"):
         model().generate("a" * 300, max_new_tokens=4)

@@ -1,6 +1,6 @@
 """What is asked of a decoder, and what comes back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -67,12 +67,12 @@ class Output:
     num_forwards: int
     seconds: float
     finish_reason: Literal["stop", "length"]
-    canvas_ids_G: Tensor
-    step_G: Tensor
-    confidence_G: Tensor
+    canvas_ids_G: Tensor = field(repr=False)
+    step_G: Tensor = field(repr=False)
+    confidence_G: Tensor = field(repr=False)
     num_draft_forwards: int = 0
-    hidden_GD: Tensor | None = None
-    top_k: TopK | None = None
+    hidden_GD: Tensor | None = field(default=None, repr=False)
+    top_k: TopK | None = field(default=None, repr=False)
     text: str = ""
 
     @property

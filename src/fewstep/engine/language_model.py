@@ -257,5 +257,7 @@ class Stream:
 
 
 def _is_single(prompt: Prompt | Prompts) -> bool:
-    """Whether this is one prompt: a text, or a conversation, whose items are messages."""
+    """Whether this is one prompt: a text, or a conversation, whose items are messages. FewstepError for other types."""
+    if not isinstance(prompt, str | Sequence):
+        raise FewstepError(f"a prompt is a text or a list of messages, got {type(prompt).__name__}")
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
