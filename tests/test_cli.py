@@ -407,6 +407,7 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
         (["--max-new-tokens", "5000"], "1024"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--decoder", "autoregressive"], "autoregressive"),
+        (["--gen-length=8", "--max-new-tokens", "8"], "--gen-length is another name of --max-new-tokens"),
     ],
 )
 def test_generate_refuses(run: Run, networks: dict[str, str], options: list[str], named: str) -> None:
@@ -835,7 +836,7 @@ def test_eval_sweep_and_plot(run: Run, networks: dict[str, str], tmp_path: Path)
     report = tmp_path / "r.json"
     shown = run(
         "eval", "--model", networks["teacher"], "--max-new-tokens", 16, "--limit", 2, "--batch-size", 2,
-        "--sweep-thresholds", "0.2,0.9", "--sweep-steps", "8", "--json", report, "--plot", tmp_path / "curve",
+        "--sweep-thresholds", "0.2,0.9", "--sweep-steps", "8", "--json", report, "--plot", tmp_path / "curve.png",
     )  # fmt: skip
     assert shown.code == 0, shown.err
     written = json.loads(report.read_text())

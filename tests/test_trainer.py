@@ -29,11 +29,11 @@ from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
+from fewstep.train.read_table import read_table
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectories import PromptRow
-from fewstep.train.trajectory_table import read_table
 
 SETTINGS = TrainSettings(
     max_steps=12, rows=2, row_length=64, learning_rate=3e-3, warmup_steps=2, log_every=2, save_every=4

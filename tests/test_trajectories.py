@@ -24,9 +24,9 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
+from fewstep.train.read_table import table_from_store
 from fewstep.train.trajectories import PromptRow, TrajectoryStore
 from fewstep.train.trajectory_shards import Distribution, Teacher
-from fewstep.train.trajectory_table import table_from_store
 
 MASK = 3
 TEACHER = Teacher(hash="a" * 64, vocab_size=64, mask_token_id=MASK)

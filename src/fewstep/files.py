@@ -67,7 +67,7 @@ def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterat
         raise FewstepError(f"{target} is a file, not a folder; name a folder")
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not overwrite:
-        raise FewstepError(f"the folder {target} is not empty; choose another or ask to overwrite it")
+        raise FewstepError(f"the folder {target} is not empty; choose another, or overwrite it (--overwrite)")
     temporary = target.with_name(_temporary_name(target))
     aside = target.with_name(_temporary_name(target))
     try:

@@ -219,4 +219,7 @@ def _split(row: Any, where: str) -> tuple[Any, str | None]:
 
     if "prompt" in row and "completion" not in row:
         return row["prompt"], None
+    if not {"prompt", "messages", "text"} & row.keys():
+        has = ", ".join(map(repr, row)) or "none"
+        raise FewstepError(f"{where}: a row needs a prompt, messages, or text; its fields are: {has}")
     return split_row(row, where)

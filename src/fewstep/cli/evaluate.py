@@ -62,7 +62,8 @@ def evaluate(
             ),
         )
     if plot is not None:
-        drawn = plot_accuracy({model.model: figures}, plot, title=f"{problems.task}, {len(asked)} problems")
+        stem = plot.with_suffix("") if plot.suffix in (".png", ".svg") else plot
+        drawn = plot_accuracy({model.model: figures}, stem, title=f"{problems.task}, {len(asked)} problems")
         note(f"drawn: {', '.join(map(str, drawn))}")
 
 

@@ -21,7 +21,7 @@ from fewstep.cli.infill import infill
 from fewstep.cli.interruption import INTERRUPTED, InterruptionError
 from fewstep.cli.merge import merge
 from fewstep.cli.models import models
-from fewstep.cli.options import with_option_groups
+from fewstep.cli.options import check_synonyms, with_option_groups
 from fewstep.cli.train import FORWARD_EVERYTHING, train
 from fewstep.errors import FewstepError
 
@@ -75,6 +75,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Notices about the internals of these libraries tell a user of ours nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|torch)")
     try:
+        check_synonyms(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="fewstep", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:

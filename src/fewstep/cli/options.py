@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
@@ -273,7 +273,23 @@ def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
                 # In an Annotated the first name that an option was given stands in the place of its default.
                 named = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
                 options[parameter.name] = named[0].split("/")[0] if named else option_name(parameter.name)
+                if len(named) > 1:
+                    _SYNONYMS.add(tuple(named))
     return options
+
+
+_SYNONYMS: set[tuple[str, ...]] = set()
+"""Names of one option, of those commands that have been set up."""
+
+
+def check_synonyms(arguments: Sequence[str]) -> None:
+    """FewstepError if an option is typed under two of its names, of which click would take the last in silence."""
+    ends = arguments.index("--") if "--" in arguments else len(arguments)
+    typed = {argument.split("=")[0] for argument in arguments[:ends]}
+    for names in _SYNONYMS:
+        twice = [name for name in names if name in typed]
+        if len(twice) > 1:
+            raise FewstepError(f"{twice[1]} is another name of {twice[0]}; give one of them")
 
 
 def _group_parameters(group: Any) -> list[inspect.Parameter]:

@@ -216,7 +216,7 @@ def cdlm(built: Built, json: Path | None) -> None:
     _refuse_unused(built)
     if not built[CDLMSettings].denoising:
         built.refuse(settings_of({BlockCorruption: "reference_"}), "with --denoising 0")
-    from fewstep.train.trajectory_table import read_table
+    from fewstep.train.read_table import read_table
 
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)

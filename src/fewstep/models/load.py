@@ -152,6 +152,11 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     weights = folder / "adapter_model.safetensors"
     if not weights.exists():
         raise FewstepError(f"{folder} holds an adapter_config.json but no {weights.name}; copy the file beside it")
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            stored = set(opened.keys())
+    except SafetensorError as error:
+        raise FewstepError(f"{weights} is damaged, or no safetensors file ({error}); copy it again") from error
     base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     beside = folder / base_name
     base_source = beside.resolve() if beside.is_dir() else resolve(base_name)
@@ -161,8 +166,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         # warnings may be about the adapter, so only this one is silenced.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model: Any = PeftModel.from_pretrained(base, folder)
-    with safe_open(weights, framework="pt") as stored:
-        different = sorted(set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    different = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     if different:
         raise FewstepError(
             f"{weights} does not fit its adapter_config.json: missing or left over, first {different[0]}"

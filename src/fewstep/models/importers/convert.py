@@ -181,7 +181,7 @@ def _read_config(source: Path) -> Config:
     config = read_json(source / "config.json")
     if not isinstance(config, dict):
         raise FewstepError(f"{source / 'config.json'} is no JSON object")
-    if "role" in config:
+    if "role" in config and config.get("model_type") in FAMILIES:
         raise FewstepError(f"{source} is a plain folder with a role already; use it as it is")
     if config.get("model_type") not in FAMILIES:
         raise FewstepError(
