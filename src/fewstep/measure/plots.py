@@ -11,6 +11,7 @@ _MARKERS = "osD^vP*X"
 _FORMATS = ("png", "svg")
 _NUM_COLOURS = 10  # of matplotlib's cycle
 _MOST_INSIDE = 5  # curves whose legend finds room among them
+_LONG_NAME = 40  # characters from which two names do not fit side by side
 
 
 def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, *, title: str = "") -> list[Path]:
@@ -26,7 +27,8 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
         from matplotlib.figure import Figure
     except ImportError:
         raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
-    height = 4.5 if len(series) <= _MOST_INSIDE else 4.5 + 0.1 * len(series)
+    num_columns = 1 if max(map(len, series)) >= _LONG_NAME else 2
+    height = 4.5 if len(series) <= _MOST_INSIDE else 4.5 + 0.2 * len(series) / num_columns
     figure = Figure(figsize=(7, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -56,7 +58,7 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
     axes.set_xlim(left=0)
     axes.grid(visible=True, alpha=0.3)
     if len(series) > _MOST_INSIDE:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+        figure.legend(loc="outside lower center", ncols=num_columns, frameon=False, fontsize="small")
     else:
         axes.legend(frameon=False)
     return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
