@@ -251,7 +251,7 @@ CURVES = {
     "student-": "student, cached, under a threshold",
     "untrained-": "teacher's weights, block-causal, untrained",
     "teacher-threshold-": "teacher, uncached, under a threshold",
-    "teacher-steps-": "teacher, uncached, cut to fewer passes",
+    "teacher-steps-": "teacher, uncached, by its passes",
     "ar": "autoregressive, cached",
     "cllm": "CLLM, Jacobi, cached",
 }
