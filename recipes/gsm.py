@@ -6,7 +6,7 @@
 Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal
 model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `own-states` (that
 student's decoding, for a second round with `student --own`), `bundle`. Each writes a folder under --runs;
-`data`, `trajectories` and `own-states` skip what is there, training resumes.
+what is there is left alone, and training that was interrupted resumes.
 """
 
 import os
@@ -121,6 +121,8 @@ def ar(
     dev: int = 500,
 ) -> None:
     """Train the causal model from scratch."""
+    if is_there(runs / "gsm-ar" / "config.json"):
+        return
     network = fresh_network("gsm-ar", device())
     objective = CausalObjective(network.role, load_examples(runs / "data"), network.eos_token_id)
     settings = gpu_settings(
@@ -163,6 +165,8 @@ def teacher(
     gaps: Annotated[int | None, typer.Option(help="with that threshold")] = None,
 ) -> None:
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
+    if is_there(runs / name / "config.json"):
+        return
     network = load_network(runs / source, dtype="float32", device=device())
     given = network.role.mask_token_id
     role = Role(
@@ -299,6 +303,8 @@ def student(
     dev: int = 500,
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
+    if is_there(runs / name / "config.json"):
+        return
     base = load_network(runs / source, dtype="float32", device=device())
     network = base.with_role(replace(base.role.playing("block_causal"), block_size=BLOCK))
     table, references = read_table(runs / store, teacher=base)

@@ -39,10 +39,11 @@ from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
-from fewstep.measure.evaluate import evaluate
+from fewstep.measure.compare import compare
+from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.gsm_symbolic import Problem, problems
-from fewstep.measure.metrics import clustered_paired_interval, paired_interval
 from fewstep.measure.plots import plot_accuracy
+from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import describe_machine, this_command, time_interleaved
 from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
@@ -171,8 +172,6 @@ def teacher(
     gaps: Annotated[int, typer.Option(help="with that threshold")] = 2,
 ) -> None:
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
-    if is_there(runs / name / "config.json"):
-        return
     gsm.teacher(
         runs=runs, source=source, name=name, context_attention=context_attention, steps=steps, rows=rows,
         row_length=row_length, learning_rate=learning_rate, shift=shift, leftward=leftward, frontier=frontier,
@@ -251,8 +250,6 @@ def student(
     dev: int = 500,
 ) -> None:
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
-    if is_there(runs / name / "config.json"):
-        return
     gsm.student(
         runs=runs, source=source, name=name, store=store, own=own, examples=examples, steps=steps, rows=rows,
         row_length=row_length, learning_rate=learning_rate, rank=rank, distillation=distillation, denoising=denoising,
@@ -301,24 +298,20 @@ def present(runs: Path, thresholds: Sequence[float], gaps: int | None) -> dict[s
 
 
 def answered(runs: Path, contender: Contender, items: Sequence[Problem], task: str, batch: int) -> dict[str, Any]:
-    """The figures of one contender, and what became of each problem."""
+    """The report of one contender, its records as columns, and the texts."""
     lm = load(runs / contender.folder, role=contender.role, device=device())
     report = evaluate(lm, items, task=task, batch_size=batch, max_new_tokens=MAX_ANSWER, **contender.settings)
-    return {"figures": report.to_json(), "records": report.records_json()}
+    return {**report_columns(report), "texts": [record.text for record in report.records]}
 
 
-def compared(name: str, other: str, rows: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, Any]:
-    """Accuracy of one contender less that of another, on the same problems."""
-    first, second = (rows[f"{task}-{one}"]["records"] for one in (name, other))
-    right, right_second = ([record["correct"] for record in records] for records in (first, second))
-    difference = paired_interval(right, right_second)
-    found = {"set": task, "first": name, "second": other, "difference": difference.estimate}
-    found["difference_ci95"] = [difference.low, difference.high]
-    templates = [record["template"] for record in first]
-    if None not in templates:
-        clustered = clustered_paired_interval(right, right_second, templates)
-        found["difference_ci95_clustered"] = [clustered.low, clustered.high]
-    return found
+def compared(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
+    """Everybody with the teacher at one token a pass, and the CLLM with the causal model, as far as they are there."""
+    pairs = [*((name, "teacher") for name in reports if name != "teacher"), ("cllm", "ar")]
+    return [
+        {**compare(reports[name], reports[other]).to_json(), "first": name, "second": other}
+        for name, other in pairs
+        if {name, other} <= reports.keys()
+    ]
 
 
 def sha256(file: Path) -> str:
@@ -355,18 +348,20 @@ def report(
     if not spread(lambda: jobs, runs / "answers", settings=asked, time_limit_s=time_limit_s):
         return
     found = results(runs / "answers")
+    reports = {
+        task: {
+            name: merge_reports([found[f"{task}-{name}"]], {item.id: item for item in items})
+            for name in everyone
+            if f"{task}-{name}" in found
+        }
+        for task, items in sets.items()
+    }
     rows = [
-        {"set": task, "contender": name, **found[f"{task}-{name}"]["figures"]}
-        for task in sets
-        for name in everyone
-        if f"{task}-{name}" in found
+        {"set": task, "contender": name, **report.to_json()}
+        for task, of_set in reports.items()
+        for name, report in of_set.items()
     ]
-    comparisons = [
-        compared(name, other, found, task)
-        for task in sets
-        for name, other in [*((name, "teacher") for name in everyone if name != "teacher"), ("cllm", "ar")]
-        if {f"{task}-{name}", f"{task}-{other}"} <= found.keys()
-    ]
+    comparisons = [{"set": task, **row} for task, of_set in reports.items() for row in compared(of_set)]
     stages = [runs / name for name in ("ar", "cllm", "teacher", "student") if (runs / name / "report.json").exists()]
     told = {
         "command": this_command(),
