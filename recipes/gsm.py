@@ -41,6 +41,19 @@ from fewstep.train.trajectory_table import join
 app = typer.Typer(pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
 
+# Options that smollm.py has as well.
+Leftward = Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")]
+Frontier = Annotated[float, typer.Option(help="share of these that are open up to a point")]
+Late = Annotated[float, typer.Option(help="share of these that hide their digits longest")]
+Visited = Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")]
+Canvases = Annotated[int, typer.Option(help="states of an answer that share its prompt")]
+NumGSM8K = Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")]
+NumSymbolic = Annotated[int, typer.Option(help="of GSM-Symbolic")]
+Solved = Annotated[bool, typer.Option(help="keep only what the teacher solves")]
+Own = Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")]
+BlocksLate = Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")]
+BlocksVisited = Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")]
+
 BLOCK = 32
 RUNS = Path("runs/gsm")
 
@@ -152,11 +165,11 @@ def teacher(
     row_length: int = 2048,
     learning_rate: float = 1.5e-3,
     shift: bool = True,
-    leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
-    frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
-    late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
-    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.0,
-    canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
+    leftward: Leftward = 0.8,
+    frontier: Frontier = 0.25,
+    late: Late = 0.45,
+    visited: Visited = 0.0,
+    canvases: Canvases = 3,
     seed: int = 0,
     dev: int = 200,
     threshold: Annotated[
@@ -206,12 +219,12 @@ def trajectories(
     source: str = "gsm-teacher",
     name: str = "trajectories",
     gsm8k: GSM8K = None,
-    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 8192,
-    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 0,
+    prompts: NumSymbolic = 8192,
+    gsm8k_prompts: NumGSM8K = 0,
     batch_size: int = 1024,
     threshold: Annotated[float | None, typer.Option(help="by default one token a pass")] = None,
     gaps: Annotated[int | None, typer.Option(help="with a threshold")] = None,
-    solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
+    solved: Solved = True,
     seed: int = 7,
 ) -> None:
     """Decode training problems with the teacher."""
@@ -285,7 +298,7 @@ def student(
     source: str = "gsm-teacher",
     name: str = "gsm-student",
     store: str = "trajectories",
-    own: Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")] = None,
+    own: Own = None,
     examples: Annotated[
         int, typer.Option(help="references: so many rows of the data, or 0 for those of the store")
     ] = 0,
@@ -297,8 +310,8 @@ def student(
     distillation: float = 1.0,
     denoising: float = 0.1,
     consistency: float = 0.5,
-    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.0,
-    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.0,
+    late: BlocksLate = 0.0,
+    visited: BlocksVisited = 0.0,
     seed: int = 0,
     dev: int = 500,
 ) -> None:

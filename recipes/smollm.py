@@ -32,7 +32,25 @@ from zipfile import ZipFile
 import gsm
 import torch
 import typer
-from gsm import BLOCK, accuracy, device, gpu_settings, is_there, worker
+from gsm import (
+    BLOCK,
+    BlocksLate,
+    BlocksVisited,
+    Canvases,
+    Frontier,
+    Late,
+    Leftward,
+    NumGSM8K,
+    NumSymbolic,
+    Own,
+    Solved,
+    Visited,
+    accuracy,
+    device,
+    gpu_settings,
+    is_there,
+    worker,
+)
 from jobs import Job, results, spread
 from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make_tables
 
@@ -161,11 +179,11 @@ def teacher(
     row_length: int = 2048,
     learning_rate: float = 6e-4,
     shift: bool = True,
-    leftward: Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")] = 0.8,
-    frontier: Annotated[float, typer.Option(help="share of these that are open up to a point")] = 0.25,
-    late: Annotated[float, typer.Option(help="share of these that hide their digits longest")] = 0.45,
-    visited: Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")] = 0.0,
-    canvases: Annotated[int, typer.Option(help="states of an answer that share its prompt")] = 3,
+    leftward: Leftward = 0.8,
+    frontier: Frontier = 0.25,
+    late: Late = 0.45,
+    visited: Visited = 0.0,
+    canvases: Canvases = 3,
     seed: int = 0,
     dev: int = 200,
     threshold: Annotated[float, typer.Option(help="of the decoding that `dev` problems are answered with")] = 0.95,
@@ -211,12 +229,12 @@ def trajectories(
     source: str = "teacher",
     name: str = "trajectories",
     gsm8k: GSM8K = None,
-    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 6144,
-    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 512,
+    prompts: NumSymbolic = 6144,
+    gsm8k_prompts: NumGSM8K = 512,
     batch_size: int = 512,
     threshold: Annotated[float | None, typer.Option(help="one token a pass without")] = 0.95,
     gaps: Annotated[int | None, typer.Option(help="with a threshold")] = 2,
-    solved: Annotated[bool, typer.Option(help="keep only what the teacher solves")] = True,
+    solved: Solved = True,
     seed: int = 7,
 ) -> None:
     """Decode training problems with the teacher."""
@@ -232,7 +250,7 @@ def student(
     source: str = "teacher",
     name: str = "student",
     store: str = "trajectories",
-    own: Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")] = None,
+    own: Own = None,
     examples: Annotated[
         int, typer.Option(help="references: so many rows of the data and all of GSM8K's, or 0 for those of the store")
     ] = 300_000,
@@ -244,8 +262,8 @@ def student(
     distillation: float = 1.0,
     denoising: float = 2.0,
     consistency: float = 0.0,
-    late: Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")] = 0.4,
-    visited: Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")] = 0.8,
+    late: BlocksLate = 0.4,
+    visited: BlocksVisited = 0.8,
     seed: int = 0,
     dev: int = 500,
 ) -> None:
