@@ -63,7 +63,8 @@ def spread(
         work(make_jobs(), folder, deadline_s=float(os.environ[_DEADLINE]))
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder, dict(settings or {}))
+    if settings:
+        _check_settings(folder, settings)
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
     deadline_s = time.time() + (float("inf") if time_limit_s is None else time_limit_s)

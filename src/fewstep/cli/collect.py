@@ -195,13 +195,13 @@ def _parse_worker(text: str) -> tuple[int, int]:
 
 def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
     """Prompts of a training file, by the template of the teacher, with the completion as the reference answer."""
-    from fewstep.train.examples import numbered_training_rows
+    from fewstep.train.examples import numbered_training_rows, split_prompt_row
     from fewstep.train.trajectories import PromptRow
 
     rows = []
     for line, row in numbered_training_rows(path):
         where = f"{path} line {line}"
-        prompt, completion = _split(row, where)
+        prompt, completion = split_prompt_row(row, where)
         try:
             prompt_ids = lm.encode(prompt)
         except FewstepError as error:
@@ -212,14 +212,3 @@ def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
             reference_ids = [*tokenizer.encode(completion, add_special_tokens=False), lm.network.eos_token_id]
         rows.append(PromptRow(str(row.get("id", line)), prompt_ids, reference_ids))
     return rows
-
-
-def _split(row: Any, where: str) -> tuple[Any, str | None]:
-    from fewstep.train.examples import split_row
-
-    if "prompt" in row and "completion" not in row:
-        return row["prompt"], None
-    if not {"prompt", "messages", "text"} & row.keys():
-        has = ", ".join(map(repr, row)) or "none"
-        raise FewstepError(f"{where}: a row needs a prompt, messages, or text; its fields are: {has}")
-    return split_row(row, where)

@@ -99,15 +99,25 @@ def split_row(row: Mapping[str, Any], where: str) -> tuple[str | list[dict[str, 
     elif "text" in row:
         prompt, completion = "", row["text"]
     else:
-        has = ", ".join(map(repr, row)) or "none"
-        raise FewstepError(
-            f"{where}: a training row needs prompt and completion, messages, or text; its fields are: {has}"
-        )
+        raise _lacking(row, where, "a training row needs prompt and completion, messages, or text")
     if not isinstance(prompt, str | list):
         raise FewstepError(f"{where}: the prompt must be text or a list of messages, got {type(prompt).__name__}")
     if not isinstance(completion, str):
         raise FewstepError(f"{where}: what is to be learnt must be text, got {type(completion).__name__}")
     return prompt, completion
+
+
+def split_prompt_row(row: Mapping[str, Any], where: str) -> tuple[Any, str | None]:
+    """As `split_row`, of a row that may be a prompt alone, which is then not looked at; its completion is None."""
+    if "prompt" in row and "completion" not in row:
+        return row["prompt"], None
+    if not {"prompt", "messages", "text"} & row.keys():
+        raise _lacking(row, where, "a row needs a prompt, messages, or text")
+    return split_row(row, where)
+
+
+def _lacking(row: Mapping[str, Any], where: str, needs: str) -> FewstepError:
+    return FewstepError(f"{where}: {needs}; its fields are: {', '.join(map(repr, row)) or 'none'}")
 
 
 def encode_rows(
