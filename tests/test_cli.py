@@ -300,6 +300,15 @@ def test_generate_takes_its_settings_from_options(run: Run, networks: dict[str, 
     assert shown.out == expected.text + "\n"
 
 
+def test_dreams_sampler_takes_its_settings_from_options(run: Run, networks: dict[str, str]) -> None:
+    model = ("--model", networks["teacher"], "--max-new-tokens", 12)
+    shown = run("generate", *model, "--steps", 12, "--alg", "entropy", "--alg-temp", 2.5, "--seed", 3, "2 + 2 =")
+    settings: dict[str, Any] = {"max_new_tokens": 12, "steps": 12, "alg": "entropy", "seed": 3}
+    lm = fewstep.load(networks["teacher"])
+    assert shown.out == lm.generate("2 + 2 =", **settings, alg_temp=2.5).text + "\n"
+    assert shown.out != lm.generate("2 + 2 =", **settings).text + "\n"
+
+
 def test_gaps_are_an_option_of_a_student(run: Run, networks: dict[str, str]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "gaps": 1}
     shown = run(
@@ -399,6 +408,11 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
         (["--max-new-tokens", "0"], "fewstep: --max-new-tokens must be at least 1"),
         (["--temperature", "-1"], "fewstep: --temperature must"),
         (["--alg", "origin", "--block-size", "4"], "takes no --block-size"),
+        (["--alg-temp", "0.2"], "fewstep: --alg-temp belongs to Dream's sampler; set alg with it"),
+        (["--alg", "origin", "--alg-temp", "0.2"], "takes no --alg-temp; leave one of the two out"),
+        (["--alg", "entropy", "--alg-temp", "-1"], "--alg-temp must be 0 (no draw) or more and finite, got -1.0"),
+        (["--alg", "entropy", "--alg-temp", "inf"], "--alg-temp must be 0 (no draw) or more and finite, got inf"),
+        (["--decoder", "block", "--alg", "entropy", "--alg-temp", "1"], "only diffusion can"),
         (["--decoder", "block", "--canvas-length", "8"], "takes no --canvas-length; only diffusion can"),
         (["--top-p", "2"], "fewstep: --top-p is"),
         (["--device", "abacus"], "abacus"),
@@ -872,6 +886,9 @@ def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     shown = run("compare", f"{student},gaps=0", f"{student},gaps=2", "--limit", 1)
     assert f"{model} (gaps 0) solves 0.0%" in shown.out
     assert f", {model} (gaps 2) 0.0%" in shown.out
+    shown = run("compare", f"{teacher},alg=entropy", f"{teacher},alg=entropy,alg-temp=0.5", "--limit", 1)
+    assert f"{networks['teacher']} (default alg_temp) solves 0.0%" in shown.out
+    assert f", {networks['teacher']} (alg_temp 0.5) 0.0%" in shown.out
     assert "thresold" in run("compare", f"{student},thresold=0.2", teacher).sentence()
     assert "--threshold" in run("compare", f"{student},threshold=much", teacher).sentence()
 

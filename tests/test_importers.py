@@ -1,6 +1,7 @@
 """Importers: folders written here under the families' original names, against plain forwards and plain samplers."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fewstep.cli.main import main
 from fewstep.decode.loop import Record, decode
 from fewstep.decode.policies import DreamSchedule
 from fewstep.decode.requests import Request
+from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.models.importers.convert import FAMILIES, import_checkpoint
@@ -349,9 +351,11 @@ def test_a_causal_model_can_be_given_a_mask_token(tmp_path: Path) -> None:
 # Decoding what was imported
 
 
-def generate(lm: LanguageModel, prompt: list[int], max_new_tokens: int, **settings: Any) -> tuple[list[int], Tensor]:
+def generate(
+    lm: LanguageModel, prompt: list[int], max_new_tokens: int, *, seed: int = 0, **settings: Any
+) -> tuple[list[int], Tensor]:
     """The whole canvas, and the step that finalised each position."""
-    request = Request(prompt_ids=prompt, max_new_tokens=max_new_tokens)
+    request = Request(prompt_ids=prompt, max_new_tokens=max_new_tokens, seed=seed)
     output = decode(lm.network, [request], lm.decoder(early_stop=False, max_new_tokens=max_new_tokens, **settings))[0]
     return output.canvas_ids_G.tolist(), output.step_G
 
@@ -406,23 +410,100 @@ def test_the_teacher_decodes_as_the_published_loop_does(kind: str, order: str, t
     assert found == expected
 
 
-@pytest.mark.parametrize("steps", [16, 10, 5])
-@pytest.mark.parametrize(
-    ("alg", "order"), [("maskgit_plus", "low_confidence"), ("topk_margin", "margin"), ("entropy", "entropy")]
-)
-def test_dream_decodes_as_its_published_sampler_does(alg: str, order: str, steps: int, tmp_path: Path) -> None:
-    target, eps = imported(tmp_path, "dream"), 1e-3
-    score = scorer(tmp_path / "source", shifted=True)
+DREAM_ORDERS = {"maskgit_plus": "low_confidence", "topk_margin": "margin", "entropy": "entropy"}
+
+
+def race(weights: list[float], noise: list[float]) -> list[int]:
+    """Runners as they arrive, each at an exponential time of its rate: a draw by weight, one after the other."""
+    times = [-math.log(u) / weight if weight > 0 else math.inf for u, weight in zip(noise, weights, strict=True)]
+    return sorted(range(len(times)), key=lambda runner: times[runner])
+
+
+def plain_dream(
+    score: Callable[[list[int]], Tensor],
+    num_new: int,
+    *,
+    alg: str,
+    steps: int,
+    eps: float,
+    alg_temp: float | None,
+    temperature: float,
+    seed: int,
+) -> tuple[list[int], list[int]]:
+    """Dream's published loop, but for the confidence of a drawn token, which is untempered: tokens, and their steps.
+
+    Tokens are drawn with the noise of the seed, positions with that of its complement.
+    """
+    tokens, step_of = [*PROMPT, *[MASK] * num_new], [0] * (len(PROMPT) + num_new)
     times = torch.linspace(1, eps, steps + 1)
-    tokens = [*PROMPT, *[MASK] * 16]
-    for i in range(steps):
+
+    def noise(seed: int, position: int, step: int, count: int) -> list[float]:
+        key = noise_keys(torch.tensor([seed]), torch.tensor([[position]]), torch.tensor([step]))
+        return uniform(key, count)[0, 0].tolist()
+
+    for step in range(1, steps + 1):
         masks = [p for p, token in enumerate(tokens) if token == MASK]
-        share = float(1 - times[i + 1] / times[i]) if i < steps - 1 else 1.0
-        probabilities = score(tokens).softmax(-1)
-        for p in sorted(masks, key=lambda p: -float(CERTAINTIES[order](probabilities[p])))[: int(len(masks) * share)]:
-            tokens[p] = int(probabilities[p].argmax())
-    found, _ = generate(load(target), PROMPT, 16, steps=steps, alg=alg, eps=eps)
-    assert found == tokens[len(PROMPT) :]
+        share = float(1 - times[step] / times[step - 1]) if step < steps else 1.0
+        logits = score(tokens)
+        probabilities, drawn, certainty = logits.softmax(-1), {}, {}
+        for p in masks:
+            drawn[p] = int(logits[p].argmax())
+            if temperature > 0:
+                weights = (logits[p].double() / temperature).softmax(-1).tolist()
+                drawn[p] = race(weights, noise(seed, p, step, VOCABULARY))[0]
+            certainty[p] = float(
+                probabilities[p, drawn[p]]
+                if alg == "maskgit_plus"
+                else CERTAINTIES[DREAM_ORDERS[alg]](probabilities[p])
+            )
+        if alg_temp:
+            best = max(certainty.values())
+            weights = [math.exp((certainty[p] - best) / alg_temp) for p in masks]
+            ranked = [masks[i] for i in race(weights, [noise(~seed, p, step, 1)[0] for p in masks])]
+        else:
+            ranked = sorted(masks, key=lambda p: -certainty[p])
+        for p in ranked[: int(len(masks) * share)]:
+            tokens[p], step_of[p] = drawn[p], step
+    return tokens[len(PROMPT) :], step_of[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("alg_temp", [None, 0.0, 0.05, 1.0])
+@pytest.mark.parametrize("steps", [16, 10, 5])
+@pytest.mark.parametrize("alg", DREAM_ORDERS)
+def test_dream_decodes_as_its_published_sampler_does(
+    alg: str, steps: int, alg_temp: float | None, temperature: float, tmp_path: Path
+) -> None:
+    lm = load(imported(tmp_path, "dream"))
+    score = scorer(tmp_path / "source", shifted=True)
+    settings: dict[str, Any] = {"alg": alg, "steps": steps, "eps": 1e-3, "temperature": temperature, "seed": 3}
+    found, step_G = generate(lm, PROMPT, 16, **settings, alg_temp=alg_temp)
+    assert (found, step_G.tolist()) == plain_dream(score, 16, **settings, alg_temp=alg_temp)
+
+
+@pytest.mark.parametrize("alg", DREAM_ORDERS)
+def test_dreams_positions_are_drawn_as_the_temperature_and_the_seed_say(alg: str, tmp_path: Path) -> None:
+    lm = load(imported(tmp_path, "dream"))
+
+    def steps(**settings: Any) -> list[int]:
+        return generate(lm, PROMPT, 16, alg=alg, steps=16, **settings)[1].tolist()
+
+    assert steps() == steps(alg_temp=0.0) == steps(alg_temp=1e-12) == steps(alg_temp=1e-300, seed=1)
+    assert steps(alg_temp=1.0) == steps(alg_temp=1.0) != steps()
+    assert steps(alg_temp=1.0) != steps(alg_temp=1.0, seed=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drawn_positions_do_not_depend_on_companions(temperature: float, tmp_path: Path) -> None:
+    lm = load(imported(tmp_path, "dream"))
+    prompts = [PROMPT, PROMPT[:2], PROMPT[::-1], [7] * 19, PROMPT]
+    requests = [Request(prompt_ids=prompt, max_new_tokens=12, seed=seed) for seed, prompt in enumerate(prompts)]
+    decoder = lm.decoder(alg="entropy", alg_temp=0.5, steps=6, max_new_tokens=12, temperature=temperature)
+    for batch_size in (5, 2):
+        for request, output in zip(requests, decode(lm.network, requests, decoder, batch_size=batch_size), strict=True):
+            alone = decode(lm.network, [request], decoder)[0]
+            assert alone.canvas_ids_G.tolist() == output.canvas_ids_G.tolist()
+            assert alone.step_G.tolist() == output.step_G.tolist()
 
 
 @pytest.mark.parametrize("kind", DIFFUSION)
@@ -478,7 +559,12 @@ def test_names_that_users_of_llada_and_dream_know(tmp_path: Path) -> None:
         ({"alg": "entropy", "block_length": 8}, "takes no block_size"),
         ({"alg": "maskgit"}, "unknown alg 'maskgit'"),
         ({"alg": "origin", "eps": 1.0}, "eps is the time of the last step"),
-        ({"eps": 0.1}, "set alg with it"),
+        ({"eps": 0.1}, "eps belongs to Dream's sampler; set alg with it"),
+        ({"alg_temp": 0.1}, "alg_temp belongs to Dream's sampler; set alg with it"),
+        ({"alg": "origin", "alg_temp": 0.1}, "takes no alg_temp; leave one of the two out"),
+        ({"alg": "entropy", "alg_temp": -0.1}, r"alg_temp must be 0 \(no draw\) or more and finite, got -0.1"),
+        ({"alg": "entropy", "alg_temp": float("inf")}, "or more and finite, got inf"),
+        ({"alg": "entropy", "alg_temp": float("nan")}, "or more and finite, got nan"),
     ]:
         with pytest.raises(FewstepError, match=sentence):
             lm.generate("2 + 2", **settings)

@@ -1,9 +1,13 @@
 """Policies on hand-written confidences."""
 
+import math
+from itertools import combinations, permutations
+
 import pytest
 import torch
 
 from fewstep.decode.policies import (
+    DreamSchedule,
     EntropyBelow,
     EvenSplit,
     Factor,
@@ -13,7 +17,9 @@ from fewstep.decode.policies import (
     Policy,
     Threshold,
     certainty,
+    perturbed,
 )
+from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.errors import FewstepError
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -164,6 +170,63 @@ def test_origin_chooses_each_mask_with_one_over_the_steps_left_and_all_at_last()
         share = Origin()(noise, masked, torch.tensor([[left]])).float().mean()
         assert abs(share - 1 / left) < 0.01
     assert Origin()(noise, masked, torch.tensor([[1]])).all()
+
+
+def probability_of_set(weights: dict[int, float], positions: tuple[int, ...]) -> float:
+    """That these are drawn one after the other in any order, none put back, by weight."""
+    total = 0.0
+    for order in permutations(positions):
+        left, probability = sum(weights.values()), 1.0
+        for position in order:
+            probability *= weights[position] / left
+            left -= weights[position]
+        total += probability
+    return total
+
+
+@pytest.mark.parametrize("alg_temp", [0.3, 0.5, 2.0])
+def test_dream_draws_positions_in_turn_and_puts_none_back(alg_temp: float) -> None:
+    """20,000 draws of 3 of 6 masks against the probability of each set, by a chi-square test at 1 %."""
+    num_draws, confidence = 20_000, [0.9, 0.35, 0.99, 0.5, 0.1, 0.55, 0.3]
+    masked = torch.tensor([[True, True, False, True, True, True, True]])
+    schedule = DreamSchedule(alg="maskgit_plus", num_steps=2, eps=0.0, alg_temp=alg_temp)
+    keys = noise_keys(torch.arange(num_draws), torch.arange(7).expand(num_draws, 7), torch.ones(num_draws).long())
+    stirred = perturbed(row(*confidence).expand(num_draws, 7), schedule.temperature, lambda: uniform(keys, 1)[..., 0])
+    picked = schedule(stirred, masked.expand(num_draws, 7), torch.full((num_draws, 1), 2))
+    assert (picked.sum(-1) == 3).all()
+
+    def statistic(temperature: float) -> float:
+        weights = {p: math.exp(confidence[p] / temperature) for p in range(7) if masked[0, p]}
+        total = 0.0
+        for positions in combinations(weights, 3):
+            expected = num_draws * probability_of_set(weights, positions)
+            observed = int(picked[:, list(positions)].all(-1).sum())
+            assert expected > 5
+            total += (observed - expected) ** 2 / expected
+        return total
+
+    degrees = torch.tensor((math.comb(6, 3) - 1) / 2.0)
+    assert torch.special.gammaincc(degrees, torch.tensor(statistic(alg_temp) / 2)) > 0.01
+    assert torch.special.gammaincc(degrees, torch.tensor(statistic(alg_temp * 1.5) / 2)) < 0.01, "it tells 1.5 times it"
+
+
+@pytest.mark.parametrize("alg_temp", [None, 0.0])
+def test_no_noise_is_made_where_none_is_asked_for(alg_temp: float | None) -> None:
+    def refuse() -> torch.Tensor:
+        raise AssertionError
+
+    given = row(0.3, 0.2)
+    schedule = DreamSchedule(alg="entropy", num_steps=2, alg_temp=alg_temp)
+    for policy in (*POLICIES, Origin(), schedule):
+        assert perturbed(given, policy.temperature, refuse) is given
+
+
+@pytest.mark.parametrize("alg_temp", [1e-300, 1e-12, 1e300])
+def test_no_temperature_overflows(alg_temp: float) -> None:
+    noise = torch.rand(1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = -8 * torch.rand(1, 50, generator=torch.Generator().manual_seed(1))
+    ranked = perturbed(given, alg_temp, lambda: noise).argsort(-1)
+    assert torch.equal(ranked, (noise if alg_temp > 1 else given).argsort(-1))
 
 
 def test_certainty_by_hand() -> None:

@@ -159,6 +159,13 @@ class PolicyOptions:
     eps: Annotated[
         float | None, typer.Option(help="Time of the last step of Dream's sampler (0.001).", rich_help_panel=_DECODING)
     ] = None
+    alg_temp: Annotated[
+        float | None,
+        typer.Option(
+            help="Temperature at which Dream's sampler draws positions (0: the most certain).",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None
     cfg_scale: Annotated[
         float | None,
         typer.Option(help="Classifier-free guidance of the diffusion decoder (0).", rich_help_panel=_DECODING),

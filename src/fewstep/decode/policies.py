@@ -8,7 +8,8 @@ one when nothing is certain enough, also on ties. Its setting is checked when it
 call time, so that a captured step serves every setting (`gaps` are a part of the step). `setting_R1=None` uses the
 policy's own setting.
 
-What "certain" means is the policy's `order`: see `certainty`.
+What "certain" means is the policy's `order`: see `certainty`. At a `temperature` above 0 the positions are drawn: see
+`perturbed`.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from fewstep.decode.sampling import gumbel
 from fewstep.errors import FewstepError
 
 Order = Literal["low_confidence", "random", "margin", "entropy"]
@@ -31,6 +33,8 @@ class Policy(Protocol):
     def order(self) -> Order: ...
     @property
     def paced(self) -> bool: ...
+    @property
+    def temperature(self) -> float: ...
     @property
     def setting(self) -> float: ...
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor: ...
@@ -46,13 +50,25 @@ def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB:
         case "low_confidence":
             return confidence_RB
         case "random":
-            return noise_RB()
+            return noise_RB().float()
         case "margin":
             first_and_second = logits_RBV.softmax(-1).topk(2, dim=-1).values
             return first_and_second[..., 0] - first_and_second[..., 1]
         case "entropy":
             entropy_RB: Tensor = torch.special.entr(logits_RBV.softmax(-1)).sum(-1)
             return -entropy_RB
+
+
+def perturbed(certainty_RB: Tensor, temperature: float, noise_RB: Callable[[], Tensor]) -> Tensor:
+    """`certainty_RB` so changed that its n highest, of any positions, are n of these drawn one after the other.
+
+    The draw is from softmax(certainty / temperature), without replacement: Gumbel-top-k, Kool et al. 2019,
+    arXiv 1903.06059, times the temperature, so that a small one overflows nothing. Noise is uniform in (0, 1), float64,
+    and made only if asked for: at temperature 0 certainty stays as it is.
+    """
+    if temperature == 0:
+        return certainty_RB
+    return certainty_RB + temperature * gumbel(noise_RB())
 
 
 def check_threshold(at_least: float | None, gaps: int | None) -> None:
@@ -75,6 +91,7 @@ class Threshold:
     gaps: int | None = None
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check_threshold(self.at_least, self.gaps)
@@ -98,6 +115,7 @@ class Margin:
     at_least: float = 0.8
     order: ClassVar[Order] = "margin"
     paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.at_least <= 1:
@@ -118,6 +136,7 @@ class EntropyBelow:
     nats: float = 0.3
     order: ClassVar[Order] = "entropy"
     paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not self.nats > 0:
@@ -138,6 +157,7 @@ class Factor:
     factor: float = 1.0
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -162,6 +182,7 @@ class FixedCount:
     num_tokens: int = 1
     order: Order = "low_confidence"
     paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         _check_order(self.order)
@@ -185,6 +206,7 @@ class EvenSplit:
 
     order: Order = "low_confidence"
     paced: ClassVar[bool] = True
+    temperature: ClassVar[float] = 0.0
     setting: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -207,6 +229,7 @@ class Origin:
 
     order: ClassVar[Order] = "random"
     paced: ClassVar[bool] = True
+    temperature: ClassVar[float] = 0.0
     setting: ClassVar[float] = 1.0
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
@@ -229,13 +252,15 @@ class DreamSchedule:
     """Dream's own sampler, over a single block of `num_steps` steps. arXiv 2508.15487.
 
     Times are evenly spaced from 1 to `eps`, and a step from time t to s finalises the share 1 - s/t of the masks: the
-    best ones, rounded down, or with `origin` each mask on its own with that probability; the last step takes all. A
-    step may choose nothing, as published. Its setting is the number of steps left, this one included.
+    best ones, rounded down, or with `origin` each mask on its own with that probability; the last step takes all. With
+    `alg_temp` above 0 as many are drawn in place of the best, without replacement, from softmax(certainty / alg_temp)
+    over the masks. A step may choose nothing, as published. Its setting is the number of steps left, this one included.
     """
 
     alg: DreamAlg = "origin"
     num_steps: int
     eps: float = 1e-3
+    alg_temp: float | None = None
     paced: ClassVar[bool] = True
     setting: ClassVar[float] = 1.0
 
@@ -246,10 +271,18 @@ class DreamSchedule:
             raise FewstepError(f"steps must be at least 1, got {self.num_steps}")
         if not 0 <= self.eps < 1:
             raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
+        if self.alg_temp is not None and self.alg == "origin":
+            raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
+        if self.alg_temp is not None and not 0 <= self.alg_temp < float("inf"):
+            raise FewstepError(f"alg_temp must be 0 (no draw) or more and finite, got {self.alg_temp}")
 
     @property
     def order(self) -> Order:
         return _DREAM_ORDERS[self.alg]
+
+    @property
+    def temperature(self) -> float:
+        return self.alg_temp or 0.0
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
         # With n of N steps left t = eps + (1 - eps) n / N and s = eps + (1 - eps) (n - 1) / N.

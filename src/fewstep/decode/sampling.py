@@ -93,8 +93,12 @@ def tempered(
 
 def gumbel_max(logits_RSV: Tensor, keys_RS: Tensor) -> Tensor:
     """A token [R, S] from the softmax of each row of logits."""
-    gumbel_RSV = -(-uniform(keys_RS, logits_RSV.shape[-1]).log()).log()
-    return (logits_RSV + gumbel_RSV).argmax(-1)
+    return (logits_RSV + gumbel(uniform(keys_RS, logits_RSV.shape[-1]))).argmax(-1)
+
+
+def gumbel(noise: Tensor) -> Tensor:
+    """Standard Gumbel numbers from numbers uniform in (0, 1)."""
+    return -(-noise.log()).log()
 
 
 def keep_top(logits_RSV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:

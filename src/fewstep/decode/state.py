@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import torch
 from torch import Tensor
 
-from fewstep.decode.policies import certainty
+from fewstep.decode.policies import certainty, perturbed
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import Sampling, confidence, draw, noise_keys, uniform
 from fewstep.models.network import Scores
@@ -180,9 +180,10 @@ def accept(decoder: "Decoder", state: StateT, scores: Scores) -> StateT:
 
     def order_noise() -> Tensor:
         # Another stream than the tokens', which have the seed itself.
-        return uniform(noise_keys(~state.seed_R, positions_RS, step_R), 1)[..., 0].float()
+        return uniform(noise_keys(~state.seed_R, positions_RS, step_R), 1)[..., 0]
 
     certainty_RS = certainty(policy.order, logits_RSV, confidence_RS, order_noise)
+    certainty_RS = perturbed(certainty_RS, policy.temperature, order_noise)
     if scores.settled_RS is not None:
         # Waiting cannot change these, and their neighbours are better drawn knowing them.
         certainty_RS = certainty_RS.masked_fill(scores.settled_RS, torch.inf)

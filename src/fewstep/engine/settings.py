@@ -54,6 +54,7 @@ _SPECIAL_SETTINGS = {
         "canvas_length",
         "alg",
         "eps",
+        "alg_temp",
         "cfg_scale",
     },
     "block": {"threshold", "gaps", "policy", "block_size"},
@@ -78,9 +79,9 @@ class GenerationSettings:
     the block such a token may leave before it, by default the role's, and any number if that names none.
     `policy` replaces threshold, gaps, steps and order.
     `canvas_length` (diffusion): by default `max_new_tokens` in whole blocks. `alg`: Dream's own sampler instead of
-    `order`, over the canvas as a single block, with the last step at time `eps` (by default 0.001); see
-    `DreamSchedule`. `early_stop=False` runs all passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion):
-    LLaDA's classifier-free guidance.
+    `order`, over the canvas as a single block, with the last step at time `eps` (by default 0.001) and positions drawn
+    at temperature `alg_temp` (by default 0, the most certain ones); see `DreamSchedule`. `early_stop=False` runs all
+    passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
 
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
     `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
@@ -106,6 +107,7 @@ class GenerationSettings:
     seed: int = 0
     alg: DreamAlg | None = None
     eps: float | None = None
+    alg_temp: float | None = None
     cfg_scale: float = 0.0
     draft: str | None = None
     heads: str | None = None
@@ -133,8 +135,9 @@ class GenerationSettings:
                 if getattr(self, name) != default:
                     raise FewstepError(f"alg is Dream's own sampler, which takes no {name}; set one or the other")
             self._dream_schedule()
-        elif self.eps is not None:
-            raise FewstepError("eps belongs to Dream's sampler; set alg with it")
+        for name in ("eps", "alg_temp"):
+            if self.alg is None and getattr(self, name) is not None:
+                raise FewstepError(f"{name} belongs to Dream's sampler; set alg with it")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise FewstepError(f"the seed must fit in 64 bits, got {self.seed}")
         self.sampling  # noqa: B018  (checked when built)
@@ -235,7 +238,8 @@ class GenerationSettings:
     def _dream_schedule(self) -> DreamSchedule:
         assert self.alg is not None
         eps = DreamSchedule.eps if self.eps is None else self.eps
-        return DreamSchedule(alg=self.alg, num_steps=self.steps or self._canvas_room(), eps=eps)
+        num_steps = self.steps or self._canvas_room()
+        return DreamSchedule(alg=self.alg, num_steps=num_steps, eps=eps, alg_temp=self.alg_temp)
 
     def _threshold(self, role: Role) -> Threshold:
         """As set, else as the role says."""
