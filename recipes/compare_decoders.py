@@ -4,25 +4,27 @@
 
 The same problems are answered in a batch, which gives accuracy, passes and throughput, and then one by one, all
 contenders taking turns at each, which gives the time of a pass and the tokens per second of a single answer. What needs
-a model that is not there is left out, and the table says so.
+a model that is not there is left out, and the table says so. Answers are kept, one file a contender; a rerun does what
+is missing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from jobs import Job, results, spread
 
-from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole, write_whole
 from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.gsm_symbolic import problems
+from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy
+from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.load import bundled_names
 
@@ -166,11 +168,18 @@ def plot_speeds(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
             figure.savefig(temporary, format=suffix)
 
 
+def answered(
+    lm: LanguageModel, settings: Mapping[str, Any], items: Sequence[Problem], batch_size: int
+) -> dict[str, Any]:
+    """The answers of one contender in batches, as `report_columns` keeps them."""
+    return report_columns(evaluate(lm, items, batch_size=batch_size, **settings), texts=True)
+
+
 @app.command()
 def compare(
-    results: Annotated[Path, typer.Option(help="folder for comparison.json, .md and the plots")] = Path(
-        "results/decoders"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--results", help="folder for comparison.json, .md, the plots and the answers")
+    ] = Path("results/decoders"),
     model: Annotated[str, typer.Option(help="the causal model")] = "gsm-ar",
     cllm: Annotated[str | None, typer.Option(help="the same, trained by recipes/cllm.py")] = "gsm-cllm",
     draft: Annotated[str | None, typer.Option(help="folder of a small model of the same vocabulary")] = None,
@@ -189,22 +198,31 @@ def compare(
     for name, why in absent.items():
         print(f"left out: {name}, since {why}", flush=True)
     present = {name: contender for name, contender in everyone.items() if name not in absent}
+    settings = {name: {"max_new_tokens": max_new_tokens, **contender.settings} for name, contender in present.items()}
+    items = problems("test", count)
     names = dict.fromkeys(str(contender.model) for contender in present.values())
     models = {name: load(name, device=device) for name in names}
-    items = problems("test", count)
-    settings = {name: {"max_new_tokens": max_new_tokens, **contender.settings} for name, contender in present.items()}
     of = {name: models[str(contender.model)] for name, contender in present.items()}
-    reports = {}
-    for name in present:
-        reports[name] = evaluate(of[name], items, batch_size=batch_size, **settings[name])
-        report = reports[name]
-        print(f"{name}: {report.accuracy:.1%}, {report.tokens_per_forward:.2f} tokens per pass", flush=True)
-    asked: dict[str, Callable[[str], Output]] = {name: partial(of[name].generate, **settings[name]) for name in present}
-    timings = time_interleaved(asked, [item.question for item in items[:timed]])
+    jobs = [Job(name=name, run=partial(answered, of[name], settings[name], items, batch_size)) for name in present]
+    asked = {
+        "test problems": count, "model": model, "CLLM": cllm, "draft": draft, "heads": heads, "student": student,
+        "window": window, "longest answer": max_new_tokens, "batch size": batch_size,
+    }  # fmt: skip
+    if not spread(lambda: jobs, folder / "answers", settings=asked):
+        return
+    found = results(folder / "answers")
+    reports = {name: merge_reports([found[name]], {item.id: item for item in items}) for name in found}
+    if BASELINE not in reports:
+        raise FewstepError(f"{BASELINE} gave no answers, and everything is compared with it")
+    timings = time_interleaved(
+        {name: partial(of[name].generate, **settings[name]) for name in reports},
+        [item.question for item in items[:timed]],
+    )
     baseline = reports[BASELINE], timings[BASELINE]
     rows = [
         row_of(name, reports[name], timings[name], baseline, extra_parameters(of[name], settings[name], of[BASELINE]))
         for name in present
+        if name in reports
     ]
     told = {
         "command": this_command(),
@@ -213,14 +231,13 @@ def compare(
         "left_out": absent,
         "rows": rows,
     }
-    results.mkdir(parents=True, exist_ok=True)
-    write_json_whole(results / "comparison.json", told)
+    write_json_whole(folder / "comparison.json", told)
     table = table_of(rows, absent)
-    with write_whole(results / "comparison.md") as temporary:
+    with write_whole(folder / "comparison.md") as temporary:
         temporary.write_text(f"{table}\n", encoding="utf-8")
-    plot_speeds(rows, results / "speeds")
-    plot_accuracy({row["contender"]: [row] for row in rows}, results / "accuracy")
     print(table, flush=True)
+    plot_speeds(rows, folder / "speeds")
+    plot_accuracy({row["contender"]: [row] for row in rows}, folder / "accuracy")
 
 
 if __name__ == "__main__":

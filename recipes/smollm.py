@@ -319,7 +319,7 @@ def answered(runs: Path, contender: Contender, items: Sequence[Problem], task: s
     """The report of one contender, its records as columns, and the texts."""
     lm = load(runs / contender.folder, role=contender.role, device=device())
     report = evaluate(lm, items, task=task, batch_size=batch, max_new_tokens=MAX_ANSWER, **contender.settings)
-    return {**report_columns(report), "texts": [record.text for record in report.records]}
+    return report_columns(report, texts=True)
 
 
 def compared(reports: Mapping[str, Report]) -> list[dict[str, Any]]:

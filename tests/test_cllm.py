@@ -503,7 +503,7 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     save_network(causal, tmp_path / "causal")
     save_heads(MedusaHeads.of(causal, 2), tmp_path / "heads", causal)
     compare_decoders.compare(
-        results=tmp_path / "results",
+        folder=tmp_path / "results",
         model=str(tmp_path / "causal"),
         cllm=str(tmp_path / "causal"),
         heads=str(tmp_path / "heads"),

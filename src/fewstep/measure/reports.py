@@ -10,8 +10,8 @@ from fewstep.measure.evaluate import Record, Report
 from fewstep.measure.gsm_symbolic import Problem
 
 
-def report_columns(report: Report) -> dict[str, Any]:
-    """The report and its records without their texts, a list for each field, as JSON; `merge_reports` reads it."""
+def report_columns(report: Report, *, texts: bool = False) -> dict[str, Any]:
+    """The report and its records, their texts only if asked for, a list for each field; `merge_reports` reads it."""
     records = report.records
     return {
         "report": report.to_json(),
@@ -22,6 +22,7 @@ def report_columns(report: Report) -> dict[str, Any]:
         "num_forwards": [record.num_forwards for record in records],
         "num_draft_forwards": [record.num_draft_forwards for record in records],
         "seconds": [round(record.seconds, 4) for record in records],
+        **({"texts": [record.text for record in records]} if texts else {}),
     }
 
 
@@ -33,13 +34,13 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
     told = shards[0]["report"]
     records = [
         Record(
-            id=name, template=problems[name].template, answer=problems[name].answer, text="", correct=mark == "1",
+            id=name, template=problems[name].template, answer=problems[name].answer, text=text, correct=mark == "1",
             num_tokens=tokens, num_forwards=forwards, num_draft_forwards=drafts, seconds=seconds, finish_reason="",
         )
         for part in shards
-        for name, mark, tokens, forwards, drafts, seconds in zip(
-            part["ids"], part["correct"], part["num_tokens"], part["num_forwards"], part["num_draft_forwards"],
-            part["seconds"], strict=True,
+        for name, text, mark, tokens, forwards, drafts, seconds in zip(
+            part["ids"], part.get("texts", [""] * len(part["ids"])), part["correct"], part["num_tokens"],
+            part["num_forwards"], part["num_draft_forwards"], part["seconds"], strict=True,
         )
     ]  # fmt: skip
     shared = [field.name for field in fields(Report) if field.name not in ("records", "wall_seconds", "step_ms")]

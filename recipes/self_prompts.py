@@ -1,0 +1,83 @@
+"""Prompts that a chat model writes itself: what it samples where a user's turn would begin (Magpie, arXiv 2406.08464).
+
+    python recipes/self_prompts.py runs/smollm/smollm2 runs/chat/prompts.jsonl --count 8192
+
+A model that was tuned on conversations has learnt what users say too. Its own prompts are what its Jacobi trajectories
+can be made of (`fewstep collect`) where no prompts of its users are at hand. Kept are prompts that end within the
+limit, have at least three words, repeat little, and occur once; the file has {"id", "prompt"} in each row.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from fewstep.decode.health import REPEATED_NGRAM, repetition
+from fewstep.decode.loop import decode
+from fewstep.decode.requests import Output, Request
+from fewstep.engine.language_model import LanguageModel, load
+from fewstep.errors import FewstepError
+from fewstep.files import write_rows_whole
+from fewstep.models.text import decode_text
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+FEWEST_WORDS = 3
+MOST_REPETITION = 0.2
+_MARK = "what the user says"
+
+
+def before_a_prompt(lm: LanguageModel) -> list[int]:
+    """Token ids of the chat template up to where a user's first words stand. FewstepError without a template."""
+    tokenizer = lm.network.tokenizer
+    if not tokenizer.chat_template:
+        raise FewstepError(f"{lm.network.name} has no chat template, so it has not learnt what users say")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    return tokenizer.encode(text[: text.index(_MARK)], add_special_tokens=False)
+
+
+def kept(lm: LanguageModel, outputs: Iterable[Output]) -> Iterator[str]:
+    """The texts that can be prompts, each once."""
+    seen: set[str] = set()
+    for output in outputs:
+        text = decode_text(lm.network.tokenizer, output.token_ids).strip()
+        whole = output.finish_reason == "stop" and len(text.split()) >= FEWEST_WORDS
+        if whole and text not in seen and repetition(np.asarray(output.token_ids), REPEATED_NGRAM) <= MOST_REPETITION:
+            seen.add(text)
+            yield text
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Argument(help="a chat model: a bundled name or a folder")],
+    output: Annotated[Path, typer.Argument(help="JSONL file of the prompts")],
+    count: Annotated[int, typer.Option(min=1, help="prompts sampled; fewer are kept")] = 8192,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of a prompt")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 512,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Sample prompts and write them."""
+    lm = load(model, "autoregressive", dtype, device)
+    start_ids = before_a_prompt(lm)
+    requests = [Request(prompt_ids=start_ids, max_new_tokens=max_tokens, seed=seed + i) for i in range(count)]
+    decoder = lm.decoder(decoder="autoregressive", temperature=temperature, top_p=top_p)
+    texts = list(kept(lm, decode(lm.network, requests, decoder, batch_size=batch_size)))
+    if not texts:
+        raise FewstepError(f"none of {count} samples can be a prompt; is {model} a chat model?")
+    write_rows_whole(output, ({"id": f"own-{i}", "prompt": text} for i, text in enumerate(texts)))
+    print(f"{output}: {len(texts)} of {count} samples", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except FewstepError as error:
+        print(f"self_prompts: {error}", file=sys.stderr)
+        sys.exit(2)
