@@ -4,21 +4,23 @@
         --contender jacobi=runs/smollm/smollm2,decoder=jacobi,window=16 \\
         --contender CLLM=runs/chat/cllm,decoder=jacobi,window=16
 
-Everybody holds the two-turn conversations of `chat_prompts.jsonl` greedily, in batches; some are answered once more,
-one by one, all contenders taking turns, which gives the time of a pass. By default the second turn follows the
+Everybody holds the two-turn conversations of `chat_prompts.jsonl` greedily, in batches, and what was answered is kept,
+one file a contender: a rerun does what is missing. Some are answered once more, one by one, all contenders taking
+turns, which gives the time of a pass. By default the second turn follows the
 baseline's first answer, whoever is asked, so that answers can be compared one to one. A contender's settings are those
 of `fewstep generate`, and `role`. No judge model is used: quality is not measured.
 """
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import typer
+from jobs import Job, results, spread
 
 from fewstep.cli.run_settings import settings_of
 from fewstep.decode.health import measure_health
@@ -46,9 +48,9 @@ NO_JUDGE = (
 )
 COLUMNS = {
     "tokens/forward": lambda figures: f"{figures['tokens_per_forward']:.2f}",
-    "ms/forward": lambda figures: f"{figures['batch_1']['step_ms']:.1f}",
-    "tokens/s": lambda figures: f"{figures['batch_1']['tokens_per_second']:.1f}",
-    "times as fast": lambda figures: f"{figures['speed_ratio']:.2f}",
+    "ms/forward": lambda figures: f"{figures['batch_1']['step_ms']:.1f}" if figures["batch_1"] else "",
+    "tokens/s": lambda figures: f"{figures['batch_1']['tokens_per_second']:.1f}" if figures["batch_1"] else "",
+    "times as fast": lambda figures: f"{figures['speed_ratio']:.2f}" if figures["batch_1"] else "",
     "tokens": lambda figures: f"{figures['num_tokens_mean']:.0f}",
     "cut off": lambda figures: f"{figures['cut_off']:.0%}",
     "repetition": lambda figures: f"{figures['health']['repetition']:.3f}",
@@ -113,6 +115,12 @@ def first_of_each(conversations: Sequence[Conversation], count: int | None) -> l
     return [conversation for some in by_category.values() for conversation in some[:count]]
 
 
+def evenly(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """So many of them, or all, from everywhere in the list."""
+    count = min(count, len(conversations))
+    return [conversations[i * len(conversations) // count] for i in range(count)]
+
+
 def contenders_of(specifications: Sequence[str]) -> list[Contender]:
     """FewstepError for one that `contender_of` refuses, or if two have one name."""
     everyone = [contender_of(specification) for specification in specifications]
@@ -126,7 +134,7 @@ def contender_of(specification: str) -> Contender:
     """What NAME=MODEL[,setting=value...] spells. FewstepError for anything else, or a setting that has no meaning."""
     name, _, rest = specification.partition("=")
     model, *parts = rest.split(",")
-    if not (name and model):
+    if not (name and model) or "/" in name:
         raise FewstepError(f"{specification!r} names no contender; write {SPECIFICATION}")
     known = settings_of({GenerationSettings: ""})
     settings: dict[str, Any] = {}
@@ -167,12 +175,31 @@ def loaded(contenders: Sequence[Contender], *, dtype: str, device: str) -> dict[
 # --- conversations ---
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What is kept of an output."""
+
+    text: str
+    token_ids: list[int]
+    num_tokens: int
+    num_forwards: int
+    num_draft_forwards: int
+    finish_reason: str
+
+
 @dataclass(frozen=True)
 class Held:
     """The conversations of one contender: what it was asked and what it answered, by the answers' keys."""
 
     prompts: Mapping[str, Sequence[Message]]
-    outputs: Mapping[str, Output]
+    answers: Mapping[str, Answer]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "answers": {key: asdict(answer) for key, answer in self.answers.items()}}
+
+    @classmethod
+    def of_json(cls, told: Mapping[str, Any]) -> "Held":
+        return cls(told["prompts"], {key: Answer(**answer) for key, answer in told["answers"].items()})
 
 
 def hold(
@@ -185,21 +212,26 @@ def hold(
 ) -> Held:
     """Both turns of every conversation. The second follows the first answer of `history`, or of `lm` itself."""
 
-    def answered(prompts: Mapping[str, Sequence[Message]]) -> dict[str, Output]:
+    kept = Answer.__dataclass_fields__
+
+    def answered(prompts: Mapping[str, Sequence[Message]]) -> dict[str, Answer]:
         outputs = lm.generate(list(prompts.values()), batch_size=batch_size, **settings)
-        return dict(zip(prompts, outputs, strict=True))
+        return {
+            key: Answer(**{name: getattr(output, name) for name in kept})
+            for key, output in zip(prompts, outputs, strict=True)
+        }
 
     prompts: dict[str, Sequence[Message]] = {
         conversation.keys[0]: [_said("user", conversation.turns[0])] for conversation in conversations
     }
-    outputs = answered(prompts)
-    replies = outputs if history is None else history.outputs
+    answers = answered(prompts)
+    replies = answers if history is None else history.answers
     seconds: dict[str, Sequence[Message]] = {
         second: [*prompts[first], _said("assistant", replies[first].text), _said("user", conversation.turns[1])]
         for conversation in conversations
         for first, second in [conversation.keys]
     }
-    return Held({**prompts, **seconds}, {**outputs, **answered(seconds)})
+    return Held({**prompts, **seconds}, {**answers, **answered(seconds)})
 
 
 def _said(role: str, content: str) -> Message:
@@ -215,36 +247,53 @@ class Measured:
     timing: Timing
     timed_keys: Sequence[str]
 
-    def alone(self, keys: Collection[str]) -> Timing:
-        """The part of the timing that is about these keys."""
+    def alone(self, keys: Collection[str]) -> Timing | None:
+        """The part of the timing that is about these keys; None if none of them was timed."""
         at = [index for index, key in enumerate(self.timed_keys) if key in keys]
+        if not at:
+            return None
         seconds, forwards, tokens = self.timing.seconds, self.timing.num_forwards, self.timing.num_tokens
         return Timing([seconds[i] for i in at], [forwards[i] for i in at], [tokens[i] for i in at])
+
+
+def conversations_of(
+    models: Mapping[str, LanguageModel],
+    settings: Mapping[str, Mapping[str, Any]],
+    conversations: Sequence[Conversation],
+    folder: Path,
+    *,
+    history: History,
+    batch_size: int,
+) -> list[Job]:
+    """A job for each contender, the baseline first, whose file in `folder` the others may need."""
+    baseline = next(iter(models))
+
+    def held(name: str) -> dict[str, Any]:
+        follows = history == "baseline" and name != baseline
+        said = Held.of_json(results(folder)[baseline]) if follows else None
+        return hold(models[name], conversations, settings[name], history=said, batch_size=batch_size).to_json()
+
+    return [
+        Job(name=name, run=partial(held, name), needs=() if name == baseline or history == "own" else (baseline,))
+        for name in models
+    ]
 
 
 def measured(
     models: Mapping[str, LanguageModel],
     settings: Mapping[str, Mapping[str, Any]],
-    conversations: Sequence[Conversation],
-    *,
-    history: History,
+    held: Mapping[str, Held],
     timed_keys: Sequence[str],
-    batch_size: int,
 ) -> dict[str, Measured]:
-    """Everybody's conversations, the baseline first, then the answers of `timed_keys` one by one, all taking turns."""
-    held: dict[str, Held] = {}
-    for name, lm in models.items():
-        said = next(iter(held.values()), None) if history == "baseline" else None
-        held[name] = hold(lm, conversations, settings[name], history=said, batch_size=batch_size)
-        print(f"{name}: held {len(conversations)} conversations", flush=True)
+    """Everybody's conversations, and their answers of `timed_keys` once more, one by one, all taking turns."""
 
     def answer(name: str, key: str) -> Output:
         return models[name].generate(held[name].prompts[key], **settings[name])
 
-    timings = time_interleaved({name: partial(answer, name) for name in models}, timed_keys)
+    timings = time_interleaved({name: partial(answer, name) for name in held}, timed_keys)
     return {
-        name: Measured(lm=lm, held=held[name], timing=timings[name], timed_keys=timed_keys)
-        for name, lm in models.items()
+        name: Measured(lm=models[name], held=one, timing=timings[name], timed_keys=timed_keys)
+        for name, one in held.items()
     }
 
 
@@ -268,19 +317,20 @@ def figures_of(one: Measured, baseline: Measured, keys: Sequence[str], comparabl
     `speed_ratio` compares tokens per second, since answers may differ in length. Passes are the network's own; a
     draft's take their time and are counted apart.
     """
-    outputs = [one.held.outputs[key] for key in keys]
-    alone, drafts = one.alone(keys), fmean(output.num_draft_forwards for output in outputs)
+    answers = [one.held.answers[key] for key in keys]
+    alone, reference = one.alone(keys), baseline.alone(keys)
+    drafts = fmean(answer.num_draft_forwards for answer in answers)
     eos_token_id = one.lm.network.eos_token_id
-    pairs = [[each.held.outputs[key].token_ids for each in (one, baseline)] for key in keys if key in comparable]
+    pairs = [[each.held.answers[key].token_ids for each in (one, baseline)] for key in keys if key in comparable]
     return {
-        "n": len(outputs),
-        "num_tokens_mean": fmean(output.num_tokens for output in outputs),
-        "tokens_per_forward": sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs),
-        "cut_off": fmean(output.finish_reason == "length" for output in outputs),
-        "health": measure_health((output.token_ids for output in outputs), ignored_ids=[eos_token_id]).to_json(),
+        "n": len(answers),
+        "num_tokens_mean": fmean(answer.num_tokens for answer in answers),
+        "tokens_per_forward": sum(a.num_tokens for a in answers) / sum(a.num_forwards for a in answers),
+        "cut_off": fmean(answer.finish_reason == "length" for answer in answers),
+        "health": measure_health((answer.token_ids for answer in answers), ignored_ids=[eos_token_id]).to_json(),
         "agreement": measure_agreement(*zip(*pairs, strict=True)).to_json() if pairs else None,
-        "batch_1": alone.to_json(),
-        "speed_ratio": alone.tokens_per_second / baseline.alone(keys).tokens_per_second,
+        "batch_1": alone.to_json() if alone else None,
+        "speed_ratio": alone.tokens_per_second / reference.tokens_per_second if alone and reference else None,
         **({"num_draft_forwards_mean": drafts} if drafts else {}),
     }
 
@@ -344,12 +394,12 @@ def document_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tok
 def answers_of(conversations: Sequence[Conversation], found: Mapping[str, Measured]) -> list[dict[str, Any]]:
     """Every answer, those to the same question beside each other."""
     return [
-        {"id": conversation.id, "category": conversation.category, "turn": turn, "contender": name, "text": output.text,
-         "num_tokens": output.num_tokens, "num_forwards": output.num_forwards, "finish_reason": output.finish_reason}
+        {"id": conversation.id, "category": conversation.category, "turn": turn, "contender": name, "text": answer.text,
+         "num_tokens": answer.num_tokens, "num_forwards": answer.num_forwards, "finish_reason": answer.finish_reason}
         for conversation in conversations
         for turn, key in enumerate(conversation.keys, start=1)
         for name, one in found.items()
-        for output in [one.held.outputs[key]]
+        for answer in [one.held.answers[key]]
     ]  # fmt: skip
 
 
@@ -357,13 +407,13 @@ def answers_of(conversations: Sequence[Conversation], found: Mapping[str, Measur
 def compare(
     baseline: Annotated[str, typer.Option(metavar=SPECIFICATION, help="what the others are compared with")],
     contender: Annotated[list[str] | None, typer.Option(metavar=SPECIFICATION, help="repeatable")] = None,
-    results: Annotated[Path, typer.Option(help="folder for chat.json, chat.md and answers.jsonl")] = Path(
-        "results/chat"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--results", help="folder for chat.json, chat.md, answers.jsonl and the conversations")
+    ] = Path("results/chat"),
     prompts: Annotated[Path, typer.Option(help='lines {"id", "category", "turns"}', show_default=False)] = PROMPTS,
     history: Annotated[History, typer.Option(help="whose first answer the second turn follows")] = "baseline",
     per_category: Annotated[int | None, typer.Option(min=1, help="conversations; by default all")] = None,
-    timed_per_category: Annotated[int, typer.Option(min=1, help="of them, answered one by one as well")] = 1,
+    timed: Annotated[int, typer.Option(min=1, help="of them, answered one by one as well")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     dtype: str = "auto",
@@ -373,14 +423,21 @@ def compare(
     everyone = contenders_of([baseline, *(contender or [])])
     conversations = first_of_each(read_conversations(prompts), per_category)
     groups = groups_of(conversations)
-    found = measured(
-        loaded(everyone, dtype=dtype, device=device),
-        {one.name: {"max_new_tokens": max_new_tokens, **one.settings} for one in everyone},
-        conversations,
-        history=history,
-        timed_keys=groups_of(first_of_each(conversations, timed_per_category))[EVERYTHING],
-        batch_size=batch_size,
-    )
+    models = loaded(everyone, dtype=dtype, device=device)
+    settings = {one.name: {"max_new_tokens": max_new_tokens, **one.settings} for one in everyone}
+    kept = folder / "conversations"
+    jobs = conversations_of(models, settings, conversations, kept, history=history, batch_size=batch_size)
+    asked = {
+        "prompts": str(prompts), "per category": per_category, "history": history, "longest answer": max_new_tokens,
+        **{one.name: f"{one.model} {one.role} {dict(one.settings)}" for one in everyone},
+    }  # fmt: skip
+    if not spread(lambda: jobs, kept, settings=asked):
+        return
+    held = {name: Held.of_json(told) for name, told in results(kept).items() if name in models}
+    if missing := [name for name in models if name not in held]:
+        raise FewstepError(f"{', '.join(missing)} held no conversations; what is above says why")
+    timed_keys = groups_of(evenly(conversations, timed))[EVERYTHING]
+    found = measured(models, settings, {name: held[name] for name in models}, timed_keys)
     first = found[everyone[0].name]
     comparable = set(groups[EVERYTHING if history == "baseline" else TURNS[0]])
     rows = [row_of(one, found[one.name], first, groups, comparable) for one in everyone]
@@ -397,10 +454,10 @@ def compare(
         "baseline": everyone[0].name,
         "rows": rows,
     }
-    write_json_whole(results / "chat.json", told)
-    write_rows_whole(results / "answers.jsonl", answers_of(conversations, found))
+    write_json_whole(folder / "chat.json", told)
+    write_rows_whole(folder / "answers.jsonl", answers_of(conversations, found))
     document = document_of(rows, history, max_new_tokens)
-    with write_whole(results / "chat.md") as temporary:
+    with write_whole(folder / "chat.md") as temporary:
         temporary.write_text(f"{document}\n", encoding="utf-8")
     print(document, flush=True)
 

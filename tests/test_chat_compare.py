@@ -59,9 +59,9 @@ def report_of(chat: ModuleType, toys: Path, results: Path, **options: Any) -> di
     given = {
         "baseline": f"plain={toys / 'plain'}",
         "contender": [f"jacobi={toys / 'plain'},decoder=jacobi,window=4", f"other={toys / 'other'},decoder=jacobi"],
-        "prompts": toys / "prompts.jsonl", "max_new_tokens": 12, "device": "cpu",
+        "prompts": toys / "prompts.jsonl", "max_new_tokens": 12, "timed": 2, "device": "cpu",
     }  # fmt: skip
-    chat.compare(results=results, **{**given, **options})
+    chat.compare(folder=results, **{**given, **options})
     return json.loads((results / "chat.json").read_text())
 
 
@@ -185,7 +185,7 @@ def test_a_lossless_decoder_agrees_and_the_report_has_a_row_for_everybody(
     assert plain["groups"]["all"]["n"] == 8
     assert plain["groups"]["math"]["n"] == plain["groups"]["turn 2"]["n"] == 4
     assert plain["groups"]["all"]["tokens_per_forward"] == pytest.approx(1, abs=0.1)
-    assert plain["groups"]["all"]["batch_1"]["n"] == 4  # two turns of one conversation of each category
+    assert plain["groups"]["all"]["batch_1"]["n"] == 4  # two turns of two conversations, from everywhere in the list
     assert plain["groups"]["stem"]["batch_1"]["n"] == 2
     assert plain["groups"]["stem"]["speed_ratio"] == 1
     assert all(0 <= row["groups"]["all"]["cut_off"] <= 1 for row in told["rows"])
@@ -214,10 +214,10 @@ def test_the_second_turn_follows_the_baselines_answer_or_the_own_one(chat: Modul
     for conversation in conversations:
         first, second = conversation.keys
         question, reply, _ = own.prompts[second]
-        assert reply == {"role": "assistant", "content": own.outputs[first].text}
+        assert reply == {"role": "assistant", "content": own.answers[first].text}
         assert question == own.prompts[first][0]
         alone = other.generate(own.prompts[second], **settings)
-        assert alone.token_ids == own.outputs[second].token_ids
+        assert alone.token_ids == own.answers[second].token_ids
 
 
 def test_with_own_histories_only_first_answers_are_compared(chat: ModuleType, toys: Path, tmp_path: Path) -> None:
@@ -227,3 +227,20 @@ def test_with_own_histories_only_first_answers_are_compared(chat: ModuleType, to
     assert (jacobi["all"]["n"], jacobi["all"]["agreement"]["n"]) == (4, 2)
     assert jacobi["math"]["agreement"]["identical"] == 1
     assert "agreement is about first turns alone" in (tmp_path / "chat.md").read_text()
+
+
+def test_conversations_are_held_once_and_a_category_that_is_not_timed_has_no_time(
+    chat: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = report_of(chat, toys, tmp_path, timed=1)
+    assert first["rows"][1]["groups"]["stem"]["batch_1"] is None
+    (tmp_path / "conversations" / "jacobi.json").unlink()
+    held = []
+    monkeypatch.setattr(
+        chat, "hold", lambda lm, *given, hold=chat.hold, **more: held.append(lm) or hold(lm, *given, **more)
+    )
+    again = report_of(chat, toys, tmp_path, timed=1)
+    assert len(held) == 1
+    assert again["rows"][1]["groups"]["all"]["agreement"] == first["rows"][1]["groups"]["all"]["agreement"]
+    with pytest.raises(FewstepError, match="longest answer 12, not 11"):
+        report_of(chat, toys, tmp_path, timed=1, max_new_tokens=11)
