@@ -6,21 +6,23 @@
 
 Everybody holds the two-turn conversations of `chat_prompts.jsonl` greedily, in batches, and what was answered is kept,
 one file a contender: a rerun does what is missing. Some are answered once more, one by one, all contenders taking
-turns, which gives the time of a pass. By default the second turn follows the
-baseline's first answer, whoever is asked, so that answers can be compared one to one. A contender's settings are those
-of `fewstep generate`, and `role`. No judge model is used: quality is not measured.
+turns, which gives the time of a pass. By default the second turn follows the baseline's first answer, whoever is asked,
+so that answers can be compared one to one. A contender's settings are those of `fewstep generate`, and `role`. No judge
+model is used: quality is not measured.
 """
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import typer
-from jobs import Job, results, spread
+from jobs import Job, result_path, results, spread
+from made_by import made_by
 
 from fewstep.cli.run_settings import settings_of
 from fewstep.decode.health import measure_health
@@ -28,7 +30,7 @@ from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.engine.settings import ALIASES, GenerationSettings
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_json_whole, write_rows_whole, write_whole
+from fewstep.files import read_json, read_rows, write_json_whole, write_rows_whole, write_whole
 from fewstep.measure.agreement import measure_agreement
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.roles import RoleName
@@ -48,17 +50,17 @@ NO_JUDGE = (
 )
 COLUMNS = {
     "tokens/forward": lambda figures: f"{figures['tokens_per_forward']:.2f}",
-    "ms/forward": lambda figures: f"{figures['batch_1']['step_ms']:.1f}" if figures["batch_1"] else "",
-    "tokens/s": lambda figures: f"{figures['batch_1']['tokens_per_second']:.1f}" if figures["batch_1"] else "",
-    "times as fast": lambda figures: f"{figures['speed_ratio']:.2f}" if figures["batch_1"] else "",
+    "ms/forward": lambda figures: _number(figures["batch_1"], "step_ms", ".1f"),
+    "tokens/s": lambda figures: _number(figures["batch_1"], "tokens_per_second", ".1f"),
+    "times as fast": lambda figures: _number(figures, "speed_ratio", ".2f"),
     "tokens": lambda figures: f"{figures['num_tokens_mean']:.0f}",
     "cut off": lambda figures: f"{figures['cut_off']:.0%}",
     "repetition": lambda figures: f"{figures['health']['repetition']:.3f}",
     "distinct-1": lambda figures: f"{figures['health']['distinct_1']:.3f}",
     "distinct-2": lambda figures: f"{figures['health']['distinct_2']:.3f}",
-    "identical": lambda figures: _share(figures, "identical"),
-    "common prefix": lambda figures: _share(figures, "common_prefix"),
-    "similarity": lambda figures: _share(figures, "similarity"),
+    "identical": lambda figures: _number(figures["agreement"], "identical", ".1%"),
+    "common prefix": lambda figures: _number(figures["agreement"], "common_prefix", ".1%"),
+    "similarity": lambda figures: _number(figures["agreement"], "similarity", ".1%"),
 }
 """Heading -> cell, from the figures of one contender and group."""
 
@@ -134,8 +136,10 @@ def contender_of(specification: str) -> Contender:
     """What NAME=MODEL[,setting=value...] spells. FewstepError for anything else, or a setting that has no meaning."""
     name, _, rest = specification.partition("=")
     model, *parts = rest.split(",")
-    if not (name and model) or "/" in name:
+    if not (name and model):
         raise FewstepError(f"{specification!r} names no contender; write {SPECIFICATION}")
+    if "/" in name or name in (".", ".."):
+        raise FewstepError(f"{name!r} names a file of answers too, so it holds no / and is not . or ..")
     known = settings_of({GenerationSettings: ""})
     settings: dict[str, Any] = {}
     for part in parts:
@@ -212,12 +216,10 @@ def hold(
 ) -> Held:
     """Both turns of every conversation. The second follows the first answer of `history`, or of `lm` itself."""
 
-    kept = Answer.__dataclass_fields__
-
     def answered(prompts: Mapping[str, Sequence[Message]]) -> dict[str, Answer]:
         outputs = lm.generate(list(prompts.values()), batch_size=batch_size, **settings)
         return {
-            key: Answer(**{name: getattr(output, name) for name in kept})
+            key: Answer(**{field.name: getattr(output, field.name) for field in fields(Answer)})
             for key, output in zip(prompts, outputs, strict=True)
         }
 
@@ -256,7 +258,7 @@ class Measured:
         return Timing([seconds[i] for i in at], [forwards[i] for i in at], [tokens[i] for i in at])
 
 
-def conversations_of(
+def jobs_of(
     models: Mapping[str, LanguageModel],
     settings: Mapping[str, Mapping[str, Any]],
     conversations: Sequence[Conversation],
@@ -268,15 +270,38 @@ def conversations_of(
     """A job for each contender, the baseline first, whose file in `folder` the others may need."""
     baseline = next(iter(models))
 
-    def held(name: str) -> dict[str, Any]:
-        follows = history == "baseline" and name != baseline
-        said = Held.of_json(results(folder)[baseline]) if follows else None
-        return hold(models[name], conversations, settings[name], history=said, batch_size=batch_size).to_json()
+    def run(name: str, follows: bool) -> dict[str, Any]:
+        said = Held.of_json(read_json(result_path(folder, baseline))) if follows else None
+        held = hold(models[name], conversations, settings[name], history=said, batch_size=batch_size)
+        return {"made_by": made_by(models[name]), **held.to_json()}
 
+    follow = {name: history == "baseline" and name != baseline for name in models}
     return [
-        Job(name=name, run=partial(held, name), needs=() if name == baseline or history == "own" else (baseline,))
+        Job(name=name, run=partial(run, name, follow[name]), needs=(baseline,) if follow[name] else ())
         for name in models
     ]
+
+
+def held_conversations(
+    folder: Path, models: Mapping[str, LanguageModel], conversations: Sequence[Conversation], history: History
+) -> dict[str, Held]:
+    """What the jobs left, the baseline first.
+
+    FewstepError if somebody's is missing, was made by another model, or follows other first answers.
+    """
+    kept = results(folder)
+    if missing := [name for name in models if name not in kept]:
+        raise FewstepError(f"{', '.join(missing)} held no conversations; {folder}/NAME.failed says why")
+    held = {name: Held.of_json(kept[name]) for name in models}
+    baseline = next(iter(held.values()))
+    for name, lm in models.items():
+        if kept[name]["made_by"] != made_by(lm):
+            raise FewstepError(f"{folder}/{name}.json is of other weights, dtype or device: delete it")
+        replies = (held[name] if history == "own" else baseline).answers
+        for first, second in (conversation.keys for conversation in conversations):
+            if held[name].prompts[second][1]["content"] != replies[first].text:
+                raise FewstepError(f"{folder}/{name}.json follows the answers of another baseline: delete it")
+    return held
 
 
 def measured(
@@ -364,8 +389,9 @@ def table_of(rows: Sequence[Mapping[str, Any]], groups: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def _share(figures: Mapping[str, Any], name: str) -> str:
-    return "" if figures["agreement"] is None else f"{figures['agreement'][name]:.1%}"
+def _number(figures: Mapping[str, Any] | None, name: str, form: str) -> str:
+    """A cell, empty for a figure that is not there."""
+    return "" if figures is None or figures[name] is None else format(figures[name], form)
 
 
 def document_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tokens: int) -> str:
@@ -426,18 +452,16 @@ def compare(
     models = loaded(everyone, dtype=dtype, device=device)
     settings = {one.name: {"max_new_tokens": max_new_tokens, **one.settings} for one in everyone}
     kept = folder / "conversations"
-    jobs = conversations_of(models, settings, conversations, kept, history=history, batch_size=batch_size)
+    jobs = jobs_of(models, settings, conversations, kept, history=history, batch_size=batch_size)
     asked = {
-        "prompts": str(prompts), "per category": per_category, "history": history, "longest answer": max_new_tokens,
-        **{one.name: f"{one.model} {one.role} {dict(one.settings)}" for one in everyone},
+        "conversations": blake2b(repr(conversations).encode(), digest_size=4).hexdigest(),
+        "history": history, "longest answer": max_new_tokens, "batch size": batch_size,
+        **{f"contender {one.name}": f"{one.model} {one.role} {dict(one.settings)}" for one in everyone},
     }  # fmt: skip
     if not spread(lambda: jobs, kept, settings=asked):
         return
-    held = {name: Held.of_json(told) for name, told in results(kept).items() if name in models}
-    if missing := [name for name in models if name not in held]:
-        raise FewstepError(f"{', '.join(missing)} held no conversations; what is above says why")
-    timed_keys = groups_of(evenly(conversations, timed))[EVERYTHING]
-    found = measured(models, settings, {name: held[name] for name in models}, timed_keys)
+    held = held_conversations(kept, models, conversations, history)
+    found = measured(models, settings, held, groups_of(evenly(conversations, timed))[EVERYTHING])
     first = found[everyone[0].name]
     comparable = set(groups[EVERYTHING if history == "baseline" else TURNS[0]])
     rows = [row_of(one, found[one.name], first, groups, comparable) for one in everyone]

@@ -1,21 +1,24 @@
-"""Every way to decode a causal model in fewer passes, side by side in one run: a table and a plot.
+"""Every way to decode a causal model in fewer passes, side by side: a table and a plot.
 
     python recipes/compare_decoders.py --heads runs/cllm/medusa --draft runs/cllm/draft
 
 The same problems are answered in a batch, which gives accuracy, passes and throughput, and then one by one, all
 contenders taking turns at each, which gives the time of a pass and the tokens per second of a single answer. What needs
-a model that is not there is left out, and the table says so. Answers are kept, one file a contender; a rerun does what
-is missing.
+a model that is not there is left out, and the table says so. Answers in batches are kept, one file a contender, with
+their throughput: a rerun does what is missing and times all at batch 1 again. With several GPUs contenders share them,
+and throughput is that beside the others.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from jobs import Job, results, spread
+from made_by import made_by
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
@@ -168,11 +171,20 @@ def plot_speeds(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
             figure.savefig(temporary, format=suffix)
 
 
+@cache
+def loaded(model: str, device: str) -> LanguageModel:
+    return load(model, device=device)
+
+
 def answered(
-    lm: LanguageModel, settings: Mapping[str, Any], items: Sequence[Problem], batch_size: int
+    model: str, device: str, settings: Mapping[str, Any], items: Sequence[Problem], batch_size: int
 ) -> dict[str, Any]:
     """The answers of one contender in batches, as `report_columns` keeps them."""
-    return report_columns(evaluate(lm, items, batch_size=batch_size, **settings), texts=True)
+    lm = loaded(model, device)
+    return {
+        "made_by": made_by(lm),
+        **report_columns(evaluate(lm, items, batch_size=batch_size, **settings), texts=True),
+    }
 
 
 @app.command()
@@ -197,32 +209,38 @@ def compare(
     absent = {name: why for name, contender in everyone.items() if (why := contender.missing())}
     for name, why in absent.items():
         print(f"left out: {name}, since {why}", flush=True)
-    present = {name: contender for name, contender in everyone.items() if name not in absent}
-    settings = {name: {"max_new_tokens": max_new_tokens, **contender.settings} for name, contender in present.items()}
+    present = {name: (str(one.model), one.settings) for name, one in everyone.items() if name not in absent}
+    settings = {name: {"max_new_tokens": max_new_tokens, **own} for name, (_, own) in present.items()}
     items = problems("test", count)
-    names = dict.fromkeys(str(contender.model) for contender in present.values())
-    models = {name: load(name, device=device) for name in names}
-    of = {name: models[str(contender.model)] for name, contender in present.items()}
-    jobs = [Job(name=name, run=partial(answered, of[name], settings[name], items, batch_size)) for name in present]
+    jobs = [
+        Job(name=name, run=partial(answered, model, device, settings[name], items, batch_size))
+        for name, (model, _) in present.items()
+    ]
     asked = {
-        "test problems": count, "model": model, "CLLM": cllm, "draft": draft, "heads": heads, "student": student,
-        "window": window, "longest answer": max_new_tokens, "batch size": batch_size,
+        "test problems": count, "longest answer": max_new_tokens, "batch size": batch_size,
+        **{f"contender {name}": f"{model} {dict(own)}" for name, (model, own) in present.items()},
     }  # fmt: skip
     if not spread(lambda: jobs, folder / "answers", settings=asked):
         return
     found = results(folder / "answers")
-    reports = {name: merge_reports([found[name]], {item.id: item for item in items}) for name in found}
-    if BASELINE not in reports:
-        raise FewstepError(f"{BASELINE} gave no answers, and everything is compared with it")
+    for name in present.keys() - found.keys():
+        absent[name] = f"it failed ({folder}/answers/{name}.failed says how)"
+    if BASELINE in absent:
+        raise FewstepError(f"{BASELINE} gave no answers, and everything is compared with it: {absent[BASELINE]}")
+    names = [name for name in present if name in found]
+    of = {name: loaded(present[name][0], device) for name in names}
+    for name in names:
+        if found[name]["made_by"] != made_by(of[name]):
+            raise FewstepError(f"{folder}/answers/{name}.json is of other weights, dtype or device: delete it")
+    reports = {name: merge_reports([found[name]], {item.id: item for item in items}) for name in names}
     timings = time_interleaved(
-        {name: partial(of[name].generate, **settings[name]) for name in reports},
+        {name: partial(of[name].generate, **settings[name]) for name in names},
         [item.question for item in items[:timed]],
     )
     baseline = reports[BASELINE], timings[BASELINE]
     rows = [
         row_of(name, reports[name], timings[name], baseline, extra_parameters(of[name], settings[name], of[BASELINE]))
-        for name in present
-        if name in reports
+        for name in names
     ]
     told = {
         "command": this_command(),
@@ -241,4 +259,8 @@ def compare(
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except FewstepError as error:
+        print(f"compare_decoders: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -41,8 +41,8 @@ def result_path(folder: Path, name: str) -> Path:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All finished results by name."""
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    """All finished results by name; a file that is just being written begins with a dot."""
+    return {path.stem: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
 
 
 def spread(
@@ -80,7 +80,7 @@ def spread(
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder.with_name(f"{folder.name}-settings.json")
-    kept = read_json(file) if file.exists() and any(folder.glob("*.json")) else {}
+    kept = read_json(file) if file.exists() and any(folder.glob("[!.]*.json")) else {}
     differing = [f"{key} {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
     if differing:
         raise FewstepError(f"{folder} holds results of {'; '.join(differing)}: empty it, or name another folder")

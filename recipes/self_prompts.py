@@ -3,8 +3,9 @@
     python recipes/self_prompts.py runs/smollm/smollm2 runs/chat/prompts.jsonl --count 8192
 
 A model that was tuned on conversations has learnt what users say too. Its own prompts are what its Jacobi trajectories
-can be made of (`fewstep collect`) where no prompts of its users are at hand. Kept are prompts that end within the
-limit, have at least three words, repeat little, and occur once; the file has {"id", "prompt"} in each row.
+can be made of (`fewstep collect`) where no prompts of its users are at hand. What the template says before the first
+user, such as a system prompt, comes before them too. Kept are prompts that end within the limit, have at least three
+words and repeat little, each once; the file has {"id", "prompt"} in each row.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,8 +31,6 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def chat() -> ModuleType:
-    if str(RECIPES) not in sys.path:
-        sys.path.insert(0, str(RECIPES))
     return importlib.import_module("chat_compare")
 
 
@@ -117,6 +116,7 @@ def test_a_contender_is_a_name_a_model_and_settings_in_their_types(chat: ModuleT
         ("a=m,gen_length=9", "max_new_tokens is not a contender's own"),
         ("folder/x", "names no contender"),
         ("a=", "names no contender"),
+        ("a/b=m", "it holds no /"),
     ],
 )
 def test_a_misspelt_contender_is_a_sentence(chat: ModuleType, specification: str, sentence: str) -> None:
@@ -229,18 +229,23 @@ def test_with_own_histories_only_first_answers_are_compared(chat: ModuleType, to
     assert "agreement is about first turns alone" in (tmp_path / "chat.md").read_text()
 
 
-def test_conversations_are_held_once_and_a_category_that_is_not_timed_has_no_time(
+def test_conversations_are_held_once_and_those_of_others_are_refused(
     chat: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    toys = Path(shutil.copytree(toys, tmp_path / "toys"))
     first = report_of(chat, toys, tmp_path, timed=1)
-    assert first["rows"][1]["groups"]["stem"]["batch_1"] is None
+    assert first["rows"][1]["groups"]["stem"]["batch_1"] is None  # the conversation that was timed is no "stem"
     (tmp_path / "conversations" / "jacobi.json").unlink()
     held = []
-    monkeypatch.setattr(
-        chat, "hold", lambda lm, *given, hold=chat.hold, **more: held.append(lm) or hold(lm, *given, **more)
-    )
+    monkeypatch.setattr(chat, "hold", lambda *given, hold=chat.hold, **more: held.append(given) or hold(*given, **more))
     again = report_of(chat, toys, tmp_path, timed=1)
     assert len(held) == 1
     assert again["rows"][1]["groups"]["all"]["agreement"] == first["rows"][1]["groups"]["all"]["agreement"]
     with pytest.raises(FewstepError, match="longest answer 12, not 11"):
         report_of(chat, toys, tmp_path, timed=1, max_new_tokens=11)
+    plain, jacobi, other = f"plain={toys / 'plain'}", f"jacobi={toys / 'plain'},decoder=jacobi,window=4", toys / "other"
+    with pytest.raises(FewstepError, match=r"other.json follows the answers of another baseline"):
+        report_of(chat, toys, tmp_path, baseline=f"other={other},decoder=jacobi", contender=[plain, jacobi])
+    network(2).module.save_pretrained(toys / "plain")
+    with pytest.raises(FewstepError, match=r"plain.json is of other weights"):
+        report_of(chat, toys, tmp_path)

@@ -496,25 +496,22 @@ def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, t
     assert len(load_heads(tmp_path / "heads", network)) == 2
 
 
-def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_path, capsys):
     compare_decoders = importlib.import_module("compare_decoders")
     causal = tiny_network("autoregressive", head_scale=20, max_positions=1024)
     save_network(causal, tmp_path / "causal")
     save_heads(MedusaHeads.of(causal, 2), tmp_path / "heads", causal)
-    compare_decoders.compare(
-        folder=tmp_path / "results",
-        model=str(tmp_path / "causal"),
-        cllm=str(tmp_path / "causal"),
-        heads=str(tmp_path / "heads"),
-        draft=str(tmp_path / "nowhere"),
-        student=None,
-        count=3,
-        timed=1,
-        batch_size=2,
-        max_new_tokens=12,
-        device="cpu",
-    )
+    given = {
+        "folder": tmp_path / "results", "model": str(tmp_path / "causal"), "cllm": str(tmp_path / "causal"),
+        "heads": None, "draft": str(tmp_path / "nowhere"), "student": None,
+        "count": 3, "timed": 1, "batch_size": 2, "max_new_tokens": 12, "device": "cpu",
+    }  # fmt: skip
+    compare_decoders.compare(**given)
+    kept = tmp_path / "results" / "answers" / "jacobi.json"
+    assert any(text for text in json.loads(kept.read_text())["texts"])
+    made = kept.stat().st_mtime_ns
+    compare_decoders.compare(**given | {"heads": str(tmp_path / "heads")})  # answers what is missing
+    assert kept.stat().st_mtime_ns == made
     found = json.loads((tmp_path / "results" / "comparison.json").read_text())
     rows = {row["contender"]: row for row in found["rows"]}
     assert set(found["left_out"]) == {"speculative", "CDLM student"}
@@ -526,3 +523,8 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     assert "Left out: CDLM student, since --student was not given." in table
     assert table in capsys.readouterr().out
     assert (tmp_path / "results" / "speeds.svg").exists()
+    with pytest.raises(FewstepError, match="batch size 2, not 3"):
+        compare_decoders.compare(**given | {"batch_size": 3})
+    kept.write_text(kept.read_text().replace('"weights": "', '"weights": "other '))
+    with pytest.raises(FewstepError, match=r"jacobi.json is of other weights"):
+        compare_decoders.compare(**given)

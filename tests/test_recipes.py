@@ -30,9 +30,6 @@ NUM_PROMPTS = 12
 
 
 def recipe(name: str) -> ModuleType:
-    folder = str(Path(__file__).parents[1] / "recipes")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     return importlib.import_module(name)
 
 

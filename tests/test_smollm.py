@@ -25,7 +25,6 @@ SMALL: dict[str, Any] = {"steps": 2, "rows": 2, "row_length": 1024, "dev": 2}
 
 @pytest.fixture(scope="module")
 def smollm() -> ModuleType:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     import smollm
 
     return smollm

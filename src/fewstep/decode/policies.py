@@ -5,8 +5,8 @@ Axes: R = requests, B = positions of a block, V = vocabulary.
 A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, setting_R1) -> chosen_RB`. It chooses masked
 positions only, at least one for every request that has any (`Origin` and `DreamSchedule` may choose none), and exactly
 one when nothing is certain enough, also on ties. Its setting is checked when it is built and handed over as a tensor at
-call time, so that a captured step serves every setting (`gaps` are a part of the step). `setting_R1=None` uses the
-policy's own setting.
+call time, so that a captured step serves every setting (`gaps` and `temperature` are a part of the step).
+`setting_R1=None` uses the policy's own setting.
 
 What "certain" means is the policy's `order`: see `certainty`. At a `temperature` above 0 the positions are drawn: see
 `perturbed`.
@@ -27,7 +27,10 @@ Order = Literal["low_confidence", "random", "margin", "entropy"]
 
 
 class Policy(Protocol):
-    """`setting` is the number handed to `__call__`; a `paced` policy gets the steps left in the block instead."""
+    """`setting` is the number handed to `__call__`; a `paced` policy gets the steps left in the block instead.
+
+    `temperature`: see `perturbed`; 0 draws no positions.
+    """
 
     @property
     def order(self) -> Order: ...
@@ -271,10 +274,10 @@ class DreamSchedule:
             raise FewstepError(f"steps must be at least 1, got {self.num_steps}")
         if not 0 <= self.eps < 1:
             raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
-        if self.alg_temp is not None and self.alg == "origin":
-            raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
         if self.alg_temp is not None and not 0 <= self.alg_temp < float("inf"):
             raise FewstepError(f"alg_temp must be 0 (no draw) or more and finite, got {self.alg_temp}")
+        if self.alg_temp and self.alg == "origin":
+            raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
 
     @property
     def order(self) -> Order:

@@ -1,0 +1,62 @@
+"""Prompts that a chat model writes itself, on random networks with a chat template."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import self_prompts
+
+from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
+from fewstep.models.load import save_network
+from fewstep.models.tiny import tiny_network
+
+RECIPE = self_prompts.__file__
+
+
+def test_a_sample_begins_where_the_user_speaks() -> None:
+    lm = LanguageModel(tiny_network("autoregressive"))
+    start = self_prompts.before_a_prompt(lm)
+    whole = lm.encode("what is 1+1?")
+    assert 0 < len(start) < len(whole)
+    assert whole[: len(start)] == start
+    lm.network.tokenizer.chat_template = None
+    with pytest.raises(FewstepError, match="no chat template"):
+        self_prompts.before_a_prompt(lm)
+
+
+def test_whole_prompts_of_some_words_that_repeat_little_are_kept_once() -> None:
+    lm = LanguageModel(tiny_network("autoregressive"))
+    encode = lm.network.tokenizer.encode
+
+    def output(text: str, reason: str = "stop") -> SimpleNamespace:
+        return SimpleNamespace(token_ids=encode(text, add_special_tokens=False), finish_reason=reason)
+
+    said = [
+        output("how much is this?"), output(" how much is this?"), output("two words"),
+        output("how many are there", "length"), output("one and one and one and one and one and one and one and one"),
+        output("what is 3 + 4?"),
+    ]  # fmt: skip
+    assert list(self_prompts.kept(lm, said)) == ["how much is this?", "what is 3 + 4?"]
+
+
+def test_the_command_writes_rows_that_collect_takes_or_says_that_there_are_none(tmp_path: Path) -> None:
+    save_network(tiny_network("autoregressive", max_positions=512), tmp_path / "chat")
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, RECIPE, tmp_path / "chat", tmp_path / "prompts.jsonl", "--device", "cpu", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    none = run("--count", "4", "--max-tokens", "1")
+    assert (none.returncode, none.stderr.count("\n")) == (2, 1)
+    assert "none of 4 samples can be a prompt" in none.stderr
+    assert not (tmp_path / "prompts.jsonl").exists()
+    some = run("--count", "200", "--max-tokens", "200")
+    assert some.returncode == 0, some.stderr
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert rows
+    assert {tuple(row) for row in rows} == {("id", "prompt")}
+    assert len({row["prompt"] for row in rows}) == len(rows)
