@@ -29,11 +29,12 @@ from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.cllm import CLLMBatch, CLLMObjective, CLLMSettings, JacobiTable
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
+from fewstep.train.documents import Batch
 from fewstep.train.examples import Examples
 from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
-from fewstep.train.objectives import Batch, Objective
+from fewstep.train.objectives import Objective
 from fewstep.train.packing import best_fit, pack
 from fewstep.train.record_shards import PromptRow
 from fewstep.train.settings import TrainSettings

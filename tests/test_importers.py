@@ -27,8 +27,9 @@ from fewstep.models.masks import Layout
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.documents import CLEAN, NOISY, Batch
 from fewstep.train.examples import Examples
-from fewstep.train.objectives import CLEAN, NOISY, Batch, MaskedDiffusionObjective, Objective
+from fewstep.train.objectives import MaskedDiffusionObjective, Objective
 from fewstep.train.stream import BatchStream
 from fewstep.train.trajectory_table import TrajectoryTable
 

@@ -26,8 +26,9 @@ from fewstep.train import losses
 from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption, later_state, stratified_uniform
+from fewstep.train.documents import Batch, CanvasLengths, PackedDocuments
 from fewstep.train.examples import Examples
-from fewstep.train.objectives import Batch, CanvasLengths, CausalObjective, MaskedDiffusionObjective, PackedDocuments
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.packing import best_fit, pack
 from fewstep.train.read_table import read_table
 from fewstep.train.relabel import Labelling, label, labelled, of_student

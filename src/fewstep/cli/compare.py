@@ -1,6 +1,5 @@
 """`fewstep compare`: two models, or two settings of one, on the same problems."""
 
-import difflib
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +8,7 @@ from fewstep.cli.evaluate import print_figures
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
 from fewstep.cli.report import progress_bar, write_report
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 
 SPECIFICATION = "MODEL[,setting=value...]"
 
@@ -61,8 +60,7 @@ def _parse(specification: str) -> tuple[str, dict[str, Any]]:
         key = key.replace("-", "_")
         choices = ["role", *known]
         if not equals or key not in choices:
-            close = difflib.get_close_matches(key, choices, n=1) if equals else []
-            hint = f"did you mean {close[0]!r}?" if close else f"settings: {', '.join(choices)}"
+            hint = suggestion(key if equals else "", choices, otherwise="settings:")
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value; {hint}")
         settings[key] = value if key == "role" else known[key].read_option(value)
     return name, settings

@@ -1,10 +1,9 @@
 """Names of models, checked before torch and transformers are imported, which takes seconds."""
 
-import difflib
 from pathlib import Path
 
 import fewstep
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 
 _BUNDLED = Path(fewstep.__file__).parent / "bundled"
 
@@ -15,6 +14,5 @@ def check_model_name(name: str) -> None:
     looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and name[0] not in ".~/"
     if name in bundled or Path(name).is_dir() or looks_like_hub_id:
         return
-    close = difflib.get_close_matches(name, bundled, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"bundled are {', '.join(bundled) or 'none'}"
+    hint = suggestion(name, bundled or ["none"], otherwise="bundled are")
     raise FewstepError(f"no model {name!r}, neither a folder nor a bundled name; {hint}")

@@ -4,7 +4,6 @@ The help of an option is the text in its field's type: `rows: Annotated[int, "Pa
 A run file's keys are the option names with underscores; options override it. Unknown keys are errors.
 """
 
-import difflib
 import functools
 import inspect
 import re
@@ -19,7 +18,7 @@ import typer
 from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 
 Groups = Mapping[type, str]
 """Settings class -> prefix of its options' names."""
@@ -145,8 +144,7 @@ def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
         raise FewstepError(f"{path} must hold lines of the form 'key: value'")
     for key in content:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            hint = suggestion(str(key), known, otherwise="known keys:")
             raise FewstepError(f"{path} has an unknown key {key!r}; {hint}")
     return {
         key: known[key].read(_spelt(value, known[key].type), f"{key!r} in {path}") for key, value in content.items()

@@ -23,11 +23,12 @@ from fewstep.models.roles import ContextAttention, RoleName
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.corruption import BlockCorruption, Corruption
+from fewstep.train.documents import CanvasLengths
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
-from fewstep.train.objectives import CanvasLengths, CausalObjective, MaskedDiffusionObjective, Objective
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
 from fewstep.train.samples import Samples
 from fewstep.train.settings import TrainSettings
 

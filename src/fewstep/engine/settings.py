@@ -1,6 +1,5 @@
 """Generation settings by name, and the decoder they make."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
@@ -26,7 +25,7 @@ from fewstep.decode.policies import (
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
@@ -156,7 +155,7 @@ class GenerationSettings:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise FewstepError(f"unknown setting {name!r}; {_suggestion(name, known)}")
+                raise FewstepError(f"unknown setting {name!r}; {suggestion(name, known)}")
         return cls(**options)
 
     @property
@@ -263,9 +262,4 @@ class GenerationSettings:
 
 def _check_choice(what: str, name: str | None, choices: Iterable[str]) -> None:
     if name is not None and name not in choices:
-        raise FewstepError(f"unknown {what} {name!r}; {_suggestion(name, choices)}")
-
-
-def _suggestion(name: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+        raise FewstepError(f"unknown {what} {name!r}; {suggestion(name, choices)}")

@@ -20,16 +20,9 @@ from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
 from fewstep.train.corruption import BlockCorruption
+from fewstep.train.documents import Batch, Forward, Inputs, Opening, PackedDocuments, check_packable
 from fewstep.train.examples import Examples, fingerprint
-from fewstep.train.objectives import (
-    Batch,
-    Forward,
-    Inputs,
-    Loss,
-    Opening,
-    PackedDocuments,
-    check_packable,
-)
+from fewstep.train.objectives import Loss
 from fewstep.train.trajectory_table import HiddenDistributions, TopDistributions, TrajectoryTable
 
 Distillation = Literal["forward", "reverse", "hard"]

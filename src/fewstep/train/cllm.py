@@ -21,8 +21,9 @@ from fewstep.errors import FewstepError
 from fewstep.models.masks import Layout
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
+from fewstep.train.documents import CLEAN, Batch, Forward, Inputs, PackedDocuments
 from fewstep.train.examples import Examples, fingerprint
-from fewstep.train.objectives import CLEAN, Batch, Forward, Inputs, Loss, PackedDocuments
+from fewstep.train.objectives import Loss
 
 Goal = Literal["global", "local"]
 Noise = Literal["uniform", "progressive"]

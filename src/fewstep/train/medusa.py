@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
+from fewstep.train.documents import Batch, Forward, Inputs, PackedDocuments
 from fewstep.train.examples import Examples
-from fewstep.train.objectives import Batch, Forward, Inputs, Loss, PackedDocuments
+from fewstep.train.objectives import Loss
 
 _NOTHING = -100  # what F.cross_entropy ignores
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.train.objectives import Batch, Objective, to_device
+from fewstep.train.documents import Batch
+from fewstep.train.objectives import Objective, to_device
 from fewstep.train.packing import best_fit, pack
 
 TOKENS_PER_CANDIDATE = 128
