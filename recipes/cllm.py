@@ -21,7 +21,7 @@ from typing import Annotated
 
 import gsm
 import typer
-from gsm import accuracy, device, fresh_network, gpu_settings, is_there, worker
+from stages import Runs, accuracy, device, fresh_network, gpu_settings, is_there, worker
 from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, prompt_rows
 
 from fewstep.decode.jacobi import Jacobi
@@ -42,7 +42,6 @@ from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
 
 app = typer.Typer(pretty_exceptions_enable=False)
-Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
 Source = Annotated[str, typer.Option(help="the causal model: a bundled name or a folder")]
 Data = Annotated[Path, typer.Option(help="token tables of recipes/gsm.py or smollm.py")]
 

@@ -9,22 +9,40 @@ student's decoding, for a second round with `student --own`), `bundle`. Each wri
 what is there is left alone, and training that was interrupted resumes.
 """
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from stages import (
+    BLOCK,
+    BlocksLate,
+    BlocksVisited,
+    Canvases,
+    Frontier,
+    Late,
+    Leftward,
+    NumGSM8K,
+    NumSymbolic,
+    Own,
+    Runs,
+    Solved,
+    Visited,
+    accuracy,
+    change_json,
+    device,
+    digits,
+    fresh_network,
+    gpu_settings,
+    is_there,
+    worker,
+)
 from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
 
 from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel
-from fewstep.files import read_json, write_json_whole
-from fewstep.measure.evaluate import evaluate
-from fewstep.measure.gsm_symbolic import problems, write_problem_files
+from fewstep.measure.gsm_symbolic import write_problem_files
 from fewstep.models.load import BUNDLED, load_network, save_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
@@ -35,31 +53,11 @@ from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.read_table import read_table
 from fewstep.train.relabel import labelled, labelling_for, of_student
-from fewstep.train.trainer import Evaluate, TrainSettings, train
+from fewstep.train.trainer import train
 from fewstep.train.trajectory_table import join
 
 app = typer.Typer(pretty_exceptions_enable=False)
-Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
-
-# Options that smollm.py has as well.
-Leftward = Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")]
-Frontier = Annotated[float, typer.Option(help="share of these that are open up to a point")]
-Late = Annotated[float, typer.Option(help="share of these that hide their digits longest")]
-Visited = Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")]
-Canvases = Annotated[int, typer.Option(help="states of an answer that share its prompt")]
-NumGSM8K = Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")]
-NumSymbolic = Annotated[int, typer.Option(help="of GSM-Symbolic")]
-Solved = Annotated[bool, typer.Option(help="keep only what the teacher solves")]
-Own = Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")]
-BlocksLate = Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")]
-BlocksVisited = Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")]
-
-BLOCK = 32
 RUNS = Path("runs/gsm")
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer")
 
 
 # --- data ---
@@ -78,50 +76,6 @@ def problem_files(folder: Path = BUNDLED / "gsm-symbolic") -> None:
 
 
 # --- causal model and teacher ---
-
-
-def fresh_network(name: str, device: str, *, layers: int = 12, like: Network | None = None) -> Network:
-    """Layers of width 256: the bundled shape (9.6 M parameters with 12 of them), or that with the vocabulary and the
-    positions of `like`.
-    """
-    torch.manual_seed(0)
-    tok = tokenizer() if like is None else like.tokenizer
-    config = LlamaConfig(
-        vocab_size=2048 if like is None else like.vocab_size,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512 if like is None else like.max_positions,
-        tie_word_embeddings=True,
-        pad_token_id=tok.pad_token_id,
-        eos_token_id=tok.eos_token_id,
-        bos_token_id=tok.bos_token_id,
-    )
-    return Network(LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tok, name=name)
-
-
-def accuracy(count: int, **settings: Any) -> Evaluate:
-    """An `evaluate` callable: the share of the first development problems solved, and tokens per forward."""
-    items = problems("dev", count)
-
-    def evaluate_network(network: Network, step: int) -> dict[str, float]:
-        report = evaluate(
-            LanguageModel(network), items, batch_size=count, warm_up=False, max_new_tokens=MAX_ANSWER, **settings
-        )
-        print(f"sample at step {step}: {report.records[0].text!r}", flush=True)
-        return {"accuracy": report.accuracy, "tokens_per_forward": report.tokens_per_forward}
-
-    return evaluate_network
-
-
-def gpu_settings(**values: Any) -> TrainSettings:
-    """What all runs on a GPU share."""
-    cuda = torch.cuda.is_available()
-    return TrainSettings(
-        precision="bf16" if cuda else "no", weights_dtype="bfloat16" if cuda else "float32", compiled=cuda, **values
-    )
 
 
 @app.command()
@@ -148,10 +102,6 @@ def ar(
         evaluate_every=steps,
     )
     train(network, objective, settings, runs / "gsm-ar", evaluate=accuracy(dev))
-
-
-def digits(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tok.convert_tokens_to_ids(list("0123456789")))
 
 
 @app.command()
@@ -362,30 +312,6 @@ def bundle(
         save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
     chosen = {"threshold": threshold, "gaps": gaps, "block_size": block_size}
     change_json(target / "config.json", **{key: value for key, value in chosen.items() if value is not None})
-
-
-def change_json(path: Path, **values: Any) -> None:
-    """Set these keys of a JSON file."""
-    write_json_whole(path, {**read_json(path), **values})
-
-
-def worker() -> tuple[int, int]:
-    """Which of how many processes this is, (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_there(path: Path) -> bool:
-    """Whether a stage has finished already, by the file or folder that it leaves; says so."""
-    if found := path.exists():
-        print(f"{path} is there", flush=True)
-    return found
-
-
-def device() -> str:
-    """This process's own GPU under torchrun."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gsm import BLOCK, digits
 from jobs import Job, results, spread
+from stages import BLOCK, digits
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError

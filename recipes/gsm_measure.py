@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gsm import BLOCK
 from gsm_cards import Kind, Sources, card, comparison_sentence
 from jobs import Job, results, spread
+from stages import BLOCK
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gsm import BLOCK
+from stages import BLOCK
 from torch import Tensor
 
 from fewstep.errors import FewstepError

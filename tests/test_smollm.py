@@ -76,7 +76,7 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
     smollm: ModuleType, source: Path, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["smollm.py"])
-    for name in ("smollm", "gsm", "cllm", "word_problems"):
+    for name in ("smollm", "gsm", "stages", "cllm", "word_problems"):
         monkeypatch.setattr(importlib.import_module(name), "MAX_ANSWER", 96)
     cllm = sys.modules["cllm"]
     runs = tmp_path / "runs"
