@@ -120,8 +120,8 @@ def row_of(name: str, batched: Report, alone: Timing, baseline: tuple[Report, Ti
     }
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> str:
-    """Markdown: our figures, the published ones beside them, and what was left out."""
+def table_of(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str], kept: Sequence[str]) -> str:
+    """Markdown: our figures, the published ones beside them, what was left out, and what an earlier run answered."""
     lines = [
         "| decoder | tokens/pass | ms/pass, batch 1 | tokens/s, batch 1 | times as fast | tokens/s, batched | solved | "
         "same answers | extra parameters | published tokens/s | published speed | published solved |",
@@ -146,6 +146,8 @@ def table_of(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> st
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Published: {SOURCE}.", *(f"Left out: {name}, since {why}." for name, why in absent.items())]
+    if kept:
+        lines.append(f"Answered in an earlier run, which their tokens/s in batches are of: {'; '.join(kept)}.")
     return "\n".join(lines)
 
 
@@ -194,7 +196,7 @@ def compare(
     ] = Path("results/decoders"),
     model: Annotated[str, typer.Option(help="the causal model")] = "gsm-ar",
     cllm: Annotated[str | None, typer.Option(help="the same, trained by recipes/cllm.py")] = "gsm-cllm",
-    draft: Annotated[str | None, typer.Option(help="folder of a small model of the same vocabulary")] = None,
+    draft: Annotated[str | None, typer.Option(help="a small model of the same vocabulary")] = None,
     heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
     student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
     window: Annotated[int, typer.Option(help="of the Jacobi decoder")] = 16,
@@ -220,8 +222,10 @@ def compare(
         "test problems": count, "longest answer": max_new_tokens, "batch size": batch_size,
         **{f"contender {name}": f"{model} {dict(own)}" for name, (model, own) in present.items()},
     }  # fmt: skip
+    earlier = results(folder / "answers").keys()
     if not spread(lambda: jobs, folder / "answers", settings=asked):
         return
+    print(f"answering {min(timed, count)} problems one by one, all in turn", flush=True)
     found = results(folder / "answers")
     for name in present.keys() - found.keys():
         absent[name] = f"it failed ({folder}/answers/{name}.failed says how)"
@@ -242,15 +246,17 @@ def compare(
         row_of(name, reports[name], timings[name], baseline, extra_parameters(of[name], settings[name], of[BASELINE]))
         for name in names
     ]
+    kept = [name for name in names if name in earlier]
     told = {
         "command": this_command(),
         "machine": describe_machine(),
         "published": SOURCE,
         "left_out": absent,
+        "answered_earlier": kept,
         "rows": rows,
     }
     write_json_whole(folder / "comparison.json", told)
-    table = table_of(rows, absent)
+    table = table_of(rows, absent, kept)
     with write_whole(folder / "comparison.md") as temporary:
         temporary.write_text(f"{table}\n", encoding="utf-8")
     print(table, flush=True)

@@ -67,6 +67,8 @@ def spread(
         _check_settings(folder, settings)
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
+    if there := sorted(results(folder)):
+        print(f"kept in {folder}: {'; '.join(there)}", flush=True)
     deadline_s = time.time() + (float("inf") if time_limit_s is None else time_limit_s)
     devices = visible_gpus()
     if len(devices) < 2:
@@ -81,9 +83,11 @@ def spread(
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder.with_name(f"{folder.name}-settings.json")
     kept = read_json(file) if file.exists() and any(folder.glob("[!.]*.json")) else {}
-    differing = [f"{key} {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
+    differing = [f"{key}: {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
     if differing:
-        raise FewstepError(f"{folder} holds results of {'; '.join(differing)}: empty it, or name another folder")
+        raise FewstepError(
+            f"{folder} holds results of other settings ({'; '.join(differing)}): empty it, or name another folder"
+        )
     write_json_whole(file, {**kept, **settings})
 
 

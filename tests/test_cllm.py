@@ -524,7 +524,7 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     assert "Left out: CDLM student, since --student was not given." in table
     assert table in capsys.readouterr().out
     assert (tmp_path / "results" / "speeds.svg").exists()
-    with pytest.raises(FewstepError, match="batch size 2, not 3"):
+    with pytest.raises(FewstepError, match="batch size: 2, not 3"):
         compare_decoders.compare(**given | {"batch_size": 3})
     kept.write_text(kept.read_text().replace('"weights": "', '"weights": "other '))
     with pytest.raises(FewstepError, match=r"jacobi.json is of other weights"):

@@ -132,7 +132,9 @@ def test_results_of_other_settings_are_not_mixed_in(jobs: ModuleType, tmp_path: 
 
     assert spread(gaps=2)
     assert spread(gaps=2, shard=100)
-    with pytest.raises(FewstepError, match="answers holds results of gaps 2, not 3; shard 100, not 200: empty it"):
+    with pytest.raises(
+        FewstepError, match=r"answers holds results of other settings \(gaps: 2, not 3; shard: 100, not 200\): empty"
+    ):
         spread(gaps=3, shard=200)
     assert jobs.results(tmp_path / "answers")["one"]["gaps"] == 2
     (tmp_path / "answers" / "one.json").unlink()

@@ -60,7 +60,7 @@ def import_(
     write_report(json, {"source": str(source), **asdict(imported), "target": str(target)})
     checked = "" if imported.difference is None else f"; logits differ by at most {imported.difference:.1e}"
     note(
-        f"{source} ({imported.family}) imported into {target}: {imported.num_parameters / 1e6:.1f} M parameters, "
+        f"{source} ({imported.family}) imported into {target}: {imported.num_parameters:,} parameters, "
         f"{imported.dtype}, role {imported.role}{checked}"
     )
 
@@ -70,4 +70,4 @@ def _write_random(shape: str, target: Path, dtype: str, seed: int, overwrite: bo
 
     num_parameters = write_random(shape, target, dtype=dtype, seed=seed, overwrite=overwrite)
     write_report(json, {"shape": shape, "target": str(target), "num_parameters": num_parameters, "dtype": dtype})
-    note(f"{target}: {num_parameters / 1e6:.1f} M random parameters in the shape {shape}, {dtype}")
+    note(f"{target}: {num_parameters:,} random parameters in the shape {shape}, {dtype}")

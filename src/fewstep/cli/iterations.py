@@ -33,6 +33,8 @@ def complete_in_view(lm: "LanguageModel", prompt: str, *, raw: bool = False, **s
 
     decoder, chosen = lm.decoder(**settings), GenerationSettings.of(**settings)
     if not isinstance(decoder, Jacobi):
+        if lm.role.name != "autoregressive":
+            raise FewstepError("--show-iterations shows jacobi decoding, which needs a causal model, such as gsm-cllm")
         raise FewstepError(f"--show-iterations shows jacobi decoding, not {decoder.name}; add --decoder jacobi")
     request = Request(prompt_ids=lm.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed)
     trajectory = jacobi_trajectories(lm.network, [request], decoder)[0]
