@@ -286,6 +286,8 @@ def test_workers_share_the_shards_and_a_rerun_skips_finished_ones(tmp_path):
 def test_a_manifest_of_other_settings_is_refused_with_what_differs(tmp_path):
     settings = {"seed": 1, "decoding": {"threshold": 0.9, "steps": None}}
     Shards.create(tmp_path, num_shards=5, suffix=".txt", settings=settings)
+    newer = {"seed": 1, "decoding": {"threshold": 0.9, "steps": None, "a_later_setting": None}}
+    assert Shards.create(tmp_path, num_shards=5, suffix=".txt", settings=newer).finished() == []  # None: not set
     changed = {"seed": 1, "decoding": {"threshold": 0.8, "steps": None}}
     difference = r"\(decoding\.threshold is 0\.9 there and 0\.8 here, num_shards is 5 there and 6 here\)"
     with pytest.raises(FewstepError, match=difference):

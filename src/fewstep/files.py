@@ -321,7 +321,7 @@ class Shards:
 
 
 def _describe_difference(there: Any, wanted: Mapping[str, Any]) -> str:
-    """'seed is 1 there and 2 here, ...' for every setting that differs, or ''."""
+    """'seed is 1 there and 2 here, ...' for every setting that differs, or ''. None is the same as not set."""
     if not isinstance(there, dict):
         return "its manifest is no JSON object"
     flat_there, flat_wanted = _flatten(there), _flatten(wanted)
@@ -329,7 +329,7 @@ def _describe_difference(there: Any, wanted: Mapping[str, Any]) -> str:
     differing = [
         f"{key} is {flat_there.get(key, absent)} there and {flat_wanted.get(key, absent)} here"
         for key in sorted(flat_there.keys() | flat_wanted.keys())
-        if flat_there.get(key, absent) != flat_wanted.get(key, absent)
+        if flat_there.get(key) != flat_wanted.get(key)
     ]
     return ", ".join(differing)
 
