@@ -11,7 +11,6 @@ so that answers can be compared one to one. A contender's settings are those of 
 model is used: quality is not measured.
 """
 
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -22,7 +21,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 from jobs import Job, result_path, results, spread
-from made_by import made_by
+from made_by import check_made_by, made_by
+from run_recipe import run_recipe
 
 from fewstep.cli.run_settings import settings_of
 from fewstep.decode.health import measure_health
@@ -295,12 +295,11 @@ def held_conversations(
     held = {name: Held.of_json(kept[name]) for name in models}
     baseline = next(iter(held.values()))
     for name, lm in models.items():
-        if kept[name]["made_by"] != made_by(lm):
-            raise FewstepError(f"{folder}/{name}.json is of other weights, dtype or device: delete it")
+        check_made_by(lm, kept[name], result_path(folder, name))
         replies = (held[name] if history == "own" else baseline).answers
         for first, second in (conversation.keys for conversation in conversations):
             if held[name].prompts[second][1]["content"] != replies[first].text:
-                raise FewstepError(f"{folder}/{name}.json follows the answers of another baseline: delete it")
+                raise FewstepError(f"{result_path(folder, name)} follows the answers of another baseline: delete it")
     return held
 
 
@@ -487,8 +486,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except FewstepError as error:
-        print(f"chat_compare: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_recipe(app)

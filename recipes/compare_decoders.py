@@ -9,7 +9,6 @@ their throughput: a rerun does what is missing and times all at batch 1 again. W
 and throughput is that beside the others.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jobs import Job, results, spread
-from made_by import made_by
+from jobs import Job, finished, result_path, results, spread
+from made_by import check_made_by, made_by
+from run_recipe import run_recipe
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
@@ -222,7 +222,7 @@ def compare(
         "test problems": count, "longest answer": max_new_tokens, "batch size": batch_size,
         **{f"contender {name}": f"{model} {dict(own)}" for name, (model, own) in present.items()},
     }  # fmt: skip
-    earlier = results(folder / "answers").keys()
+    earlier = finished(folder / "answers")
     if not spread(lambda: jobs, folder / "answers", settings=asked):
         return
     print(f"answering {min(timed, count)} problems one by one, all in turn", flush=True)
@@ -234,8 +234,7 @@ def compare(
     names = [name for name in present if name in found]
     of = {name: loaded(present[name][0], device) for name in names}
     for name in names:
-        if found[name]["made_by"] != made_by(of[name]):
-            raise FewstepError(f"{folder}/answers/{name}.json is of other weights, dtype or device: delete it")
+        check_made_by(of[name], found[name], result_path(folder / "answers", name))
     reports = {name: merge_reports([found[name]], {item.id: item for item in items}) for name in names}
     timings = time_interleaved(
         {name: partial(of[name].generate, **settings[name]) for name in names},
@@ -265,8 +264,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except FewstepError as error:
-        print(f"compare_decoders: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_recipe(app)

@@ -40,9 +40,14 @@ def result_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
+def finished(folder: Path) -> list[str]:
+    """Names of the results that are there; a file that is just being written begins with a dot."""
+    return sorted(path.stem for path in folder.glob("[!.]*.json"))
+
+
 def results(folder: Path) -> dict[str, Any]:
-    """All finished results by name; a file that is just being written begins with a dot."""
-    return {path.stem: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
+    """All finished results by name."""
+    return {name: read_json(result_path(folder, name)) for name in finished(folder)}
 
 
 def spread(
@@ -67,7 +72,7 @@ def spread(
         _check_settings(folder, settings)
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
-    if there := sorted(results(folder)):
+    if there := finished(folder):
         print(f"kept in {folder}: {'; '.join(there)}", flush=True)
     deadline_s = time.time() + (float("inf") if time_limit_s is None else time_limit_s)
     devices = visible_gpus()
@@ -82,7 +87,7 @@ def spread(
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder.with_name(f"{folder.name}-settings.json")
-    kept = read_json(file) if file.exists() and any(folder.glob("[!.]*.json")) else {}
+    kept = read_json(file) if file.exists() and finished(folder) else {}
     differing = [f"{key}: {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
     if differing:
         raise FewstepError(

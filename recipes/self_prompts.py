@@ -8,13 +8,13 @@ user, such as a system prompt, comes before them too. Kept are prompts that end 
 words and repeat little, each once; the file has {"id", "prompt"} in each row.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from run_recipe import run_recipe
 
 from fewstep.decode.health import REPEATED_NGRAM, repetition
 from fewstep.decode.loop import decode
@@ -77,8 +77,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except FewstepError as error:
-        print(f"self_prompts: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_recipe(app)

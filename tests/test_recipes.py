@@ -29,28 +29,24 @@ TOY_BLOCK = 8
 NUM_PROMPTS = 12
 
 
-def recipe(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def jobs() -> ModuleType:
-    return recipe("jobs")
+    return importlib.import_module("jobs")
 
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    return recipe("gsm_ablation")
+    return importlib.import_module("gsm_ablation")
 
 
 @pytest.fixture(scope="module")
 def measure() -> ModuleType:
-    return recipe("gsm_measure")
+    return importlib.import_module("gsm_measure")
 
 
 @pytest.fixture(scope="module")
 def throughput() -> ModuleType:
-    return recipe("gsm_throughput")
+    return importlib.import_module("gsm_throughput")
 
 
 @pytest.fixture
@@ -333,7 +329,7 @@ def test_operations_are_counted_by_the_formula(throughput: ModuleType) -> None:
 
 
 def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) -> None:
-    lossless = recipe("lossless")
+    lossless = importlib.import_module("lossless")
     with pytest.raises(lossless.typer.Exit) as ended:
         lossless.main(results=tmp_path, model=["gsm-cllm"], count=3, max_new_tokens=20, batch_size=2, device="cpu")
     assert ended.value.exit_code == 0
@@ -345,7 +341,7 @@ def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) ->
 
 
 def test_a_share_of_an_adapter_scales_what_it_adds(tmp_path: Path) -> None:
-    cllm = recipe("cllm")
+    cllm = importlib.import_module("cllm")
     source = BUNDLED / "gsm-cllm"
     cllm.write_share(source, tmp_path / "half", 0.5)
     config = json.loads((tmp_path / "half" / "adapter_config.json").read_text())

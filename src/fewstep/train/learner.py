@@ -82,15 +82,12 @@ class Learner:
         self._packed = _PackedForward(body, heads)
         self._model, self._optimizer, self._scheduler = accelerator.prepare(self._packed, optimizer, scheduler)
 
-        self.learning_rate = self._next_learning_rate()
-        """That of the last step; before the first, that of the first, which transformers' schedules begin at 0."""
-
-    def _next_learning_rate(self) -> float:
-        return float(self._scheduler.get_last_lr()[0])
+        self.learning_rate = 0.0
+        """That of the last step; transformers' schedules begin the first at 0."""
 
     def step(self, objective: Objective, stream: PreparedStream) -> dict[str, Tensor]:
         """An optimizer step; figures averaged over its micro-batches, on the device."""
-        self.learning_rate = self._next_learning_rate()
+        self.learning_rate = float(self._scheduler.get_last_lr()[0])
         micros = [self._micro_step(objective, stream.next()) for _ in range(self._settings.accumulation)]
         if self.average is not None:
             self.average.update_parameters(self.trained)

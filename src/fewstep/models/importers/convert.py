@@ -181,13 +181,13 @@ def _read_config(source: Path) -> Config:
     config = read_json(source / "config.json")
     if not isinstance(config, dict):
         raise FewstepError(f"{source / 'config.json'} is no JSON object")
-    if "role" in config and config.get("model_type") in FAMILIES:
-        raise FewstepError(f"{source} is a plain folder with a role already; use it as it is")
     if config.get("model_type") not in FAMILIES:
         raise FewstepError(
             f"{source / 'config.json'} has the model_type {config.get('model_type')!r}, which no importer knows; "
             f"known are {', '.join(FAMILIES)} and GGUF files"
         )
+    if "role" in config:
+        raise FewstepError(f"{source} is a plain folder with a role already; use it as it is")
     if config.get("quantization_config"):
         raise FewstepError(f"{source} is quantised (quantization_config in its config.json); import the original")
     return config
