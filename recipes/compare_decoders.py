@@ -213,14 +213,16 @@ def compare(
         print(f"left out: {name}, since {why}", flush=True)
     present = {name: (str(one.model), one.settings) for name, one in everyone.items() if name not in absent}
     settings = {name: {"max_new_tokens": max_new_tokens, **own} for name, (_, own) in present.items()}
+    for name, (source, _) in present.items():
+        loaded(source, device).decoder(**settings[name])  # what cannot be is told before anything long
     items = problems("test", count)
     jobs = [
-        Job(name=name, run=partial(answered, model, device, settings[name], items, batch_size))
-        for name, (model, _) in present.items()
+        Job(name=name, run=partial(answered, source, device, settings[name], items, batch_size))
+        for name, (source, _) in present.items()
     ]
     asked = {
         "test problems": count, "longest answer": max_new_tokens, "batch size": batch_size,
-        **{f"contender {name}": f"{model} {dict(own)}" for name, (model, own) in present.items()},
+        **{f"contender {name}": f"{source} {dict(own)}" for name, (source, own) in present.items()},
     }  # fmt: skip
     earlier = finished(folder / "answers")
     if not spread(lambda: jobs, folder / "answers", settings=asked):

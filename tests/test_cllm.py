@@ -524,6 +524,9 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     assert "Left out: CDLM student, since --student was not given." in table
     assert table in capsys.readouterr().out
     assert (tmp_path / "results" / "speeds.svg").exists()
+    with pytest.raises(FewstepError, match="no model 'nowhere'"):
+        compare_decoders.compare(**given | {"model": "nowhere", "folder": tmp_path / "others"})
+    assert not (tmp_path / "others").exists()
     with pytest.raises(FewstepError, match="batch size: 2, not 3"):
         compare_decoders.compare(**given | {"batch_size": 3})
     kept.write_text(kept.read_text().replace('"weights": "', '"weights": "other '))
