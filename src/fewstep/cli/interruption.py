@@ -1,10 +1,19 @@
-"""Ctrl-C with a sentence of its own, such as the trainer's: typer keeps only the exit code of a KeyboardInterrupt."""
+"""Ctrl-C and SIGTERM: both end a command as a KeyboardInterrupt, which may bring a sentence of its own.
 
+typer keeps only the exit code of a KeyboardInterrupt, hence InterruptionError.
+"""
+
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells report it."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, which schedulers send before they kill."""
 
 
 class InterruptionError(Exception):
@@ -20,3 +29,36 @@ def spoken_interrupts() -> Iterator[None]:
         if not str(interrupt):
             raise
         raise InterruptionError(str(interrupt)) from interrupt
+
+
+class Termination:
+    """While it is entered, SIGTERM does what Ctrl-C would do at that moment; `arrived` says whether it came.
+
+    Whoever handles Ctrl-C, such as a trainer that first saves a checkpoint, thereby handles SIGTERM too. Only the first
+    one counts: some schedulers send several, and a second Ctrl-C would stop without saving.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+        # Only a main thread may listen; a SIGTERM that is ignored stays so.
+        self._listens = (
+            threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        )
+
+    def __enter__(self) -> "Termination":
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.arrived:
+            return
+        self.arrived = True
+        handle = signal.getsignal(signal.SIGINT)
+        if not callable(handle):  # a shell starts what it runs in the background deaf to Ctrl-C
+            raise KeyboardInterrupt
+        handle(signal.SIGINT, frame)

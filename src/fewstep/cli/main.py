@@ -1,6 +1,5 @@
 """The command `fewstep`: its commands, and how it ends when something is wrong."""
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,10 +17,11 @@ from fewstep.cli.extras import missing_sentence
 from fewstep.cli.generate import generate
 from fewstep.cli.import_ import import_
 from fewstep.cli.infill import infill
-from fewstep.cli.interruption import INTERRUPTED, InterruptionError
+from fewstep.cli.interruption import INTERRUPTED, TERMINATED, InterruptionError, Termination
 from fewstep.cli.merge import merge
 from fewstep.cli.models import models
 from fewstep.cli.options import check_synonyms, with_option_groups
+from fewstep.cli.streams import lenient_streams
 from fewstep.cli.train import FORWARD_EVERYTHING, train
 from fewstep.errors import FewstepError
 
@@ -67,8 +67,18 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0, or 2 with one sentence on standard error, or 130 after Ctrl-C."""
-    sys.exit(_run(arguments))
+    """Run one command and exit: 0, or 2 with one sentence on standard error, or 130 after Ctrl-C (143: SIGTERM).
+
+    A closed standard output is no error; one that cannot take what is printed, as on a full disk, is told in a
+    sentence once the command has written its files.
+    """
+    with lenient_streams() as streams, Termination() as termination:
+        code = _run(arguments)
+        sys.stdout.flush()
+        failure = streams.failure()
+        if code == 0 and failure is not None:
+            code = _fail(f"could not write to standard output: {failure}; files that were asked for are written")
+    sys.exit(TERMINATED if code == INTERRUPTED and termination.arrived else code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -77,7 +87,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         check_synonyms(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="fewstep", standalone_mode=False)
-        sys.stdout.flush()
     except typer.TyperException as error:
         return _fail(_usage_sentence(error))
     except FewstepError as error:
@@ -87,10 +96,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         if sentence is None:
             raise
         return _fail(sentence)
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough. The interpreter's last flush must go elsewhere, or it complains.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except InterruptionError as interruption:
         _print_error(str(interruption))
         return INTERRUPTED
