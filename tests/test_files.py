@@ -212,10 +212,134 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", refuse_the_new)
+    monkeypatch.setattr(files, "_swap", lambda *_: False)
     with pytest.raises(FewstepError, match="Input/output error"), write_folder_whole(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert names(target) == ["old"]
     assert names(tmp_path) == ["model"]
+
+
+def killed_when(folder: Path, moment: str, script: str) -> None:
+    """Run `script` on `folder` until it prints, or until `moment` (a module function) is called, and kill it there."""
+    prelude = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom fewstep import files\n"
+        "def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"folder = Path(sys.argv[1])\n{moment}\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", prelude + script, folder], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+
+
+REPLACE_MODEL = (
+    "with files.write_folder_whole(folder / 'model', overwrite=True) as new:\n"
+    "    (new / 'config.json').write_text('new')\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        ("files._swap = kill", "old"),
+        ("shutil_rmtree, files.shutil.rmtree = files.shutil.rmtree, kill", "new"),
+        ("files._swap = lambda *_: False; files.shutil.rmtree = kill", "new"),
+    ],
+    ids=["before the swap", "after the swap", "where folders cannot be swapped"],
+)
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path, moment, left):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    killed_when(tmp_path, moment, REPLACE_MODEL)
+    assert (tmp_path / "model" / "config.json").read_text() == left
+    with write_folder_whole(tmp_path / "model", overwrite=True) as folder:
+        (folder / "config.json").write_text("newer")
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_kill_between_two_renames_is_mended_by_the_next_writer(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    between = (
+        "files._swap = lambda *_: False; replace = os.replace\n"
+        "os.replace = lambda a, b: kill() if Path(b).name == 'model' else replace(a, b)"
+    )
+    killed_when(tmp_path, between, REPLACE_MODEL)
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(FewstepError, match="is not empty"), write_folder_whole(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+def test_what_a_living_writer_is_writing_is_not_taken_for_a_leftover(tmp_path):
+    with write_folder_whole(tmp_path / "model") as first, write_whole(tmp_path / "model.json") as file:
+        files.settle(tmp_path / "model")
+        files.settle(tmp_path / "model.json")
+        assert file.exists()
+        with write_folder_whole(tmp_path / "model") as second:
+            (second / "by").write_text("second")
+        assert first.exists()
+        (first / "by").write_text("first")
+        with pytest.raises(FewstepError), write_folder_whole(tmp_path / "model"):
+            pass
+        (tmp_path / "model" / "by").unlink()
+    assert (tmp_path / "model" / "by").read_text() == "first"
+    assert names(tmp_path) == ["model", "model.json"]
+
+
+def test_a_target_with_the_name_of_another_keeps_its_temporary_file(tmp_path):
+    other = tmp_path / ".report.more.0123abcd.tmp.json"
+    other.touch()
+    write_json_whole(tmp_path / "report.json", 1)
+    assert other.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "x" * 100 + "." + "y" * 150, "x" * 246 + ".json"])
+def test_a_long_name_that_the_system_allows_can_be_written(tmp_path, name):
+    write_json_whole(tmp_path / name, 1)
+    with write_folder_whole(tmp_path / f"{name[:-1]}z") as folder:
+        (folder / "a").touch()
+    assert names(tmp_path) == sorted([name, f"{name[:-1]}z"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/inside", "a\0b", "loop/inside"])
+def test_a_path_that_cannot_be_is_one_sentence(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for write in (write_whole, write_folder_whole):
+        with pytest.raises(FewstepError, match=r"^could not write ") as caught, write(tmp_path / name):
+            pass
+        assert str(caught.value).endswith("what was there before is unchanged")
+    assert names(tmp_path) == ["file", "loop"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+def test_a_folder_that_may_not_be_looked_into_is_one_sentence(tmp_path):
+    (tmp_path / "shut").mkdir(mode=0)
+    for write in (write_whole, write_folder_whole):
+        with pytest.raises(FewstepError, match="Permission denied"), write(tmp_path / "shut" / "inside"):
+            pass
+
+
+def test_a_limit_of_the_size_of_files_is_one_sentence(tmp_path):
+    script = (
+        "import resource, sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import save_file\n"
+        "from fewstep.errors import FewstepError\nfrom fewstep.files import write_folder_whole, write_rows_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "weights, target = torch.zeros(100000), Path(sys.argv[1]) / 'target'\n"
+        "def rows(): write_rows_whole(target, ({'text': 'x' * 100} for _ in range(1000)))\n"
+        "def save(writer):\n"
+        "    with write_folder_whole(target) as folder: writer(folder / 'weights')\n"
+        "for write in (rows, lambda: save(lambda path: torch.save(weights, path)),\n"
+        "              lambda: save(lambda path: save_file({'w': weights}, path))):\n"
+        "    try: write()\n"
+        "    except FewstepError as error: print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.stdout.count("target: a file would be larger than this system or its limit (ulimit -f) allows;") == 3
+    assert done.stderr == ""
+    assert names(tmp_path) == []
 
 
 def test_rows_round_trip_and_blank_lines_are_skipped(tmp_path):

@@ -1,17 +1,21 @@
 """Files that are either whole or untouched: atomic writes, JSON and JSONL, and folders of shards that resume.
 
 Everything is written under a temporary name beside its target, flushed to the disk, then renamed. A kill, Ctrl-C or a
-full disk therefore leaves what was there before; a kill also leaves a temporary file, which the next writer of that
-shard removes.
+full disk therefore leaves what was there before; a kill also leaves what was being written under its temporary name,
+which the next writer of that target removes.
 """
 
 import errno
+import fcntl
 import glob
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,31 +32,31 @@ MANIFEST_NAME = "manifest.json"
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it replaces `path`, on any failure it is removed.
 
-    The temporary name keeps the suffix, since some writers choose their format by it. Missing parent folders are made.
-    A device or pipe (`/dev/stdout`) has nothing to replace and is yielded itself. FewstepError if the file system
-    refuses.
+    The temporary name keeps the suffix, since some writers choose their format by it. Missing parent folders are made,
+    and what killed writers of `path` left is removed. A device or pipe (`/dev/stdout`) has nothing to replace and is
+    yielded itself. FewstepError if the file system refuses.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FewstepError(f"{path} is a folder, not a file; name a file")
-    if path.exists() and not path.is_file():
-        with _storage_errors(path):
+    with _storage_errors(path):
+        if path.is_dir():
+            raise FewstepError(f"{path} is a folder, not a file; name a file")
+        if path.exists() and not path.is_file():
             yield path
-        return
-    path = Path(os.path.realpath(path))  # a link keeps pointing at the file that is replaced
-    temporary = path.with_name(_temporary_name(path))
-    try:
-        with _storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            give_usual_mode(temporary)
-            _flush(temporary)
-            os.replace(temporary, path)
-            _flush(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+            return
+        path = Path(os.path.realpath(path))  # a link keeps pointing at the file that is replaced
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        with _temporary(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary:
+            try:
+                yield temporary
+                give_usual_mode(temporary)
+                _flush(temporary)
+                os.replace(temporary, path)
+                _flush(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
 
 
 @contextmanager
@@ -60,41 +64,156 @@ def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterat
     """Yield a new empty folder beside `target`; on success it becomes `target`, on any failure it is removed.
 
     FewstepError if `target` exists (an empty folder does not count) and `overwrite` is False. With `overwrite` the old
-    folder is set aside, and deleted only once the new one stands in its place.
+    and the new folder swap their names in one step, where the system can; elsewhere the old one is set aside first, and
+    a kill between these two steps is mended by the next writer. What killed writers of `target` left is removed.
     """
-    target = Path(os.path.realpath(target))
-    if target.is_file():
-        raise FewstepError(f"{target} is a file, not a folder; name a folder")
-    occupied = target.is_dir() and any(target.iterdir())
-    if occupied and not overwrite:
-        raise FewstepError(f"the folder {target} is not empty; choose another, or overwrite it (--overwrite)")
-    temporary = target.with_name(_temporary_name(target))
-    aside = target.with_name(_temporary_name(target))
-    try:
-        with _storage_errors(target):
-            temporary.mkdir(parents=True)
-            yield temporary
-            for inside in [temporary, *temporary.rglob("*")]:
-                give_usual_mode(inside)
-                _flush(inside)
-            if occupied:
-                os.replace(target, aside)
-            os.replace(temporary, target)
-            _flush(target.parent)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.replace(aside, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with _storage_errors(Path(target)):
+        target = Path(os.path.realpath(target))
+        settle(target)
+        if target.is_file():
+            raise FewstepError(f"{target} is a file, not a folder; name a folder")
+        occupied = target.is_dir() and any(target.iterdir())
+        if occupied and not overwrite:
+            raise FewstepError(f"the folder {target} is not empty; choose another, or overwrite it (--overwrite)")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target, lambda temporary: temporary.mkdir()) as temporary:
+            try:
+                yield temporary
+                for inside in [temporary, *temporary.rglob("*")]:
+                    give_usual_mode(inside)
+                    _flush(inside)
+                if not occupied:
+                    os.replace(temporary, target)
+                elif not _swap(temporary, target):
+                    _replace_in_two_steps(temporary, target)
+                _flush(target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)  # unfinished, or the old one
+
+
+def settle(path: str | Path) -> None:
+    """Put back the folder that a killed writer of `path` had set aside, and remove what killed writers left."""
+    path = Path(os.path.realpath(path))
+    for aside in _left_by_killed_writers(path, "old"):
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, path)
+    remove_leftovers(path)
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files and folders that killed writers of `path` left beside it."""
-    path = Path(os.path.realpath(path))
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
+    """Remove the temporary files and folders that killed writers of `path` left beside it; none of a living one."""
+    for leftover in _left_by_killed_writers(Path(os.path.realpath(path)), "tmp"):
         with suppress(OSError):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+# Temporary names. A writer holds a lock on what it has under one; the system takes the lock back when the writer dies.
+
+_LONGEST_NAME = 200
+"""Bytes up to which a name is a part of its temporary one; systems allow 255."""
+
+
+def _temporary_name(path: Path, kind: str, tag: str | None = None) -> str:
+    """Hidden, and with the suffix of `path`. `kind`: tmp for what is being written, old for what is set aside."""
+    stem, suffix = path.stem, path.suffix
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        stem, suffix = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32], ""
+    if tag is None:
+        return f".{stem}.{secrets.token_hex(4)}.{kind}{suffix}"
+    return f".{glob.escape(stem)}.{tag}.{kind}{glob.escape(suffix)}"
+
+
+@contextmanager
+def _temporary(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """What `create` makes under a new temporary name beside `path`, locked as that of a living writer."""
+    descriptor = None
+    while descriptor is None:  # another writer may take it for a leftover before it is locked
+        temporary = path.with_name(_temporary_name(path, "tmp"))
+        create(temporary)
+        descriptor = lock(temporary)
+    try:
+        yield temporary
+    finally:
+        os.close(descriptor)
+
+
+def _left_by_killed_writers(path: Path, kind: str) -> Iterator[Path]:
+    """Temporary files and folders of `path` whose writers do not live; each is locked until the next is asked for."""
+    try:
+        found = list(path.parent.glob(_temporary_name(path, kind, "?" * 8)))
+    except OSError:
+        return
+    for leftover in found:
+        with suppress(OSError):
+            descriptor = lock(leftover, surely=True)
+            if descriptor is not None:
+                try:
+                    yield leftover
+                finally:
+                    os.close(descriptor)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.ENOSYS)
+
+
+def lock(path: Path, *, surely: bool = False) -> int | None:
+    """A descriptor that holds the lock of a file or folder, until it is closed; None if another has it or it is gone.
+
+    On a file system without locks the descriptor locks nothing, or with `surely` there is none. OSError if `path`
+    cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        if error.errno in _NO_LOCKS and not surely:
+            return descriptor
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    os.close(descriptor)
+    return None
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders in one step, which no kill can halve; False where the system cannot."""
+    import ctypes
+
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, and RENAME_SWAP on macOS
+    system = ctypes.CDLL(None)
+    names = os.fsencode(first), os.fsencode(second)
+    try:
+        if sys.platform == "darwin":
+            return bool(system.renamex_np(names[0], names[1], swap) == 0)
+        return bool(system.renameat2(here, names[0], here, names[1], swap) == 0)
+    except AttributeError:
+        return False
+
+
+def _replace_in_two_steps(new: Path, target: Path) -> None:
+    """Set the old folder aside, and give the new one its name; a kill between the two is mended by `settle`."""
+    aside = target.with_name(_temporary_name(target, "old"))
+    descriptor = lock(target)
+    try:
+        os.replace(target, aside)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            os.replace(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 _UMASK = os.umask(0o077)  # it can only be read by setting it: once, before there are threads
@@ -110,10 +229,6 @@ def give_usual_mode(path: Path) -> None:
     if path.is_file() and mode & 0o666 != 0o666 & ~_UMASK:
         with suppress(PermissionError):  # some file systems have one mode for all
             path.chmod(mode & 0o7111 | 0o666 & ~_UMASK)
-
-
-def _temporary_name(path: Path) -> str:
-    return f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}"
 
 
 def _flush(path: Path) -> None:
@@ -142,26 +257,41 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise FewstepError(f"could not write {path}: {reason}; what was there before is unchanged") from error
 
 
+_FULL = "the disk is full; free some space or choose another folder"
+_TOO_LARGE = "a file would be larger than this system or its limit (ulimit -f) allows"
+_TORCH_CUT_SHORT = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+"""In what torch says when a file could not be written to its end, which leaves out why."""
+
+
 def _storage_reason(error: BaseException, folder: Path) -> str | None:
     """Why the file system refused, or None if the error is about something else.
 
-    safetensors and torch report a full disk with classes and messages of their own, hence the look at the text, at the
-    chain of causes and at the disk itself.
+    safetensors, tokenizers and torch report it with classes and messages of their own, hence the look at the text, at
+    the chain of causes and at the disk itself.
     """
-    full = "the disk is full; free some space or choose another folder"
     link: BaseException | None = error
     while link is not None:
-        number = link.errno if isinstance(link, OSError) else None
+        told = re.search(r"\(os error (\d+)\)", str(link))  # Rust's words
+        number = link.errno if isinstance(link, OSError) else int(told[1]) if told else None
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(link):
-            return full
+            return _FULL
+        if number == errno.EFBIG:
+            return _TOO_LARGE
         if isinstance(link, OSError):
             elsewhere = isinstance(link.filename, str | Path) and Path(link.filename).parent != folder
             return (link.strerror or str(link)) + (f": {link.filename}" if elsewhere else "")
+        if number is not None:
+            return os.strerror(number)
+        if isinstance(link, ValueError) and "embedded null" in str(link):
+            return "its name holds a null character"
         link = link.__cause__ or link.__context__
     try:
-        return full if shutil.disk_usage(folder).free < 4096 else None
-    except OSError:
-        return None
+        full = shutil.disk_usage(folder).free < 4096
+    except (OSError, ValueError):
+        full = False
+    if full:
+        return _FULL
+    return _TOO_LARGE if any(words in str(error) for words in _TORCH_CUT_SHORT) else None
 
 
 # JSON and JSONL

@@ -1,5 +1,6 @@
 """The command `fewstep`: its commands, and how it ends when something is wrong."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,6 +97,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         if sentence is None:
             raise
         return _fail(sentence)
+    except OSError as error:  # a path that may not be looked into or is too long may turn up wherever one is named
+        if error.filename is None:
+            raise
+        return _fail(f"could not use {os.fsdecode(error.filename)}: {error.strerror or error}")
     except InterruptionError as interruption:
         _print_error(str(interruption))
         return INTERRUPTED
