@@ -109,7 +109,7 @@ def test_a_contender_is_a_name_a_model_and_settings_in_their_types(chat: ModuleT
     [
         ("a=m,decoder=jacobi,windw=4", "unknown setting 'windw'; did you mean 'window'"),
         ("a=m,decoder=jacoby", "unknown decoder 'jacoby'; did you mean 'jacobi'"),
-        ("a=m,window=many", "--window: expected integer"),
+        ("a=m,window=many", "--window must be an integer"),
         ("a=m,window", "'window' in 'a=m,window' is no setting=value"),
         ("a=m,window=1,window=2", "comes once"),
         ("a=m,temperature=0.7", "temperature is not a contender's own"),

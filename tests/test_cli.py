@@ -403,15 +403,15 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
         (["--order", "sideways"], "low_confidence"),
         (["--threshold", "1.5"], "fewstep: --threshold is a probability in (0, 1], got 1.5"),
         (["--threshold", "zero"], "--threshold"),
-        (["--gaps", "-1"], "0 or more, got -1"),
+        (["--gaps", "-1"], "--gaps must be at least 0, got -1"),
         (["--decoder", "diffusion", "--gaps", "1"], "gaps limits what a threshold finalises"),
         (["--max-new-tokens", "0"], "fewstep: --max-new-tokens must be at least 1"),
         (["--temperature", "-1"], "fewstep: --temperature must"),
         (["--alg", "origin", "--block-size", "4"], "takes no --block-size"),
         (["--alg-temp", "0.2"], "fewstep: --alg-temp belongs to Dream's sampler; set alg with it"),
         (["--alg", "origin", "--alg-temp", "0.2"], "takes no --alg-temp; leave one of the two out"),
-        (["--alg", "entropy", "--alg-temp", "-1"], "--alg-temp must be 0 (no draw) or more and finite, got -1.0"),
-        (["--alg", "entropy", "--alg-temp", "inf"], "--alg-temp must be 0 (no draw) or more and finite, got inf"),
+        (["--alg", "entropy", "--alg-temp", "-1"], "--alg-temp must be at least 0, got -1.0"),
+        (["--alg", "entropy", "--alg-temp", "inf"], "--alg-temp must be a finite number, got inf"),
         (["--decoder", "block", "--alg", "entropy", "--alg-temp", "1"], "only diffusion can"),
         (["--decoder", "block", "--canvas-length", "8"], "takes no --canvas-length; only diffusion can"),
         (["--top-p", "2"], "fewstep: --top-p is"),
@@ -774,9 +774,9 @@ def test_precision_no_is_the_choice_and_no_boolean(
     config.write_text("precision: no\n")
     read = run(*base, "--output", tmp_path / "file", "--config", config)
     assert read.code == 0, read.err
-    assert "no|bf16" in run(*base, "--output", tmp_path / "x", "--precision", "off").sentence()
+    assert "choose no or bf16" in run(*base, "--output", tmp_path / "x", "--precision", "off").sentence()
     config.write_text("precision: yes\n")
-    assert "no|bf16" in run(*base, "--output", tmp_path / "x", "--config", config).sentence()
+    assert "choose no or bf16" in run(*base, "--output", tmp_path / "x", "--config", config).sentence()
 
 
 @pytest.mark.parametrize(

@@ -319,11 +319,11 @@ def test_references_are_documents_of_their_own_and_carry_the_autoregressive_loss
     [
         ({"autoregressive": 0}, "a consistency loss alone may collapse; add an autoregressive loss, or force it"),
         ({"autoregressive": 0, "consistency": 0}, "nothing to learn"),
-        ({"consistency": -1}, "must not be negative"),
+        ({"consistency": -1}, "consistency must be at least 0, got -1"),
         ({"goal": "far"}, "unknown goal 'far'; choose global or local"),
         ({"noise": "some"}, "unknown noise"),
         ({"noise_cycle": 0}, "at least 1"),
-        ({"augmented": 2}, "between 0 and 1"),
+        ({"augmented": 2}, "augmented must be at most 1, got 2"),
         ({"augmented": 0.5, "goal": "local"}, "an augmented state has no next state"),
         ({"temperature": 0}, "above 0"),
         ({"label_smoothing": 1}, "below 1"),
@@ -435,7 +435,9 @@ def test_trained_heads_save_passes_and_leave_the_network_as_it_was(tmp_path):
         train(network, objective, settings, tmp_path / "heads", heads=heads)
 
 
-@pytest.mark.parametrize(("settings", "sentence"), [({"heads": 0}, "at least 1 head"), ({"decay": 0.0}, "above 0")])
+@pytest.mark.parametrize(
+    ("settings", "sentence"), [({"heads": 0}, "heads must be at least 1"), ({"decay": 0.0}, "above 0")]
+)
 def test_medusa_settings_without_meaning_are_refused(settings, sentence):
     with pytest.raises(FewstepError, match=sentence):
         MedusaSettings(**settings)

@@ -175,9 +175,9 @@ def test_only_the_bidirectional_role_infills() -> None:
         ({"threshold": 0.9, "steps": 8}, "threshold replaces steps"),
         ({"policy": Margin(), "threshold": 0.9}, "policy replaces"),
         ({"policy": Margin(), "gaps": 1}, "policy replaces threshold, gaps, steps and order"),
-        ({"gaps": -1}, "gaps must be 0 or more, got -1"),
+        ({"gaps": -1}, "gaps must be at least 0, got -1"),
         ({"alg": "origin", "gaps": 1}, "takes no gaps"),
-        ({"seed": 1 << 64}, "64 bits"),
+        ({"seed": 1 << 63}, "seed must be at most 9223372036854775807, got 9223372036854775808"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -274,9 +274,10 @@ def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
     for settings in ({"decoder": "jacobi"}, {"window": 8}, {"ngram": 2}, {"fixed_windows": True}):
         with pytest.raises(FewstepError, match=f"^{refusal}prompt-lookup or speculative$"):
             GenerationSettings.of(temperature=0.7, **settings).decoder_for(role)
-    for name, window in (("autoregressive", 0), ("block_causal", 6)):
-        with pytest.raises(FewstepError, match="jacobi_window counts tokens of an autoregressive network's windows"):
-            replace(BLOCK_CAUSAL if name == "block_causal" else AUTOREGRESSIVE, jacobi_window=window)
+    with pytest.raises(FewstepError, match="jacobi_window must be at least 1, got 0"):
+        replace(AUTOREGRESSIVE, jacobi_window=0)
+    with pytest.raises(FewstepError, match="jacobi_window counts tokens of an autoregressive network's windows"):
+        replace(BLOCK_CAUSAL, jacobi_window=6)
 
 
 def test_gaps_belong_to_the_block_causal_role() -> None:
@@ -285,9 +286,11 @@ def test_gaps_belong_to_the_block_causal_role() -> None:
     assert Role.from_config(SimpleNamespace(**BLOCK_CAUSAL.to_config())).gaps is None
     assert role.playing("block_causal") == role
     assert role.playing("bidirectional").gaps is role.playing("autoregressive").gaps is None
-    for other, gaps in ((BIDIRECTIONAL, 2), (AUTOREGRESSIVE, 2), (BLOCK_CAUSAL, -1)):
+    for other in (BIDIRECTIONAL, AUTOREGRESSIVE):
         with pytest.raises(FewstepError, match="gaps counts positions left open in a block_causal network's blocks"):
-            replace(other, gaps=gaps)
+            replace(other, gaps=2)
+    with pytest.raises(FewstepError, match="gaps must be at least 0, got -1"):
+        replace(BLOCK_CAUSAL, gaps=-1)
 
 
 def test_the_block_size_is_the_roles_unless_set() -> None:

@@ -300,9 +300,35 @@ def _storage_reason(error: BaseException, folder: Path) -> str | None:
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. FewstepError naming file, line and column."""
     try:
-        return json.loads(_read_text(Path(path)))
+        return _parse_json(read_text(Path(path)), str(path))
     except json.JSONDecodeError as error:
         raise FewstepError(f"{path} line {error.lineno} column {error.colno} is not valid JSON: {error.msg}") from None
+
+
+def _parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; json's own error if it is none. FewstepError for one that Python cannot hold or write
+    again.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise FewstepError(f"{where} is nested too deeply to be read") from None
+    except ValueError:  # of int(), for what the decoder has found to be a number
+        raise FewstepError(f"{where} holds a number of thousands of digits, which cannot be read") from None
+    if "\\ud" in text.lower() and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise FewstepError(f"{where} holds a \\u escape that is half a character (a surrogate alone), which is no text")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bytes that were none stand in a text of Python's as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_json_whole(path: str | Path, value: Any) -> None:
@@ -312,7 +338,8 @@ def write_json_whole(path: str | Path, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise FewstepError(f"could not write {path}: {error}") from error
     with write_whole(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path may hold bytes that are no UTF-8, which Python keeps as surrogates; JSON writes these as escapes.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -343,14 +370,14 @@ def read_rows(path: str | Path, required: Sequence[str] = ()) -> Iterator[dict[s
 
 def write_rows_whole(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line; `rows` may be a generator, and the file appears only once all are written."""
-    with write_whole(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with write_whole(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = _parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path} line {number}")
     except UnicodeDecodeError:
         raise FewstepError(f"{path} line {number} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -360,7 +387,8 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. FewstepError naming it if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -7,11 +7,10 @@ A run file's keys are the option names with underscores; options override it. Un
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -19,6 +18,8 @@ from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
 from fewstep.errors import FewstepError, suggestion
+from fewstep.files import read_text
+from fewstep.values import described, fitted, shown
 
 Groups = Mapping[type, str]
 """Settings class -> prefix of its options' names."""
@@ -43,13 +44,13 @@ class Built(dict[type, Any]):
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a settings class, as an option and as a key of a run file."""
+    """One field of a settings class, as an option and as a key of a run file; `declared`: its type with its bounds."""
 
     name: str
     group: type
     field: "Field[Any]"
     type: Any
-    description: str
+    declared: Any
 
     @property
     def option(self) -> str:
@@ -64,7 +65,7 @@ class Setting:
     def parameter(self) -> inspect.Parameter:
         """An option that is None unless given; what is not bool arrives as text and is read by `read`."""
         option = typer.Option(
-            help=self._help(), metavar=_describe(self.type), show_default=False, rich_help_panel=_panel(self.group)
+            help=self._help(), metavar=described(self.type), show_default=False, rich_help_panel=_panel(self.group)
         )
         annotation = bool | None if self.type in (bool, bool | None) else str | None
         return inspect.Parameter(
@@ -72,38 +73,33 @@ class Setting:
         )
 
     def read(self, value: Any, where: str) -> Any:
-        """`value` in the field's type; FewstepError naming `where` if it is none."""
-        import pydantic
-
-        try:
-            return pydantic.TypeAdapter(self.type).validate_python(value)
-        except pydantic.ValidationError as error:
-            wanted = _describe(self.type)
-            raise FewstepError(f"{where}: expected {wanted}, got {value!r}") from error
+        """A run file's value in the field's type; FewstepError naming `where` if it is none, or outside its range."""
+        return fitted(_number(_spelt(value, self.type), self.type), self.declared, where)
 
     def read_option(self, text: Any) -> Any:
         """What an option's text spells; text stays text where text is wanted."""
-        return self.read(_parse(text, self.type), self.option)
+        return self.read(_parse(text, self.type, self.option), self.option)
 
     def _help(self) -> str:
         """What the setting is; where that is None unless given, the description says what holds then."""
+        texts = getattr(self.declared, "__metadata__", ())
+        description = "".join(text for text in texts if isinstance(text, str))
         if self.default is None:
-            return self.description
+            return description
         default = "Required." if self.default is MISSING else f"Default: {self.default}."
-        return f"{self.description} {default}"
+        return f"{description} {default}"
 
 
 def settings_of(groups: Groups) -> dict[str, Setting]:
     """Name -> setting, over all fields that the groups' constructors take. No two may have the same name."""
     found: dict[str, Setting] = {}
     for group, prefix in groups.items():
-        hints, described = get_type_hints(group), get_type_hints(group, include_extras=True)
+        hints, declared = get_type_hints(group), get_type_hints(group, include_extras=True)
         for field in fields(group):
             name = f"{prefix}{field.name}"
             assert name not in found, f"{group.__name__} and {found[name].group.__name__} share {name}"
             if field.init:
-                description = "".join(getattr(described[field.name], "__metadata__", ()))
-                found[name] = Setting(name, group, field, hints[field.name], description)
+                found[name] = Setting(name, group, field, hints[field.name], declared[field.name])
     return found
 
 
@@ -131,24 +127,45 @@ def build_settings(groups: Groups, config: Path | None, given: Mapping[str, Any]
 
 
 def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FewstepError(f"could not read {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FewstepError(f"{path} is not valid YAML: {error}") from None
+    content = _read_yaml(read_text(path), str(path))
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise FewstepError(f"{path} must hold lines of the form 'key: value'")
     for key in content:
         if key not in known:
             hint = suggestion(str(key), known, otherwise="known keys:")
-            raise FewstepError(f"{path} has an unknown key {key!r}; {hint}")
-    return {
-        key: known[key].read(_spelt(value, known[key].type), f"{key!r} in {path}") for key, value in content.items()
-    }
+            raise FewstepError(f"{path} has an unknown key {shown(key)}; {hint}")
+    return {key: known[key].read(value, f"{key!r} in {path}") for key, value in content.items()}
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets through what int(), float(), datetime() and deep recursion raise
+        reason = error if isinstance(error, yaml.YAMLError) else f"it holds a value that cannot be read ({error})"
+        raise FewstepError(f"{where} is not valid YAML: {reason}") from None
+
+
+def _number(value: Any, wanted: Any) -> Any:
+    """Texts that spell a number as that number, where one is wanted: YAML 1.1 takes `1e-3` for a text."""
+    if str in _parts(wanted) or float not in _parts(wanted):
+        return value
+    return [_as_float(item) for item in value] if isinstance(value, list) else _as_float(value)
+
+
+def _as_float(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _parts(wanted: Any) -> set[Any]:
+    """The plain types that a type is made of."""
+    arguments = get_args(wanted)
+    return {wanted} if not arguments else {part for argument in arguments for part in _parts(argument)}
 
 
 def _spelt(value: Any, wanted: Any) -> Any:
@@ -165,31 +182,13 @@ def _choices(wanted: Any) -> list[str]:
     return [choice for literal in literals for choice in get_args(literal) if isinstance(choice, str)]
 
 
-def _parse(value: Any, wanted: Any) -> Any:
+def _parse(value: Any, wanted: Any, option: str) -> Any:
     """Text of an option as the value it spells; text stays text where text or a choice is wanted."""
-    import yaml
-
-    if not isinstance(value, str) or wanted in (str, Path) or str in get_args(wanted) or Path in get_args(wanted):
+    if not isinstance(value, str) or {str, Path} & _parts(wanted):
         return value
     if value in _choices(wanted) or get_origin(wanted) is Literal:
         return value  # YAML reads the choice `no` as False
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-
-
-def _describe(wanted: Any) -> str:
-    """A type as a person reads it: 'number', 'a|b', 'list of number'."""
-    names = {int: "integer", float: "number", str: "text", Path: "path", bool: "true|false", NoneType: "none"}
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return "|".join(map(str, arguments))
-    if origin in (Union, UnionType):
-        return "|".join(_describe(argument) for argument in arguments if argument is not NoneType)
-    if origin in (tuple, list, Sequence):
-        return f"list of {_describe(arguments[0])}"
-    return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
+    return _read_yaml(value, option)
 
 
 def _panel(group: type) -> str:

@@ -15,7 +15,6 @@ from fewstep.cli.model_names import check_model_name
 from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
 from fewstep.decode.jacobi import Jacobi
-from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -31,6 +30,7 @@ from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
 from fewstep.train.samples import Samples
 from fewstep.train.settings import TrainSettings
+from fewstep.values import Count, Weight, check_fields
 
 if TYPE_CHECKING:
     from fewstep.train.trainer import TrainResult
@@ -51,11 +51,14 @@ app = typer.Typer(
 class NetworkSettings:
     """The network; what is not given is as in its checkpoint."""
 
-    block_size: Annotated[int | None, "Tokens per block; by default as in the checkpoint."] = None
+    block_size: Annotated[Count | None, "Tokens per block; by default as in the checkpoint."] = None
     context_attention: Annotated[
         ContextAttention | None, "How the context attends to itself; by default as in the checkpoint."
     ] = None
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def load(self, name: str, role: RoleName | None = None, *, right_shift_logits: bool | None = None) -> Network:
         """In float32, on this process's device, playing `role`; one that is adapted to a diffusion role takes its mask
@@ -133,14 +136,13 @@ class Data:
     """Training rows: JSONL or Parquet with prompt and completion, messages, or text; longer ones are left out."""
 
     data: Annotated[Path, "Rows of prompt and completion, messages, or text."]
-    max_prompt: Annotated[int | None, "Leave out rows with a longer prompt, in tokens; by default none."] = None
-    max_completion: Annotated[int | None, "Leave out rows with a longer completion, in tokens; by default none."] = None
+    max_prompt: Annotated[Count | None, "Leave out rows with a longer prompt, in tokens; by default none."] = None
+    max_completion: Annotated[Count | None, "Leave out rows with a longer completion, in tokens; by default none."] = (
+        None
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt", "max_completion"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise FewstepError(f"{name} must be at least 1, got {limit}; leave it out for no limit")
+        check_fields(self)
 
     def read(self, network: Network) -> Examples:
         """As token ids. FewstepError naming file and line of a row that lacks a field."""
@@ -157,9 +159,12 @@ class Data:
 class Canvas:
     """Lengths of the canvas."""
 
-    weights: Annotated[tuple[float, ...], "How often it has 1, 2, ... blocks, such as [0, 1, 2, 1]."] = (
+    weights: Annotated[tuple[Weight, ...], "How often it has 1, 2, ... blocks, such as [0, 1, 2, 1]."] = (
         CanvasLengths.weights
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +180,11 @@ class Watch:
     """Held-out rows whose prompts are answered at every evaluation: a sample for the log, health, collapse."""
 
     data: Annotated[Path | None, "Rows as for training, which are not trained on; by default none."] = None
-    num_prompts: Annotated[int, "How many of these rows are taken, the first ones."] = 32
-    max_new_tokens: Annotated[int, "Most new tokens of an answer."] = 256
+    num_prompts: Annotated[Count, "How many of these rows are taken, the first ones."] = 32
+    max_new_tokens: Annotated[Count, "Most new tokens of an answer."] = 256
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise FewstepError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
 
 RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}

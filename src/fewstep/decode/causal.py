@@ -12,9 +12,10 @@ in their slots, which no row sees before they are overwritten: a causal row sees
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.decode.decoder import Decoder, Drawing, open_canvas
@@ -25,6 +26,9 @@ from fewstep.decode.state import StateT, draw_tokens, finalise, scored_positions
 from fewstep.errors import FewstepError
 from fewstep.models.network import Scores
 from fewstep.models.roles import Role, RoleName
+
+NGram = Annotated[int, Ge(1), Le(1024)]
+"""Tokens of an n-gram or of a match, each of which costs every pass a look at the whole text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,6 @@ class Causal(Drawing):
                 f"the {self.name} decoder is greedy only; leave out the temperature, or sample with the decoder "
                 "autoregressive, prompt-lookup or speculative"
             )
-
-
-def check_count(what: str, value: int, least: int) -> None:
-    """FewstepError if a decoder's number is too small."""
-    if value < least:
-        raise FewstepError(f"{what} must be at least {least}, got {value}")
 
 
 def accept_agreed(

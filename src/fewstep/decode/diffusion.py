@@ -6,9 +6,10 @@ first.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.decode.decoder import Drawing, Shape, canvas_length, first_block_start, open_canvas, whole_blocks
@@ -19,9 +20,13 @@ from fewstep.decode.state import NEVER, State
 from fewstep.errors import FewstepError
 from fewstep.models.network import Guidance, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
+from fewstep.values import Count, check_fields
 
 LENGTH_BUCKET = 16
 """Forwards are multiples of this long, so that there are few shapes."""
+
+GuidanceScale = Annotated[float, Ge(0), Le(1000)]
+"""0 is no guidance; at 1000 nothing of the unguided answer is left in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +45,16 @@ class Diffusion(Drawing):
     cached: ClassVar[bool] = False
 
     role: Role
-    block_size: int
+    block_size: Count
     policy: Policy = ONE_PER_STEP
-    steps: int | None = None
-    canvas_length: int | None = None
+    steps: Count | None = None
+    canvas_length: Count | None = None
     sampling: Sampling = GREEDY
     early_stop: bool = True
-    cfg_scale: float = 0.0
+    cfg_scale: GuidanceScale = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cfg_scale < float("inf"):
-            raise FewstepError(f"cfg_scale must be 0 (no guidance) or more, got {self.cfg_scale}")
+        check_fields(self)
         if self.role.name == "block_causal" and self.block_size != self.role.block_size:
             raise FewstepError(
                 f"the attention has blocks of {self.role.block_size}, so the schedule cannot have {self.block_size}"

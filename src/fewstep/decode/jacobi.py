@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, check_count, verify
+from fewstep.decode.causal import Causal, NGram, verify
 from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
 from fewstep.decode.loop import Loop, loop_for
 from fewstep.decode.prompt_lookup import look_up
@@ -19,6 +19,7 @@ from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.models.network import Network, Plan, Scores
+from fewstep.values import Count, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,13 @@ class Jacobi(Causal):
 
     name: ClassVar[str] = "jacobi"
 
-    window: int = 16
-    ngram: int | None = None
+    window: Count = 16
+    ngram: NGram | None = None
     fixed_windows: bool = False
 
     def __post_init__(self) -> None:
         self.refuse_sampling()
-        check_count("the window of jacobi", self.window, 1)
-        if self.ngram is not None:
-            check_count("the ngram of jacobi", self.ngram, 1)
+        check_fields(self, self.name)
 
     @property
     def num_guessed(self) -> int:

@@ -12,17 +12,19 @@ one. In the same forward up to G n-grams of the pool that begin with the last fi
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, accept_agreed, check_count
+from fewstep.decode.causal import Causal, NGram, accept_agreed
 from fewstep.decode.decoder import Shape, grouped_passes
 from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.decode.state import State
-from fewstep.decode.tree import ROOT, Tree, along, longest_path, tree_plan
+from fewstep.decode.tree import ROOT, Tree, along, check_size, longest_path, tree_plan
 from fewstep.models.network import Plan, Scores
+from fewstep.values import Count, check_fields
 
 PASSES_KEPT = 64
 """The pool holds the n-grams of so many passes."""
@@ -50,13 +52,13 @@ class Lookahead(Causal):
     name: ClassVar[str] = "lookahead"
     branching: ClassVar[bool] = True
 
-    window: int = 8
-    ngram: int = 4
+    window: Count = 8
+    ngram: Annotated[NGram, Ge(2)] = 4
 
     def __post_init__(self) -> None:
         self.refuse_sampling()
-        check_count("the window of lookahead", self.window, 1)
-        check_count("the ngram of lookahead", self.ngram, 2)
+        check_fields(self, self.name)
+        check_size(2 * self.window * (self.ngram - 1), self.name)
 
     @cached_property
     def chains(self) -> Tree:

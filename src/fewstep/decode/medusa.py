@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, accept_agreed, check_count
+from fewstep.decode.causal import Causal, accept_agreed
 from fewstep.decode.decoder import Shape, grouped_passes
 from fewstep.decode.state import State
-from fewstep.decode.tree import ROOT, Tree, along, constant, longest_path, tree_plan
+from fewstep.decode.tree import ROOT, Tree, along, check_size, constant, longest_path, tree_plan
 from fewstep.errors import FewstepError
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Plan, Scores
+from fewstep.values import Count, check_fields
 
 _MOST_CANDIDATES = 10
 """Of a head; the paper's trees use no more."""
@@ -47,12 +48,13 @@ class Medusa(Causal):
     branching: ClassVar[bool] = True
 
     heads: MedusaHeads
-    window: int = 32
+    window: Count = 32
     typical: float | None = None
 
     def __post_init__(self) -> None:
         self.refuse_sampling()
-        check_count("the window of medusa", self.window, 1)
+        check_fields(self, self.name)
+        check_size(self.window, self.name)
         if self.typical is not None and not 0 < self.typical < 1:
             raise FewstepError(f"typical is a probability in (0, 1), got {self.typical}; try 0.3")
 

@@ -14,13 +14,15 @@ What "certain" means is the policy's `order`: see `certainty`. At a `temperature
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.sampling import gumbel
 from fewstep.errors import FewstepError
+from fewstep.models.roles import Gaps
+from fewstep.values import Count, Temperature, check_fields
 
 Order = Literal["low_confidence", "random", "margin", "entropy"]
 """LLaDA's `low_confidence` (the lowest are masked again) and `random`; Dream's `margin` and `entropy`."""
@@ -74,12 +76,10 @@ def perturbed(certainty_RB: Tensor, temperature: float, noise_RB: Callable[[], T
     return certainty_RB + temperature * gumbel(noise_RB())
 
 
-def check_threshold(at_least: float | None, gaps: int | None) -> None:
+def check_threshold(at_least: float | None) -> None:
     """FewstepError for a number that no `Threshold` can have; None is not set."""
     if at_least is not None and not 0 < at_least <= 1:
         raise FewstepError(f"the threshold is a probability in (0, 1], got {at_least}; try 0.9")
-    if gaps is not None and gaps < 0:
-        raise FewstepError(f"gaps must be 0 or more, got {gaps}; try 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,14 @@ class Threshold:
     """
 
     at_least: float = 0.9
-    gaps: int | None = None
+    gaps: Gaps | None = None
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        check_threshold(self.at_least, self.gaps)
+        check_fields(self)
+        check_threshold(self.at_least)
 
     @property
     def setting(self) -> float:
@@ -121,6 +122,7 @@ class Margin:
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.at_least <= 1:
             raise FewstepError(f"the margin is a difference of probabilities in (0, 1], got {self.at_least}; try 0.8")
 
@@ -142,6 +144,7 @@ class EntropyBelow:
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.nats > 0:
             raise FewstepError(f"the entropy bound is in nats and above 0, got {self.nats}; try 0.3")
 
@@ -163,6 +166,7 @@ class Factor:
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.factor > 0:
             raise FewstepError(f"the factor must be above 0, got {self.factor}; try 1.0")
 
@@ -182,15 +186,13 @@ class Factor:
 class FixedCount:
     """This many positions a step, or as many as are left."""
 
-    num_tokens: int = 1
+    num_tokens: Count = 1
     order: Order = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
-        if self.num_tokens < 1:
-            raise FewstepError(f"a step finalises at least 1 token, got {self.num_tokens}")
+        check_fields(self)
 
     @property
     def setting(self) -> float:
@@ -213,7 +215,7 @@ class EvenSplit:
     setting: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
+        check_fields(self)
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
         # Rounding up what is left at every step gives the first steps the remainder.
@@ -261,21 +263,16 @@ class DreamSchedule:
     """
 
     alg: DreamAlg = "origin"
-    num_steps: int
+    num_steps: Count
     eps: float = 1e-3
-    alg_temp: float | None = None
+    alg_temp: Temperature | None = None
     paced: ClassVar[bool] = True
     setting: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if self.alg not in get_args(DreamAlg):
-            raise FewstepError(f"unknown alg {self.alg!r}; choose one of {', '.join(get_args(DreamAlg))}")
-        if self.num_steps < 1:
-            raise FewstepError(f"steps must be at least 1, got {self.num_steps}")
+        check_fields(self)
         if not 0 <= self.eps < 1:
             raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
-        if self.alg_temp is not None and not 0 <= self.alg_temp < float("inf"):
-            raise FewstepError(f"alg_temp must be 0 (no draw) or more and finite, got {self.alg_temp}")
         if self.alg_temp and self.alg == "origin":
             raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
 
@@ -295,11 +292,6 @@ class DreamSchedule:
         if self.alg == "origin":
             return masked_RB & (certainty_RB > 1 - share_R1)
         return _best((masked_RB.sum(-1, keepdim=True) * share_R1).floor(), certainty_RB, masked_RB)
-
-
-def _check_order(order: str) -> None:
-    if order not in get_args(Order):
-        raise FewstepError(f"unknown order {order!r}; choose one of {', '.join(get_args(Order))}")
 
 
 def _number(policy: Policy, setting_R1: Tensor | None) -> Tensor | float:

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, check_count, verify
+from fewstep.decode.causal import Causal, NGram, verify
 from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.models.network import Plan, Scores
+from fewstep.values import Count, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,11 @@ class PromptLookup(Causal):
 
     name: ClassVar[str] = "prompt-lookup"
 
-    window: int = 10
-    ngram: int = 3
+    window: Count = 10
+    ngram: NGram = 3
 
     def __post_init__(self) -> None:
-        check_count("the window of prompt-lookup", self.window, 1)
-        check_count("the ngram of prompt-lookup", self.ngram, 1)
+        check_fields(self, self.name)
 
     @property
     def num_guessed(self) -> int:
@@ -72,7 +72,7 @@ def look_up(tokens_RL: Tensor, front_R: Tensor, ngram: int, count: int) -> tuple
     last_R1 = front_R[:, None] - 1
     matches_RL = position_L < last_R1
     num_matching_RL = torch.zeros_like(tokens_RL)
-    for back in range(ngram):
+    for back in range(min(ngram, length)):
         suffix_R1 = tokens_RL.gather(1, (last_R1 - back).clamp(min=0))
         before_RL = tokens_RL.roll(back, 1)
         matches_RL = matches_RL & (before_RL == suffix_R1) & (position_L >= back)

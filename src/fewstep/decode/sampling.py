@@ -8,11 +8,14 @@ captured.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.values import MOST_INTEGER, Temperature, check_fields
 
 
 def _signed(value: int) -> int:
@@ -24,19 +27,20 @@ _INCREMENT = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
+TopK = Annotated[int, Ge(1), Le(MOST_INTEGER)]
+"""So many tokens are drawn from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn; None = not set. Temperature 0 is exactly argmax, whatever top-k and top-p say."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
+    temperature: Temperature = 0.0
+    top_k: TopK | None = None
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise FewstepError(f"the temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise FewstepError(f"top_k must be at least 1, got {self.top_k}")
+        check_fields(self)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise FewstepError(f"top_p is a probability in (0, 1], got {self.top_p}; try 0.95")
 

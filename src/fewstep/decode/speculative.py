@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, accept_agreed, check_count, keep_agreed, verify
+from fewstep.decode.causal import Causal, accept_agreed, keep_agreed, verify
 from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
 from fewstep.decode.sampling import gumbel_max, noise_keys, tempered, uniform
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.models.network import Network, Plan, Scores
+from fewstep.values import Count, check_fields
 
 _DRAFT_STREAM, _ACCEPT_STREAM = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 """Change the seed, so that drafting and accepting have noise of their own; the target's draws have the seed itself."""
@@ -46,10 +47,10 @@ class Speculative(Causal):
     name: ClassVar[str] = "speculative"
 
     draft: Network
-    window: int = 4
+    window: Count = 4
 
     def __post_init__(self) -> None:
-        check_count("the window of speculative", self.window, 1)
+        check_fields(self, self.name)
 
     @property
     def companions(self) -> Mapping[str, Network]:

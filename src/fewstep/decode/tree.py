@@ -15,11 +15,25 @@ from torch import Tensor
 
 from fewstep.decode.decoder import cached_plan
 from fewstep.decode.state import State
+from fewstep.errors import FewstepError
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role
 
 ROOT = 0
 """The last final token; the guesses are numbered from 1."""
+
+
+MOST_GUESSES = 4096
+"""Of a tree, whose forward costs as many rows, and whose mask is as wide as it is high."""
+
+
+def check_size(num_guesses: int, decoder: str) -> None:
+    """FewstepError for a tree that is too large, before anything of its size is made."""
+    if num_guesses > MOST_GUESSES:
+        raise FewstepError(
+            f"the {decoder} decoder would verify a tree of {num_guesses} guesses in every pass; set a smaller window "
+            f"(or ngram), for at most {MOST_GUESSES}"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,10 @@ class Tree:
 
     def path(self, node: int) -> list[int]:
         """The numbers from the root to this one."""
-        return [ROOT] if node == ROOT else [*self.path(self.parents[node - 1]), node]
+        backwards = [node]
+        while backwards[-1] != ROOT:
+            backwards.append(self.parents[backwards[-1] - 1])
+        return backwards[::-1]
 
     @property
     def depth(self) -> int:
@@ -60,11 +77,14 @@ class Layout:
 @lru_cache(maxsize=64)
 def _layout(tree: Tree, device: torch.device) -> Layout:
     paths = [tree.path(node) for node in range(tree.num_guesses + 1)]
-    ancestors = [[u + 1 in paths[t + 1] for u in range(tree.num_guesses)] for t in range(tree.num_guesses)]
-    padded = [path + path[-1:] * (tree.depth + 1 - len(path)) for path in paths]
+    ancestors_TT = torch.zeros(tree.num_guesses, tree.num_guesses, dtype=torch.bool)
+    for t, path in enumerate(paths[1:]):
+        ancestors_TT[t, torch.tensor(path[1:]) - 1] = True
+    depth = tree.depth
+    padded = [path + path[-1:] * (depth + 1 - len(path)) for path in paths]
     return Layout(
         torch.tensor(tree.parents, device=device),
-        torch.tensor(ancestors, device=device),
+        ancestors_TT.to(device),
         torch.tensor([len(path) - 1 for path in paths], device=device),
         torch.tensor(padded, device=device),
     )

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
+
+from annotated_types import Ge, Le
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
+from fewstep.decode.causal import NGram
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.diffusion import Diffusion
+from fewstep.decode.diffusion import Diffusion, GuidanceScale
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.lookahead import Lookahead
 from fewstep.decode.medusa import Medusa
@@ -23,12 +26,13 @@ from fewstep.decode.policies import (
     check_threshold,
 )
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.sampling import Sampling
+from fewstep.decode.sampling import Sampling, TopK
 from fewstep.decode.speculative import Speculative
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import Gaps, Role, RoleName
+from fewstep.values import Count, Temperature, check_fields, shown
 
 DEFAULT_DECODER: dict[RoleName, str] = {
     "autoregressive": "autoregressive",
@@ -70,7 +74,8 @@ _CAUSAL = {"autoregressive", "jacobi", "lookahead", "speculative", "prompt-looku
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How to generate; None = the decoder's default. FewstepError if a setting has no meaning.
+    """How to generate; None = the decoder's default. FewstepError for a value of another type or outside its range, or
+    if a setting has no meaning.
 
     `decoder`: by default the role's; greedily `jacobi` if the checkpoint names a window. `threshold`: probability from
     which tokens are finalised, by default the role's for `block` and none for `diffusion`, which then takes `steps`
@@ -91,38 +96,37 @@ class GenerationSettings:
     """
 
     decoder: str | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     threshold: float | None = None
-    gaps: int | None = None
+    gaps: Gaps | None = None
     policy: Policy | None = None
-    steps: int | None = None
+    steps: Count | None = None
     order: str = "low_confidence"
-    block_size: int | None = None
-    canvas_length: int | None = None
+    block_size: Count | None = None
+    canvas_length: Count | None = None
     early_stop: bool = True
-    temperature: float = 0.0
-    top_k: int | None = None
+    temperature: Temperature = 0.0
+    top_k: TopK | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 63) - 1)] = 0
     alg: DreamAlg | None = None
     eps: float | None = None
-    alg_temp: float | None = None
-    cfg_scale: float = 0.0
+    alg_temp: Temperature | None = None
+    cfg_scale: GuidanceScale = 0.0
     draft: str | None = None
     heads: str | None = None
-    window: int | None = None
-    ngram: int | None = None
+    window: Count | None = None
+    ngram: NGram | None = None
     fixed_windows: bool = False
     typical: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_choice("decoder", self.decoder, _SPECIAL_SETTINGS)
         _check_choice("order", self.order, ORDERS)
-        for name in ("max_new_tokens", "steps", "block_size", "canvas_length", "window", "ngram"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FewstepError(f"{name} must be at least 1, got {value}")
-        check_threshold(self.threshold, self.gaps)
+        if self.policy is not None and not callable(self.policy):
+            raise FewstepError(f"policy must be one of fewstep.decode.policies, got {shown(self.policy)}")
+        check_threshold(self.threshold)
         replaced = (self.threshold, self.gaps, self.steps, self.order)
         if self.policy is not None and replaced != (None, None, None, "low_confidence"):
             raise FewstepError("a policy replaces threshold, gaps, steps and order; set one or the other")
@@ -137,8 +141,6 @@ class GenerationSettings:
         for name in ("eps", "alg_temp"):
             if self.alg is None and getattr(self, name) is not None:
                 raise FewstepError(f"{name} belongs to Dream's sampler; set alg with it")
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise FewstepError(f"the seed must fit in 64 bits, got {self.seed}")
         self.sampling  # noqa: B018  (checked when built)
 
     @classmethod

@@ -9,15 +9,19 @@ attention one number per block.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.values import MOST_INTEGER, Count, check_fields, fitted
 
 RoleName = Literal["autoregressive", "bidirectional", "block_causal"]
 ContextAttention = Literal["bidirectional", "block_causal", "causal"]
+
+Gaps = Annotated[int, Ge(0), Le(MOST_INTEGER)]
 
 INVISIBLE = 1 << 30
 """Block number of padding and of unwritten cache slots: no real row sees it. A row that carries it sees everything."""
@@ -36,30 +40,25 @@ class Role:
     """
 
     name: RoleName
-    block_size: int = 32
-    mask_token_id: int | None = None
+    block_size: Count = 32
+    mask_token_id: Annotated[int, Ge(0), Le(MOST_INTEGER)] | None = None
     right_shift_logits: bool = False
     context_attention: ContextAttention = "bidirectional"
     threshold: float = 0.9
-    gaps: int | None = None
-    jacobi_window: int | None = None
+    gaps: Gaps | None = None
+    jacobi_window: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(RoleName):
-            raise FewstepError(f"unknown role {self.name!r}; choose one of {', '.join(get_args(RoleName))}")
-        if self.context_attention not in get_args(ContextAttention):
-            choices = ", ".join(get_args(ContextAttention))
-            raise FewstepError(f"unknown context_attention {self.context_attention!r}; choose one of {choices}")
-        if self.block_size < 1:
-            raise FewstepError(f"block_size must be at least 1, got {self.block_size}")
+        fitted(self.name, RoleName, "role")
+        check_fields(self)
         if not 0 < self.threshold <= 1:
             raise FewstepError(f"threshold is a probability in (0, 1], got {self.threshold}")
-        if self.gaps is not None and (self.name != "block_causal" or self.gaps < 0):
+        if self.gaps is not None and self.name != "block_causal":
             raise FewstepError(
                 f"gaps counts positions left open in a block_causal network's blocks, got {self.gaps} for the role "
                 f"{self.name}"
             )
-        if self.jacobi_window is not None and (self.name != "autoregressive" or self.jacobi_window < 1):
+        if self.jacobi_window is not None and self.name != "autoregressive":
             raise FewstepError(
                 f"jacobi_window counts tokens of an autoregressive network's windows, got {self.jacobi_window} for the "
                 f"role {self.name}"

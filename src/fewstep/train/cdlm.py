@@ -9,10 +9,11 @@ same block, scored by a second packed forward without gradient.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 
 from fewstep.decode.decoder import whole_blocks
@@ -24,6 +25,7 @@ from fewstep.train.documents import Batch, Forward, Inputs, Opening, PackedDocum
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import Loss
 from fewstep.train.trajectory_table import HiddenDistributions, TopDistributions, TrajectoryTable
+from fewstep.values import Share, Weight, check_fields
 
 Distillation = Literal["forward", "reverse", "hard"]
 LaterState = Literal["next", "uniform", "last"]
@@ -68,33 +70,23 @@ class CDLMSettings:
     consistency loss without an anchor, unless forced.
     """
 
-    distillation: Annotated[float, "Weight of the divergence from the teacher's distributions."] = 1.0
-    consistency: Annotated[float, "Weight of the divergence from the student's own later states."] = 0.5
-    denoising: Annotated[float, "Weight of masked denoising on the reference answers."] = 0.01
+    distillation: Annotated[Weight, "Weight of the divergence from the teacher's distributions."] = 1.0
+    consistency: Annotated[Weight, "Weight of the divergence from the student's own later states."] = 0.5
+    denoising: Annotated[Weight, "Weight of masked denoising on the reference answers."] = 0.01
     direction: Annotated[
         Distillation, "Distillation by KL(teacher, student), by KL(student, teacher), or on the teacher's tokens."
     ] = "forward"
     later_state: Annotated[
         LaterState, "A block's later state is one token on, any, or the last that hides something."
     ] = "uniform"
-    temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
-    untouched: Annotated[float, "Share of the trajectories' blocks that are shown hidden whole."] = 0.1
+    temperature: Annotated[float, Gt(0), Le(1e6), "Softens both sides of the consistency loss."] = 1.0
+    untouched: Annotated[Share, "Share of the trajectories' blocks that are shown hidden whole."] = 0.1
     allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
 
     def __post_init__(self) -> None:
-        for name in ("distillation", "consistency", "denoising"):
-            if getattr(self, name) < 0:
-                raise FewstepError(f"the weight of {name} must not be negative, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise FewstepError(f"temperature must be above 0, got {self.temperature}; try 1")
-        if not 0 <= self.untouched <= 1:
-            raise FewstepError(f"untouched is a share of blocks between 0 and 1, got {self.untouched}")
+        check_fields(self)
         if self.distillation + self.consistency + self.denoising == 0:
             raise FewstepError("all three loss weights are 0; there is nothing to learn")
-        if self.direction not in get_args(Distillation):
-            raise FewstepError(f"unknown direction {self.direction!r}; choose {', '.join(get_args(Distillation))}")
-        if self.later_state not in get_args(LaterState):
-            raise FewstepError(f"unknown later_state {self.later_state!r}; choose {', '.join(get_args(LaterState))}")
         if self.consistency and not self.distillation and not self.denoising and not self.allow_unanchored:
             raise FewstepError(
                 "a consistency loss alone may collapse; add distillation or denoising, or force it with "

@@ -11,10 +11,11 @@ those of the clean rows at the same positions, so the forward that anchors the n
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from fewstep.errors import FewstepError
@@ -24,6 +25,7 @@ from fewstep.train import corruption, losses
 from fewstep.train.documents import CLEAN, Batch, Forward, Inputs, PackedDocuments
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import Loss
+from fewstep.values import Count, Share, Weight, check_fields
 
 Goal = Literal["global", "local"]
 Noise = Literal["uniform", "progressive"]
@@ -104,36 +106,23 @@ class CLLMSettings:
     it, unless forced.
     """
 
-    consistency: Annotated[float, "Weight of the divergence of a window's state from its goal."] = 1.0
-    autoregressive: Annotated[float, "Weight of the cross-entropy that anchors the model."] = 10.0
+    consistency: Annotated[Weight, "Weight of the divergence of a window's state from its goal."] = 1.0
+    autoregressive: Annotated[Weight, "Weight of the cross-entropy that anchors the model."] = 10.0
     goal: Annotated[Goal, "What a state is led to: its window's fixed point, or its next state."] = "global"
     labels: Annotated[Labels, "Cross-entropy on the model's own answers, or on the reference answers."] = "trajectory"
     noise: Annotated[Noise, "Any state of a window, or noise ratios that rise from window to window."] = "uniform"
-    noise_cycle: Annotated[int, "Windows in which the ratio of progressive noise rises to 1."] = 8
-    augmented: Annotated[float, "Share of windows in which half of the wrong tokens are made right."] = 0.0
-    temperature: Annotated[float, "Softens both sides of the consistency loss."] = 1.0
-    label_smoothing: Annotated[float, "Label smoothing of the cross-entropy."] = 0.0
+    noise_cycle: Annotated[Count, "Windows in which the ratio of progressive noise rises to 1."] = 8
+    augmented: Annotated[Share, "Share of windows in which half of the wrong tokens are made right."] = 0.0
+    temperature: Annotated[float, Gt(0), Le(1e6), "Softens both sides of the consistency loss."] = 1.0
+    label_smoothing: Annotated[float, Ge(0), Lt(1), "Label smoothing of the cross-entropy."] = 0.0
     allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
 
     def __post_init__(self) -> None:
-        for name in ("consistency", "autoregressive"):
-            if getattr(self, name) < 0:
-                raise FewstepError(f"the weight of {name} must not be negative, got {getattr(self, name)}")
+        check_fields(self)
         if self.consistency + self.autoregressive == 0:
             raise FewstepError("both loss weights are 0; there is nothing to learn")
-        for name, choices in (("goal", Goal), ("noise", Noise), ("labels", Labels)):
-            if getattr(self, name) not in get_args(choices):
-                raise FewstepError(f"unknown {name} {getattr(self, name)!r}; choose {' or '.join(get_args(choices))}")
-        if self.noise_cycle < 1:
-            raise FewstepError(f"noise_cycle counts windows, at least 1, got {self.noise_cycle}")
-        if not 0 <= self.augmented <= 1:
-            raise FewstepError(f"augmented is a share of windows between 0 and 1, got {self.augmented}")
         if self.augmented and self.goal == "local":
             raise FewstepError("an augmented state has no next state; use the global goal or set augmented to 0")
-        if not self.temperature > 0:
-            raise FewstepError(f"temperature must be above 0, got {self.temperature}; try 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise FewstepError(f"label_smoothing is a share below 1, got {self.label_smoothing}; try 0.1")
         if self.consistency and not self.autoregressive and not self.allow_unanchored:
             raise FewstepError(
                 "a consistency loss alone may collapse; add an autoregressive loss, or force it with allow_unanchored"

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.models.roles import RoleName
+from fewstep.values import MOST_INTEGER, Share, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +30,20 @@ class BlockCorruption:
     visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
 
-    frontier: Annotated[float, "Share of the states that are open up to a random point."] = 0.0
-    late: Annotated[float, "Share of the states whose late tokens stay hidden longest."] = 0.0
-    late_tokens: Annotated[tuple[int, ...], "Ids of the late tokens, such as those of the digits."] = ()
-    visited: Annotated[float, "Share of the states in which the network first opens what it is surest of."] = 0.0
-    untouched: Annotated[float, "Share of a block_causal network's blocks that are hidden whole."] = 0.1
+    frontier: Annotated[Share, "Share of the states that are open up to a random point."] = 0.0
+    late: Annotated[Share, "Share of the states whose late tokens stay hidden longest."] = 0.0
+    late_tokens: Annotated[
+        tuple[Annotated[int, Ge(0), Le(MOST_INTEGER)], ...], "Ids of the late tokens, such as those of the digits."
+    ] = ()
+    visited: Annotated[Share, "Share of the states in which the network first opens what it is surest of."] = 0.0
+    untouched: Annotated[Share, "Share of a block_causal network's blocks that are hidden whole."] = 0.1
 
     def __post_init__(self) -> None:
-        self._check_shares("frontier", "late", "visited", "untouched")
+        check_fields(self)
         if self.frontier + self.late > 1:
             raise FewstepError(f"frontier and late are shares of the same states, got {self.frontier} + {self.late}")
         if bool(self.late) != bool(self.late_tokens):
             raise FewstepError("late is the share of states whose late_tokens are hidden longest; set both or none")
-
-    def _check_shares(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
     def check_tokens(self, vocab_size: int) -> None:
         """FewstepError for late tokens that a vocabulary of this size does not have."""
@@ -91,7 +90,7 @@ class Corruption(BlockCorruption):
     """
 
     leftward: Annotated[
-        float, "Share of a bidirectional teacher's documents that are shown as in block-by-block decoding."
+        Share, "Share of a bidirectional teacher's documents that are shown as in block-by-block decoding."
     ] = 0.0
     weighting: Annotated[
         Literal["uniform", "inverse_ratio"],
@@ -100,9 +99,6 @@ class Corruption(BlockCorruption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_shares("leftward")
-        if self.weighting not in ("uniform", "inverse_ratio"):
-            raise FewstepError(f"unknown weighting {self.weighting!r}; choose uniform or inverse_ratio")
         if (self.visited or self.late) and self.weighting == "inverse_ratio":
             raise FewstepError("visited and late states have no mask ratio to weight by; use the weighting uniform")
 

@@ -21,6 +21,7 @@ from fewstep.train import corruption
 from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
 from fewstep.train.packing import Packed
+from fewstep.values import Count, Weight, check_fields
 
 CONTEXT, NOISY, CLEAN = 0, 1, 2
 
@@ -95,12 +96,13 @@ class CanvasLengths:
     `weights[i]` is the relative frequency of `i + 1` blocks.
     """
 
-    block_size: int = 32
-    weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.25, 0.15, 0.1, 0.05, 0.15)
+    block_size: Count = 32
+    weights: tuple[Weight, ...] = (0.0, 0.1, 0.2, 0.25, 0.15, 0.1, 0.05, 0.15)
 
     def __post_init__(self) -> None:
-        if min(self.weights, default=-1.0) < 0 or not sum(self.weights) > 0:
-            raise FewstepError(f"canvas weights are frequencies, not negative and not all 0, got {self.weights}")
+        check_fields(self, "the canvas")
+        if not sum(self.weights) > 0:
+            raise FewstepError(f"canvas weights are frequencies, not all of them 0, got {self.weights}")
 
     def draw(self, needed_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """At least `needed_N` tokens each: the distribution conditioned on being long enough."""

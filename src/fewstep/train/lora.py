@@ -7,14 +7,15 @@ from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le, Lt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
-from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
 from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
 from fewstep.models.network import Network
+from fewstep.values import check_fields
 
 DESCRIPTIONS = ("config.json", DESCRIPTION)
 """Of a model and of Medusa heads: the file that says what a folder holds."""
@@ -27,17 +28,12 @@ MAX_SHARD_SIZE = "15MB"
 class LoRASettings:
     """Low-rank adapters on all linear layers of attention and MLP (arXiv 2106.09685)."""
 
-    rank: Annotated[int, "Rank of the adapters."] = 32
-    alpha: Annotated[float, "The adapters' outputs are multiplied by alpha / rank."] = 32.0
-    dropout: Annotated[float, "Dropout of the adapters' inputs."] = 0.0
+    rank: Annotated[int, Ge(1), Le(1 << 16), "Rank of the adapters."] = 32
+    alpha: Annotated[float, Gt(0), Le(1e6), "The adapters' outputs are multiplied by alpha / rank."] = 32.0
+    dropout: Annotated[float, Ge(0), Lt(1), "Dropout of the adapters' inputs."] = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise FewstepError(f"LoRA rank must be at least 1, got {self.rank}; try 32")
-        if not self.alpha > 0:
-            raise FewstepError(f"LoRA alpha must be above 0, got {self.alpha}; try the rank")
-        if not 0 <= self.dropout < 1:
-            raise FewstepError(f"LoRA dropout is a share below 1, got {self.dropout}")
+        check_fields(self, "LoRA")
 
 
 class _MergedLinear(LoRALinear):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
@@ -16,6 +17,7 @@ from fewstep.models.roles import Role
 from fewstep.train.documents import Batch, Forward, Inputs, PackedDocuments
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import Loss
+from fewstep.values import check_fields
 
 _NOTHING = -100  # what F.cross_entropy ignores
 
@@ -24,14 +26,11 @@ _NOTHING = -100  # what F.cross_entropy ignores
 class MedusaSettings:
     """How many heads, and how much less each weighs in the loss than the one before it."""
 
-    heads: Annotated[int, "Heads, each of which guesses one token further ahead."] = 3
-    decay: Annotated[float, "A head's loss weighs so many times what the one before it weighs."] = 0.8
+    heads: Annotated[int, Ge(1), Le(64), "Heads, each of which guesses one token further ahead."] = 3
+    decay: Annotated[float, Gt(0), Le(1), "A head's loss weighs so many times what the one before it weighs."] = 0.8
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise FewstepError(f"medusa needs at least 1 head, got {self.heads}; try 3")
-        if not 0 < self.decay <= 1:
-            raise FewstepError(f"decay must lie above 0 and be at most 1, got {self.decay}; try 0.8")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from annotated_types import Ge, Gt, Le, Lt
+
 from fewstep.decode.health import Health
 from fewstep.errors import FewstepError
+from fewstep.values import MOST_INTEGER, check_fields
+
+Rise = Annotated[float, Gt(0), Lt(1)]
+Factor = Annotated[float, Gt(1), Le(1e30)]
+Steps = Annotated[int, Ge(0), Le(MOST_INTEGER)]
 
 
 class CollapseError(FewstepError):
@@ -21,30 +28,24 @@ class CollapseError(FewstepError):
 class CollapseLimits:
     """How far from the baseline is collapse. None switches a check off."""
 
-    repetition_rise: Annotated[float | None, "The share of repeated 4-grams may rise by so much."] = 0.25
-    empty_rise: Annotated[float | None, "The share of empty answers may rise by so much."] = 0.25
-    longest_run_factor: Annotated[float | None, "A run of one token may be so many times the baseline's longest."] = 4.0
-    longest_run_free: Annotated[int, "A run of so many tokens is fine in any case."] = 16
-    entropy_share: Annotated[float | None, "The entropy of the tokens may fall to this share of the baseline's."] = 0.5
+    repetition_rise: Annotated[Rise | None, "The share of repeated 4-grams may rise by so much."] = 0.25
+    empty_rise: Annotated[Rise | None, "The share of empty answers may rise by so much."] = 0.25
+    longest_run_factor: Annotated[Factor | None, "A run of one token may be so many times the baseline's longest."] = (
+        4.0
+    )
+    longest_run_free: Annotated[Steps, "A run of so many tokens is fine in any case."] = 16
+    entropy_share: Annotated[Rise | None, "The entropy of the tokens may fall to this share of the baseline's."] = 0.5
     distinct_share: Annotated[
-        float | None, "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's."
+        Rise | None, "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's."
     ] = 0.25
-    loss_factor: Annotated[float | None, "The average loss may be so many times the lowest average so far."] = 3.0
-    loss_memory: Annotated[int, "The average is over about so many logged losses, and not judged before."] = 50
-    grace_steps: Annotated[int, "Answers are not judged before this step (a model from scratch begins unhealthy)."] = 0
+    loss_factor: Annotated[Factor | None, "The average loss may be so many times the lowest average so far."] = 3.0
+    loss_memory: Annotated[Steps, Ge(1), "The average is over about so many logged losses, and not judged before."] = 50
+    grace_steps: Annotated[
+        Steps, "Answers are not judged before this step (a model from scratch begins unhealthy)."
+    ] = 0
 
     def __post_init__(self) -> None:
-        for name in ("repetition_rise", "empty_rise", "entropy_share", "distinct_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise FewstepError(f"{name} is a share between 0 and 1, got {value}; None switches the check off")
-        for name in ("longest_run_factor", "loss_factor"):
-            value = getattr(self, name)
-            if value is not None and not value > 1:
-                raise FewstepError(f"{name} must exceed 1, got {value}; None switches the check off")
-        for name, least in (("longest_run_free", 0), ("loss_memory", 1), ("grace_steps", 0)):
-            if getattr(self, name) < least:
-                raise FewstepError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_fields(self)
 
 
 def check_health(baseline: Health, current: Health, limits: CollapseLimits) -> None:

@@ -30,6 +30,7 @@ from fewstep.models.roles import INVISIBLE
 from fewstep.train.collect import Decode, teacher_of
 from fewstep.train.trajectories import PromptRow
 from fewstep.train.trajectory_shards import Distribution, Teacher
+from fewstep.values import Count, check_fields
 
 OF_STUDENT = "states_of"
 """Key among the decoding settings in the manifest of a relabelled store: the hash of the student that decoded."""
@@ -45,14 +46,11 @@ class Labelling:
     """
 
     distribution: Distribution
-    canvas_length: int | None = None
-    tokens_per_forward: int = 65536
+    canvas_length: Count | None = None
+    tokens_per_forward: Count = 65536
 
     def __post_init__(self) -> None:
-        for name in ("canvas_length", "tokens_per_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FewstepError(f"{name} must be at least 1, got {value}")
+        check_fields(self)
 
 
 def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Decode:

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
+
 from fewstep.errors import FewstepError
 from fewstep.models.masks import MAX_ROW_LENGTH
+from fewstep.values import MOST_INTEGER, Count, check_fields
+
+Steps = Annotated[int, Ge(1), Le(MOST_INTEGER)]
+Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,56 +21,37 @@ class TrainSettings:
     With `evaluate_every` the network is evaluated so often and at the end.
     """
 
-    max_steps: Annotated[int, "Optimizer steps."]
-    rows: Annotated[int, "Packed rows of a micro-batch, in each process."] = 16
-    row_length: Annotated[int, "Tokens of a packed row."] = 2048
-    accumulation: Annotated[int, "Micro-batches of an optimizer step."] = 1
-    learning_rate: Annotated[float, "The highest learning rate."] = 1e-3
+    max_steps: Annotated[Steps, "Optimizer steps."]
+    rows: Annotated[Count, "Packed rows of a micro-batch, in each process."] = 16
+    row_length: Annotated[Count, "Tokens of a packed row."] = 2048
+    accumulation: Annotated[Count, "Micro-batches of an optimizer step."] = 1
+    learning_rate: Annotated[float, Gt(0), Le(1e3), "The highest learning rate."] = 1e-3
     schedule: Annotated[
         Literal["cosine", "constant_with_warmup", "linear"], "How the learning rate goes on after the warm-up."
     ] = "cosine"
     warmup_steps: Annotated[
-        int | None, "Steps in which the learning rate rises; by default 100, in a short run a tenth."
+        Annotated[int, Ge(0), Le(MOST_INTEGER)] | None,
+        "Steps in which the learning rate rises; by default 100, in a short run a tenth.",
     ] = None
-    weight_decay: Annotated[float, "Weight decay of AdamW; norms and biases have none."] = 0.05
-    betas: Annotated[tuple[float, float], "Betas of AdamW."] = (0.9, 0.95)
-    clip_norm: Annotated[float, "Largest norm of the gradient, which is cut to it."] = 1.0
+    weight_decay: Annotated[float, Ge(0), Le(1e3), "Weight decay of AdamW; norms and biases have none."] = 0.05
+    betas: Annotated[tuple[Beta, Beta], "Betas of AdamW."] = (0.9, 0.95)
+    clip_norm: Annotated[float, Gt(0), Le(1e30), "Largest norm of the gradient, which is cut to it."] = 1.0
     ema_decay: Annotated[
-        float | None, "Evaluate and save a moving average of the weights of this decay, such as 0.999; by default none."
+        Annotated[float, Gt(0), Lt(1)] | None,
+        "Evaluate and save a moving average of the weights of this decay, such as 0.999; by default none.",
     ] = None
     precision: Annotated[Literal["no", "bf16"], "bf16 computes in bfloat16 and keeps float32 weights."] = "no"
     weights_dtype: Annotated[Literal["float32", "bfloat16"], "What the weights are saved in."] = "float32"
     compiled: Annotated[bool, "Compile the layers, which pays on a GPU."] = False
-    seed: Annotated[int, "Seed of the order of the examples and of all noise."] = 0
-    log_every: Annotated[int, "Steps from one line of the log to the next, which has their means."] = 20
-    save_every: Annotated[int | None, "Steps from one checkpoint to the next; they are removed at the end."] = 500
-    evaluate_every: Annotated[int | None, "Steps from one evaluation to the next; by default there is none."] = None
+    seed: Annotated[int, Ge(0), Lt(1 << 32), "Seed of the order of the examples and of all noise."] = 0
+    log_every: Annotated[Steps, "Steps from one line of the log to the next, which has their means."] = 20
+    save_every: Annotated[Steps | None, "Steps from one checkpoint to the next; they are removed at the end."] = 500
+    evaluate_every: Annotated[Steps | None, "Steps from one evaluation to the next; by default there is none."] = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "rows", "row_length", "accumulation", "log_every", "save_every", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FewstepError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise FewstepError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise FewstepError(f"{name} must not be negative, got {value}")
+        check_fields(self)
         if self.row_length > MAX_ROW_LENGTH:
             raise FewstepError(f"row_length is at most {MAX_ROW_LENGTH}, got {self.row_length}; use more rows")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise FewstepError(f"betas lie between 0 and 1, got {self.betas}; try 0.9 0.95")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise FewstepError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}; try 0.999")
-        for name, choices in (
-            ("schedule", ("cosine", "constant_with_warmup", "linear")),
-            ("precision", ("no", "bf16")),
-            ("weights_dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise FewstepError(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(choices)}")
 
     @property
     def num_warmup_steps(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
 from fewstep.train.record_shards import RecordShards, concatenated, list_column_of, offsets_of
+from fewstep.values import Count, check_fields
 
 _FLOAT16_LOWEST = float(np.finfo(np.float16).min)
 _LARGEST_RANK = int(np.iinfo(np.int16).max)
@@ -31,14 +32,13 @@ class Distribution:
     """
 
     kind: Literal["top_k", "hidden"] = "top_k"
-    width: int = 64
+    width: Count = 64
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
         if self.kind not in ("top_k", "hidden"):
             raise FewstepError(f"a distribution is stored as top_k or hidden, got {self.kind!r}")
-        if self.width < 1:
-            raise FewstepError(f"the width of a stored distribution is at least 1, got {self.width}; try 64 for top_k")
+        check_fields(self, "a stored distribution")
         if self.dtype not in (("float16",) if self.kind == "top_k" else ("float16", "bfloat16")):
             raise FewstepError(f"a distribution of kind {self.kind} cannot be stored as {self.dtype!r}; use float16")
 
