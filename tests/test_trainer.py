@@ -1,17 +1,24 @@
 """The trainer on tiny networks: it learns, resumes exactly, stops loudly and leaves whole folders."""
 
+import errno
 import json
+import math
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +30,15 @@ from fewstep.models.load import load_network, save_network
 from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.checkpoint import _hashes
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples
+from fewstep.train.learner import Learner
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
+from fewstep.train.output import check_output
 from fewstep.train.read_table import read_table
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
@@ -528,6 +538,219 @@ def test_a_collapse_stops_the_run_and_keeps_the_samples(tmp_path):
 def test_settings_are_checked(wrong):
     with pytest.raises(FewstepError, match=next(iter(wrong))):
         replace(SETTINGS, **wrong)
+
+
+# Numbers that are not finite
+
+
+def values_of(network: Network) -> torch.Tensor:
+    return network.module.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(("log_every", "save_every", "max_steps"), [(100, 2, 12), (100, None, 8), (100, 100, 5)])
+def test_weights_that_overflow_in_a_step_with_a_finite_loss_are_never_saved(log_every, save_every, max_steps, tmp_path):
+    """The step before a checkpoint, or the last one: no later loss tells of it."""
+    network = tiny_network("autoregressive")
+    settings = replace(
+        SETTINGS, max_steps=max_steps, log_every=log_every, save_every=save_every, learning_rate=1e3, weight_decay=1e3,
+        warmup_steps=1, schedule="constant_with_warmup",
+    )  # fmt: skip
+    with pytest.raises(FewstepError, match=r"is not finite at step \d+; |loss is nan at step") as raised:
+        train(network, objective_for(network), settings, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out/config.json").exists()
+    for path in (tmp_path / "out").rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.parametrize("where", ["moment", "average"])
+def test_moments_and_averages_that_overflow_stop_the_run_and_the_kept_checkpoint_goes_on(where, tmp_path, monkeypatch):
+    step = Learner.step
+
+    def overflowing(self, *args):
+        parts = step(self, *args)
+        overflowing.calls += 1
+        if overflowing.calls == 6:
+            if where == "moment":
+                next(iter(self._optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = torch.inf
+            else:
+                next(self.average.parameters()).data.view(-1)[0] = torch.inf
+        return parts
+
+    overflowing.calls = 0
+    settings = replace(SETTINGS, ema_decay=0.9)
+    network = tiny_network("autoregressive")
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "step", overflowing)
+        with pytest.raises(FewstepError, match=f"{where}|exp_avg_sq .*is not finite at step 6; .*checkpoint is kept"):
+            train(network, objective_for(network), settings, tmp_path / "out")
+    assert checkpoints_in(tmp_path / "out") == ["step-00000004"]
+    for name in ("out", "whole"):
+        network = tiny_network("autoregressive")
+        train(network, objective_for(network), settings, tmp_path / name)
+    assert final_state(tmp_path / "out") == final_state(tmp_path / "whole")
+
+
+def test_weights_that_only_float32_holds_are_kept_in_a_checkpoint_and_saved_in_float32(tmp_path):
+    def enlarge(network: Network, step: int) -> dict[str, float]:
+        with torch.no_grad():
+            network.module.get_input_embeddings().weight[60] = torch.finfo(torch.float32).max
+        return {}
+
+    settings = replace(SETTINGS, evaluate_every=12, weights_dtype="bfloat16")
+    network = tiny_network("autoregressive")
+    with pytest.raises(FewstepError, match=r"embed_tokens.weight does not fit bfloat16; a checkpoint of step 12"):
+        train(network, objective_for(network), settings, tmp_path / "out", evaluate=enlarge)
+    assert checkpoints_in(tmp_path / "out") == ["step-00000012"]
+    again = tiny_network("autoregressive")
+    train(again, objective_for(again), replace(settings, weights_dtype="float32"), tmp_path / "out")
+    assert_close(values_of(load_network(tmp_path / "out", dtype="float32", device="cpu")), values_of(network))
+
+
+def test_weights_that_are_not_finite_from_the_start_are_refused(tmp_path):
+    network = tiny_network("autoregressive")
+    with torch.no_grad():
+        values_of(network)[3, 3] = float("nan")
+    with pytest.raises(FewstepError, match=r"lm_head.weight of .* holds values that are not finite"):
+        train(network, objective_for(network), SETTINGS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_compiled_on_a_gpu_only(tmp_path):
+    network = tiny_network("autoregressive")
+    with pytest.raises(FewstepError, match="compiled layers need a CUDA GPU, and the network is on cpu"):
+        train(network, objective_for(network), replace(SETTINGS, compiled=True), tmp_path / "out")
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "shares"),
+    [
+        ("linear", 2, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("linear", 0, [1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+        ("constant_with_warmup", 4, [1 / 4, 2 / 4, 3 / 4, 1, 1]),
+        ("cosine", 1, [1, *((1 + math.cos(math.pi * step / 5)) / 2 for step in (1, 2, 3, 4))]),
+    ],
+)
+def test_every_step_learns_and_the_warm_up_ends_at_the_highest_rate(schedule, warmup_steps, shares, tmp_path):
+    settings = replace(
+        SETTINGS, max_steps=5, log_every=1, save_every=None, schedule=schedule, warmup_steps=warmup_steps
+    )
+    network = tiny_network("autoregressive")
+    history = train(network, objective_for(network), settings, tmp_path / "out").history
+    assert [line["learning_rate"] for line in history] == pytest.approx([3e-3 * share for share in shares])
+
+
+# What is wrong with the folder
+
+
+def damage(folder: Path, name: str, how: str) -> None:
+    path = folder / name
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        torch.save({}, path)
+
+
+NAMES = (
+    "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "average.pt", "process-0.json",
+    "run.json", "hashes.json",
+)  # fmt: skip
+
+
+def test_a_damaged_file_of_a_checkpoint_is_told_in_one_sentence_and_never_passed_over(tmp_path):
+    settings = replace(SETTINGS, evaluate_every=1, ema_decay=0.9)
+
+    def run(output: Path, evaluate: Callable[[Network, int], dict[str, float]] | None = None) -> None:
+        network = tiny_network("autoregressive")
+        train(network, objective_for(network), settings, output, evaluate=evaluate)
+
+    with pytest.raises(RuntimeError, match="plug"):
+        run(tmp_path / "begun", interrupt_at(6))
+    for index, name in enumerate(NAMES):
+        for how in ("missing", ("cut", "flipped", "other")[index % 3]):
+            output = tmp_path / f"{name}-{how}"
+            shutil.copytree(tmp_path / "begun", output)
+            damage(output / "checkpoints/step-00000004", name, how)
+            with pytest.raises(FewstepError, match=re.escape(name)) as raised:
+                run(output)
+            assert "\n" not in str(raised.value)
+            assert "step-00000004" in str(raised.value)
+
+
+def test_random_states_that_are_whole_but_cannot_be_restored_are_not_passed_over(tmp_path):
+    begun(tmp_path / "out")
+    folder = tmp_path / "out/checkpoints/step-00000004"
+    other = torch.Generator().manual_seed(5).get_state()
+    torch.save({"torch_manual_seed": other}, folder / "random_states_0.pkl")  # without those of Python and numpy
+    (folder / "hashes.json").write_text(json.dumps(_hashes(folder)))
+    network = tiny_network("autoregressive")
+    with pytest.raises(FewstepError, match="its random states cannot be restored"):
+        train(network, objective_for(network), replace(SETTINGS, evaluate_every=1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling", "too long", "zero byte", "logs", "checkpoints"])
+def test_an_output_that_can_be_no_folder_is_refused_before_any_work(kind, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    output = tmp_path / {"below a file": "file/x", "too long": "x" * 300, "zero byte": "x\0y"}.get(kind, kind)
+    if kind in ("logs", "checkpoints"):
+        output = tmp_path / "out"
+        output.mkdir()
+        (output / kind).write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FewstepError) as raised:
+        check_output(output)
+    assert "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_with_too_little_room_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    network = tiny_network("autoregressive")
+    num_bytes = 4 * sum(value.numel() for value in network.module.parameters())
+    for free, settings in ((num_bytes - 1, replace(SETTINGS, save_every=None)), (4 * num_bytes - 1, SETTINGS)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(FewstepError, match="what is saved there takes"):
+            train(network, objective_for(network), settings, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_trying_out_an_output_leaves_nothing_behind(tmp_path):
+    check_output(tmp_path / "a/b/c")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_log_that_cannot_be_written_is_one_sentence(number, tmp_path, monkeypatch, capfd):
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    network = tiny_network("autoregressive")
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", refuse)
+    with pytest.raises(FewstepError, match=f"could not write the log in .*: {os.strerror(number)}"):
+        train(network, objective_for(network), replace(SETTINGS, log_every=1), tmp_path / "out")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [20_000, 110_000])
+def test_a_limit_on_the_size_of_files_is_one_sentence(size, tmp_path):
+    network = tiny_network("autoregressive")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(FewstepError, match=r"could not write .*step-00000004: a file would be larger than"):
+            train(network, objective_for(network), SETTINGS, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out/checkpoints").iterdir())
 
 
 # Two processes

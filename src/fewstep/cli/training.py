@@ -28,6 +28,7 @@ from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
+from fewstep.train.output import check_output
 from fewstep.train.samples import Samples
 from fewstep.train.settings import TrainSettings
 from fewstep.values import Count, Weight, check_fields
@@ -273,6 +274,7 @@ def medusa(built: Built, json: Path | None) -> None:
     """Medusa heads for a causal model (arXiv 2401.10774)."""
     start: HeadsStart = built[HeadsStart]
     _require_extra()
+    _check_output(start.output)
     from fewstep.train.trainer import train
 
     built.refuse(("evaluate_every",), "on heads, which are not evaluated")
@@ -305,6 +307,13 @@ def _refuse_unused(built: Built) -> None:
         built.refuse(settings_of({Watch: "watch_"}), "without --watch-data")
     if built[TrainSettings].evaluate_every is None:
         built.refuse(("watch_data",), "without --evaluate-every")
+    _check_output(built[Outcome].output)
+
+
+def _check_output(output: Path) -> None:
+    """As the trainer does, but before anything is loaded; by the first process for all."""
+    if os.environ.get("RANK", "0") == "0":
+        check_output(output)
 
 
 def _require_extra() -> None:

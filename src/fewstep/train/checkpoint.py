@@ -1,5 +1,10 @@
-"""Checkpoints of a run in training: whole folders, of which the newest is continued."""
+"""Checkpoints of a run in training: whole folders, of which the newest is continued.
 
+A checkpoint also names the hash of each of its files. Nothing of it is used unless all are there as they were written:
+accelerate would go on without random states that are missing, and the run would no longer repeat itself.
+"""
+
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import load as load_checked
 from torch import nn
 
 from fewstep.errors import FewstepError
@@ -18,6 +24,10 @@ from fewstep.files import read_json, write_folder_whole
 
 RUN = "run.json"
 AVERAGE = "average.pt"
+HASHES = "hashes.json"
+
+VERSION = 2
+"""Of what a checkpoint holds and of how a run goes on from it; 1 had no hashes, and a schedule that began at 0."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +53,57 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 if self.average is not None:
                     torch.save(self.average.state_dict(), target / AVERAGE)
-                (target / RUN).write_text(json.dumps({**run, "fingerprint": self.fingerprint}))
+                (target / RUN).write_text(json.dumps({**run, "fingerprint": self._fingerprint}))
         if self.accelerator.is_main_process:
             for path in self.folder.iterdir():
                 if path.name != f"step-{step:08d}":  # older ones, and what killed writers left
                     shutil.rmtree(path, ignore_errors=True)
 
+    def newest(self) -> Path | None:
+        """The folder of the checkpoint that would be continued, if there is one."""
+        return max(self.folder.glob("step-*"), default=None)
+
     def restore(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Load the newest checkpoint; its `run` and `local`, or None if there is none.
 
-        FewstepError if it was made with other settings or data.
+        FewstepError if it was made with other settings or data, or if it is damaged.
         """
-        newest = max(self.folder.glob("step-*"), default=None)
+        newest = self.newest()
         if newest is None:
             return None
         run = read_json(newest / RUN)
-        difference = describe_difference(run["fingerprint"], self.fingerprint)
+        if not isinstance(run, dict):
+            raise _damaged(newest, f"{RUN} is no JSON object")
+        difference = describe_difference(run.get("fingerprint"), self._fingerprint)
         if difference:
             raise FewstepError(
                 f"{newest} is of another run ({difference}); repeat the command that made it, remove the folder, "
                 "or choose another output"
             )
-        self.accelerator.load_state(str(newest))
-        if self.average is not None:
-            self.average.load_state_dict(torch.load(newest / AVERAGE, weights_only=True))
+        _check_hashes(newest)
+        try:
+            self.accelerator.load_state(str(newest))
+            if self.average is not None:
+                self.average.load_state_dict(torch.load(newest / AVERAGE, weights_only=True))
+            random_states_taken = self._has_random_states_of(newest)
+        except Exception as error:  # torch, safetensors and accelerate each raise their own for what does not fit
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise _damaged(newest, f"it does not fit this run: {reason[:200]}") from error
+        if not random_states_taken:
+            raise _damaged(newest, "its random states cannot be restored on this machine")
         return run, read_json(newest / self._local_name)
+
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        return {**self.fingerprint, "version": VERSION}
+
+    def _has_random_states_of(self, folder: Path) -> bool:
+        """Whether torch's generators stand as the checkpoint says; accelerate passes over what it cannot restore."""
+        states = load_checked(folder / f"random_states_{self.accelerator.process_index}.pkl")
+        pairs = [(torch.get_rng_state(), states["torch_manual_seed"])]
+        if self.accelerator.device.type == "cuda":
+            pairs += zip(torch.cuda.get_rng_state_all(), states["torch_cuda_manual_seed"], strict=True)
+        return all(torch.equal(there, wanted) for there, wanted in pairs)
 
     @property
     def _local_name(self) -> str:
@@ -81,9 +117,45 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 shared = [str(stack.enter_context(write_folder_whole(target, overwrite=True)))]
             broadcast_object_list(shared)
-            yield Path(str(shared[0]))
+            folder = Path(str(shared[0]))
+            yield folder
             self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (folder / HASHES).write_text(json.dumps(_hashes(folder), indent=1))
         self.accelerator.wait_for_everyone()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a checkpoint but the one that lists them, by name."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != HASHES:
+            with path.open("rb") as stream:
+                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _check_hashes(folder: Path) -> None:
+    """FewstepError naming a file of a checkpoint that is missing or not as it was written."""
+    written = read_json(folder / HASHES)
+    if not isinstance(written, dict):
+        raise _damaged(folder, f"{HASHES} is no JSON object")
+    try:
+        there = _hashes(folder)
+    except OSError as error:
+        raise _damaged(folder, f"{error.filename} cannot be read: {error.strerror}") from error
+    for name in sorted(written.keys() | there.keys()):
+        if name not in there:
+            raise _damaged(folder, f"{name} is missing")
+        if there[name] != written.get(name):
+            raise _damaged(folder, f"{name} is not as it was written")
+
+
+def _damaged(folder: Path, reason: str) -> FewstepError:
+    return FewstepError(
+        f"the checkpoint {folder} cannot be continued ({reason}); restore its files, or remove the folder to go on "
+        "from an earlier checkpoint, if there is one, or else from the start"
+    )
 
 
 def _drop_tied_weights(models: list[nn.Module], states: list[dict[str, torch.Tensor]], folder: str) -> None:

@@ -1,16 +1,19 @@
 """What learns: weights, optimizer, schedule and moving average, and one step of theirs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
+from fewstep.errors import FewstepError
 from fewstep.models.attention import compile_layers, prepare_attention, training_mask
+from fewstep.models.load import DTYPES
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -57,8 +60,17 @@ class Learner:
         lora: LoRASettings | None = None,
         heads: MedusaHeads | None = None,
     ) -> None:
+        """FewstepError for weights that are not finite, or layers to compile where there is no GPU."""
         self._settings, self._accelerator = settings, accelerator
+        if settings.compiled and network.device.type != "cuda":
+            raise FewstepError(f"compiled layers need a CUDA GPU, and the network is on {network.device}; leave it out")
         network.module.float().train()
+        broken = not_finite(network.module.state_dict())
+        if broken is not None:
+            raise FewstepError(
+                f"{broken} of {network.name} holds values that are not finite, so it cannot be trained; start from "
+                "another checkpoint"
+            )
         prepare_attention(network.module, compiled=settings.compiled)
         body: nn.Module = add_lora(network, lora) if lora else network.module
         self.trained: nn.Module = body
@@ -72,18 +84,14 @@ class Learner:
             self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
             self.average.to(accelerator.device)
         optimizer = self._new_optimizer()
-        # accelerate steps the scheduler once a process; the schedule counts those calls.
-        scheduler = get_scheduler(
-            settings.schedule,
-            optimizer,
-            num_warmup_steps=settings.num_warmup_steps * accelerator.num_processes,
-            num_training_steps=settings.max_steps * accelerator.num_processes,
-        )
+        share_of = _schedule(settings, optimizer)
+        # accelerate steps the scheduler once a process.
+        scheduler = LambdaLR(optimizer, lambda num_calls: share_of(num_calls // accelerator.num_processes + 1))
         self._packed = _PackedForward(body, heads)
         self._model, self._optimizer, self._scheduler = accelerator.prepare(self._packed, optimizer, scheduler)
 
         self.learning_rate = 0.0
-        """That of the last step; transformers' schedules begin the first at 0."""
+        """That of the last step."""
 
     def step(self, objective: Objective, stream: PreparedStream) -> dict[str, Tensor]:
         """An optimizer step; figures averaged over its micro-batches, on the device."""
@@ -93,6 +101,44 @@ class Learner:
             self.average.update_parameters(self.trained)
         parts = {name: torch.stack([micro[name] for micro in micros]).mean() for name in micros[0]}
         return parts | {"gradient_norm": micros[-1]["gradient_norm"]}
+
+    def not_finite(self) -> str | None:
+        """What of the weights, of their moving average or of the optimizer's moments is not finite, in words; or None.
+
+        A step may leave such values with a finite loss, and whatever is computed from them is lost.
+        """
+        broken = not_finite(self.trained.state_dict())
+        if broken is not None:
+            return f"the weight {broken}"
+        broken = None if self.average is None else not_finite(self.average.state_dict())
+        if broken is not None:
+            return f"the moving average of {broken}"
+        names = {parameter: name for name, parameter in self.trained.named_parameters()}
+        moments = {
+            f"{moment} of {names[parameter]}": value
+            for parameter, state in self._optimizer.state.items()
+            for moment, value in state.items()
+        }
+        broken = not_finite(moments)
+        return None if broken is None else f"the optimizer's {broken}"
+
+    @property
+    def dtype_saved(self) -> torch.dtype:
+        """What the finished weights are written in; heads are always bfloat16."""
+        return torch.bfloat16 if isinstance(self.trained, MedusaHeads) else DTYPES[self._settings.weights_dtype]
+
+    def num_bytes(self, *, checkpoint: bool) -> int:
+        """How much the finished weights take on a disk, and with them a checkpoint: all weights and two moments."""
+        finished = sum(value.numel() for value in self.trained.state_dict().values()) * self.dtype_saved.itemsize
+        if not checkpoint:
+            return finished
+        learning = sum(value.numel() for value in self.trained.parameters() if value.requires_grad)
+        return finished + 4 * sum(value.numel() for value in self._packed.parameters()) + 2 * 4 * learning
+
+    def overflow(self, dtype: torch.dtype) -> str | None:
+        """The name of a finished weight that is not finite in `dtype`, or None."""
+        finished = self.trained if self.average is None else self.average.module
+        return not_finite({name: value.to(dtype) for name, value in finished.state_dict().items()})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -148,3 +194,27 @@ class Learner:
             return self._model(tokens_RT, positions_RT, mask, rows_S)
         with torch.no_grad():
             return self._packed(tokens_RT, positions_RT, mask, rows_S)
+
+
+def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """Step, from 1 -> its share of the highest learning rate, above 0 in the first step and in the last.
+
+    transformers' schedules are 0 at step 0 of a warm-up and at the end, which are no steps of ours.
+    """
+    shares: Any = get_scheduler(
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=max(1, settings.num_warmup_steps),
+        num_training_steps=settings.max_steps + 1,
+    )
+    share_of: Callable[[int], float] = shares.lr_lambdas[0]
+    return share_of
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a value which is not finite, or None; it waits for the device once."""
+    values = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
+    if not values:
+        return None
+    finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
+    return next((name for name, is_finite in zip(values, finite.tolist(), strict=True) if not is_finite), None)

@@ -1,7 +1,9 @@
 """What a run says of itself: history, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -9,11 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from fewstep.errors import FewstepError
+
 Figures = dict[str, float]
 
 
 class RunLog:
-    """A context manager. `history` is kept by every process; only the one that is `main` shows and writes it."""
+    """A context manager. `history` is kept by every process; only the one that is `main` shows and writes it.
+
+    FewstepError from whatever writes, if the file system refuses.
+    """
 
     def __init__(self, folder: Path, *, max_steps: int, main: bool) -> None:
         self.history: list[Figures] = []
@@ -35,7 +42,8 @@ class RunLog:
         """Begin at `step`; what a killed run logged after it is no longer shown."""
         self._task = self._bar.add_task("training", total=self._max_steps, completed=step, loss="")
         if self._main:
-            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+            with self._writing():
+                self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
@@ -48,8 +56,9 @@ class RunLog:
             self.history.append({"step": step, **figures})
         if self._writer is None:
             return
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        with self._writing():
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
         if "loss" in figures:
             self._bar.update(self._task, loss=f"loss {figures['loss']:.4f}")
         if not self._on_terminal:
@@ -60,12 +69,26 @@ class RunLog:
         """Log texts by name: all to TensorBoard, the first to be read at once."""
         if self._writer is None:
             return
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
+        with self._writing():
+            for name, text in texts.items():
+                self._writer.add_text(name, text, step)
         for name in list(texts)[:1]:
             self._bar.console.print(f"{name} at step {step}: {texts[name]}", markup=False, highlight=False)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FewstepError(
+                f"could not write the log in {self._folder}: {error.strerror or error}; free some space or choose "
+                "another output folder"
+            ) from error
+
     def __enter__(self) -> "RunLog":
+        # TensorBoard writes in a thread, and tells of its failures again when it is next called.
+        self._hook = threading.excepthook
+        threading.excepthook = lambda raised: None if isinstance(raised.exc_value, OSError) else self._hook(raised)
         self._bar.start()
         return self
 
@@ -73,5 +96,11 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as failure:  # what was trained is worth more than the last lines of the log
+            if error is None:
+                print(f"the log in {self._folder} is not whole: {failure.strerror or failure}", file=sys.stderr)
+        finally:
+            threading.excepthook = self._hook

@@ -32,7 +32,6 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 from fewstep.files import remove_leftovers, write_folder_whole
 from fewstep.models.attention import prepare_attention
-from fewstep.models.load import DTYPES
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.checkpoint import Checkpoints
@@ -40,6 +39,7 @@ from fewstep.train.learner import Learner
 from fewstep.train.lora import DESCRIPTIONS, LoRASettings, save_trained
 from fewstep.train.monitor import CollapseMonitor
 from fewstep.train.objectives import Objective
+from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, check_output, check_space
 from fewstep.train.run_log import RunLog
 from fewstep.train.settings import TrainSettings
 from fewstep.train.stream import PreparedStream
@@ -88,15 +88,16 @@ def train(
     uninterrupted one. `monitor` watches the logged losses, and through `evaluate` the outputs. Under several processes
     each calls this alike.
 
-    FewstepError if a loss is not finite, if the monitor sees a collapse, if `output` holds a finished model, if a
-    checkpoint is of other settings or data, or if the disk is full. KeyboardInterrupt after Ctrl-C: a run on one
-    process first finishes its step and saves a checkpoint.
+    FewstepError if a loss or what learns is not finite, if the monitor sees a collapse, if `output` holds a finished
+    model or cannot be written, if a checkpoint is of other settings or data or damaged, or if the disk is full.
+    KeyboardInterrupt after Ctrl-C: a run on one process first finishes its step and saves a checkpoint.
     """
-    if any((output / name).exists() for name in DESCRIPTIONS):
-        raise FewstepError(f"{output} already holds a model; choose another output folder or remove it")
     if lora is not None and heads is not None:
         raise ValueError("heads are trained on a frozen network; train the adapter first")
     run = _Run(network, objective, settings, output, lora, heads, evaluate, monitor)
+    if run.is_main:
+        check_output(output)
+        check_space(output, run.learner.num_bytes(checkpoint=run.saves_checkpoints))
     run.restore()
     run.execute()
     return run.finish()
@@ -149,14 +150,23 @@ class _Run:
         self.seconds = 0.0
         self.means = _Means()
         self.checkpoints = Checkpoints(
-            output / "checkpoints", self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
+            output / CHECKPOINTS, self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
         )
-        self.log = RunLog(output / "logs", max_steps=settings.max_steps, main=self.is_main)
+        self.log = RunLog(output / LOGS, max_steps=settings.max_steps, main=self.is_main)
+
+    @property
+    def saves_checkpoints(self) -> bool:
+        """Whether it will, unless it is interrupted."""
+        settings = self.settings
+        return settings.evaluate_every is not None or (
+            settings.save_every is not None and settings.save_every < settings.max_steps
+        )
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be continued: everything that changes the result or the log."""
         settings = asdict(self.settings)
-        del settings["save_every"], settings["evaluate_every"]
+        for name in ("save_every", "evaluate_every", "weights_dtype"):
+            del settings[name]
         return {
             "network": self.network.name,
             "role": asdict(self.network.role),
@@ -215,18 +225,30 @@ class _Run:
     def _figures(self) -> dict[str, float]:
         """Means over the steps since the last line of the log and over the processes, and the learning rate.
 
-        FewstepError if one is not finite: such weights must not reach a checkpoint.
+        FewstepError if one is not finite, or what learns is not: such weights must not reach a checkpoint, an
+        evaluation or the finished model.
         """
         means = self.means.means
-        values = self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+        broken = self.learner.not_finite()
+        sent = torch.stack([*means.values(), torch.tensor(float(broken is not None), device=self.accelerator.device)])
+        *values, share_broken = self.accelerator.reduce(sent, "mean").tolist()
         figures = dict(zip(means, values, strict=True))
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise FewstepError(
-                    f"{name} is {value} at step {self.step}; lower the learning rate (now "
-                    f"{self.settings.learning_rate}) or look at the data; the last checkpoint is kept"
-                )
+                raise FewstepError(f"{name} is {value} at step {self.step}; {self._advice()}")
+        if share_broken:
+            what = broken or "a weight of another process"
+            raise FewstepError(f"{what} is not finite at step {self.step}; {self._advice()}")
         return {**figures, "learning_rate": self.learner.learning_rate}
+
+    def _advice(self) -> str:
+        """What to do about numbers that are not finite."""
+        newest = self.checkpoints.newest()
+        kept = "no checkpoint was saved before" if newest is None else f"the last checkpoint is kept: {newest}"
+        return (
+            f"lower the learning rate (now {self.settings.learning_rate}) in another output folder, or look at the "
+            f"data; {kept}"
+        )
 
     def _sum(self, value: float) -> float:
         """Over the processes."""
@@ -271,10 +293,13 @@ class _Run:
         self.checkpoints.save(self.step, run, {"stream": self.stream.state_dict(), "means": self.means.state_dict()})
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
+        """Continue from the newest checkpoint, if there is one. FewstepError if it is no good."""
         found = self.checkpoints.restore()
         if found is None:
             return
+        broken = self.learner.not_finite()
+        if broken is not None:
+            raise FewstepError(f"{broken} is not finite in {self.checkpoints.newest()}; remove that folder")
         run, local = found
         self.step, self.seconds, self.log.history = run["step"], run["seconds"], run["history"]
         self.stream.load_state_dict(local["stream"])
@@ -283,7 +308,19 @@ class _Run:
             self.monitor.load_state_dict(run["monitor"])
 
     def finish(self) -> TrainResult:
-        """Write the model and its report, then remove the checkpoints."""
+        """Write the model and its report, then remove the checkpoints.
+
+        FewstepError, after a checkpoint, for weights that are finite only in float32.
+        """
+        dtype = self.learner.dtype_saved
+        too_large = self.learner.overflow(dtype)
+        if too_large is not None:
+            self._save()
+            raise FewstepError(
+                f"{too_large} does not fit {str(dtype).removeprefix('torch.')}; a checkpoint of step {self.step} is "
+                "saved: set weights_dtype to float32 and repeat the command, or lower the learning rate in another "
+                "output folder"
+            )
         tokens = round(self._sum(float(self.stream.num_tokens)))
         result = TrainResult(
             self.output, self.step, self.seconds, tokens, tokens / max(self.seconds, 1e-9), self.log.history
@@ -300,15 +337,20 @@ class _Run:
                 "processes": self.accelerator.num_processes,
                 "device": _device_name(self.accelerator.device),
             }
-            staging = self.output / "finished"
+            staging = self.output / FINISHED
             remove_leftovers(staging)
             with write_folder_whole(staging, overwrite=True) as folder:
-                dtype = DTYPES[self.settings.weights_dtype]
                 save_trained(
                     self.network, self.learner.trained, folder, dtype=dtype, base=self.network.name, home=self.output
                 )
                 (folder / "report.json").write_text(json.dumps(report, indent=1))
-            _publish(staging, self.output)
+            try:
+                _publish(staging, self.output)
+            except OSError as error:
+                raise FewstepError(
+                    f"could not move the finished files from {staging} to {self.output}: {error.strerror or error}; "
+                    "make room for them and repeat the command"
+                ) from error
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.network.module.eval()
