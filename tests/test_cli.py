@@ -443,7 +443,7 @@ def test_a_prompt_longer_than_the_positions_is_refused(run: Run, networks: dict[
 
 
 def test_prompt_and_files_are_checked_together(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
-    assert "--output" in run("generate", "--input", tmp_path / "x.jsonl").sentence()
+    assert "--input" in run("generate", "--output", tmp_path / "x.jsonl").sentence()
     both = run("generate", "2", "--input", tmp_path / "x.jsonl", "--output", tmp_path / "y.jsonl")
     assert "not both" in both.sentence()
     missing = run("generate", "--input", tmp_path / "x.jsonl", "--output", tmp_path / "y.jsonl")
@@ -465,6 +465,42 @@ def test_a_bad_line_is_named_and_the_output_kept(
     assert target.read_text() == "before"
 
 
+def test_rows_go_to_standard_output_where_no_file_is_named(
+    run: Run, networks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": role, "content": "2"} for role in ("user", "assistant", "user")]
+    ids = [["a", 1], 1.5, "1", 1, {"b": None}]
+    write_lines(
+        tmp_path / "in.jsonl", *({"id": one, "messages": turns, "prompt": None} for one in ids), {"prompt": "2"}
+    )
+    base = ("generate", "--model", networks["student"], "--max-new-tokens", 4, "--input", "in.jsonl")
+    for options in ((), ("--output", "-")):
+        shown = run(*base, *options)
+        assert shown.code == 0, shown.err
+        assert [json.loads(line)["id"] for line in shown.out.splitlines()] == [*ids, "6"]
+    shown = run("generate", "2", "--model", networks["student"], "--max-new-tokens", 4, "--json", "-")
+    assert json.loads(shown.out[shown.out.index("{\n") :])["n"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_text_that_is_no_unicode_is_refused_in_one_sentence(
+    run: Run, networks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    base = ("generate", "--model", networks["student"], "--max-new-tokens", 4)
+    assert "not valid Unicode" in run(*base, latin).sentence()
+    assert "not valid Unicode" in run("infill", latin, "--model", networks["teacher"]).sentence()
+    half = tmp_path / "half.jsonl"
+    for row in ('{"prompt": "\\ud83d"}', '{"id": "\\uD83D", "prompt": "1"}', '{"prompt": "1", "n": %s}' % ("9" * 5000)):
+        half.write_text(row + "\n")
+        assert "half.jsonl line 1 holds a" in run(*base, "--input", half).sentence()
+    half.write_text('{"prompt": "1", "x": %s}\n' % ("[" * 200_000))
+    assert "line 1 is" in run(*base, "--input", half).sentence()
+    half.write_text('{"prompt": "\\ud83d\\ude00"}\n')
+    assert "0 tokens" not in run(*base, "--input", half).err  # a whole pair is one character
+
+
 def test_a_prompt_that_is_too_long_is_found_before_decoding(
     run: Run, networks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,7 +515,7 @@ def test_a_prompt_that_is_too_long_is_found_before_decoding(
     assert "1024 positions" in sentence
     write_lines(source, {"id": "a", "prompt": "2"}, {"id": "odd", "prompt": ["2"]})
     sentence = run(*base).sentence()
-    assert "prompt 'odd'" in sentence
+    assert "line 2: every message needs" in sentence
     assert "role and content" in sentence
 
 

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fewstep.errors import FewstepError
+from fewstep.models.rows import id_key, id_text, split_prompt_row, split_row
 from fewstep.models.tiny import tiny_tokenizer
-from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
+from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 
 TOKENIZER = tiny_tokenizer()
 BOS, ANSWER, EOS = 3, 4, 1
@@ -48,10 +49,14 @@ def test_the_three_forms_of_a_row():
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2: messages must end with one of the assistant"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "needs role and content"),
         ({"prompt": "a", "completion": 5}, "line 2: what is to be learnt must be text, got int"),
-        ({"text": None}, "must be text, got NoneType"),
-        ({"messages": None}, "line 2: messages must be a list, got NoneType"),
+        ({"text": None}, "line 2: a training row needs prompt and completion, messages, or text; its fields are: none"),
+        ({"messages": None, "prompt": "a"}, "its fields are: 'prompt'"),
+        ({"messages": "a"}, "line 2: messages must be a list, got str"),
+        ({"messages": []}, "line 2: messages is empty"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "must be one message, of the assistant"),
+        ({"messages": [{"role": "user", "content": [1]}] * 2}, "the content of a message must be text, got list"),
         ({"prompt": 5, "completion": "a"}, "line 2: the prompt must be text or a list of messages, got int"),
-        ({"prompt": ["a"], "completion": "a"}, "line 2: every message needs role and content as text, got 'a'"),
+        ({"prompt": ["a"], "completion": "a"}, "line 2: every message needs role and content"),
     ],
 )
 def test_a_row_that_lacks_something_is_named_by_file_and_line(row, sentence, tmp_path):
@@ -128,3 +133,21 @@ def test_no_examples_or_unequal_numbers_are_refused():
 def test_a_prompt_is_split_from_the_last_answer():
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
     assert split_row({"messages": turns}, "here") == (turns[:3], "a")
+
+
+def test_null_fields_are_absent_and_a_completion_may_be_a_message():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert split_row({"prompt": "a", "completion": "b", "messages": None}, "here") == ("a", "b")
+    assert split_row({"prompt": None, "completion": None, "messages": turns}, "here") == (turns[:1], "b")
+    assert split_row({"prompt": None, "text": "ab"}, "here") == ("", "ab")
+    assert split_row({"prompt": turns[:1], "completion": turns[1:]}, "here") == (turns[:1], "b")
+    assert split_row({"messages": [{**turn, "name": None} for turn in turns]}, "here") == (turns[:1], "b")
+    assert split_prompt_row({"prompt": "a", "completion": None}, "here") == ("a", None)
+    assert split_prompt_row({"messages": turns}, "here") == (turns[:1], "b")
+    assert split_prompt_row({"messages": turns[:1]}, "here") == (turns[:1], None)
+
+
+def test_ids_of_any_type_are_told_apart():
+    ids = ["1", 1, 1.5, True, None, [1], {"a": 1}, "true"]
+    assert len({id_key(one) for one in ids}) == len(ids)
+    assert [id_text(one) for one in ids] == ["1", "1", "1.5", "true", "null", "[1]", '{"a": 1}', "true"]

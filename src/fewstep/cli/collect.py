@@ -195,7 +195,8 @@ def _parse_worker(text: str) -> tuple[int, int]:
 
 def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
     """Prompts of a training file, by the template of the teacher, with the completion as the reference answer."""
-    from fewstep.train.examples import numbered_training_rows, split_prompt_row
+    from fewstep.models.rows import id_text, row_id, split_prompt_row
+    from fewstep.train.examples import numbered_training_rows
     from fewstep.train.trajectories import PromptRow
 
     rows = []
@@ -210,5 +211,5 @@ def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
         if completion is not None:
             tokenizer = lm.network.tokenizer
             reference_ids = [*tokenizer.encode(completion, add_special_tokens=False), lm.network.eos_token_id]
-        rows.append(PromptRow(str(row.get("id", line)), prompt_ids, reference_ids))
+        rows.append(PromptRow(id_text(row_id(row, line)), prompt_ids, reference_ids))
     return rows

@@ -8,7 +8,7 @@ import typer
 from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
-from fewstep.cli.report import note, print_table, progress_bar, write_report
+from fewstep.cli.report import note, print_table, progress_bar, write_report, write_rows
 from fewstep.errors import FewstepError
 
 
@@ -35,7 +35,6 @@ def evaluate(
     if plot is not None:
         require("matplotlib")
     check_model_name(model.model)
-    from fewstep.files import write_rows_whole
     from fewstep.measure.evaluate import evaluate as evaluate_once
     from fewstep.measure.evaluate import sweep
     from fewstep.measure.plots import plot_accuracy
@@ -53,7 +52,7 @@ def evaluate(
     print_figures(figures)
     write_report(json, figures if thresholds or steps else figures[0])
     if records is not None:
-        write_rows_whole(
+        write_rows(
             records,
             (
                 {"threshold": report.threshold, "steps": report.steps, **record}

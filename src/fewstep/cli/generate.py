@@ -1,6 +1,7 @@
 """`fewstep generate`: one prompt from the command line or standard input, or a file of prompts."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,8 +10,9 @@ import typer
 from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
-from fewstep.cli.report import note, progress_bar, write_report
+from fewstep.cli.report import note, progress_bar, write_report, write_rows
 from fewstep.errors import FewstepError
+from fewstep.values import shown
 
 if TYPE_CHECKING:
     from fewstep.decode.requests import Output
@@ -24,14 +26,18 @@ def generate(
         str | None, typer.Argument(help="The prompt; without it and without --input, standard input.")
     ] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help='Prompts: JSON lines {"prompt"}, perhaps with "id".')
+        Path | None,
+        typer.Option(
+            "--input", metavar="FILE", help='Prompts: JSON lines {"prompt"} or {"messages"}, perhaps with "id".'
+        ),
     ] = None,
     output_file: Annotated[
         Path | None,
         typer.Option(
             "--output",
             metavar="FILE",
-            help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}.',
+            help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}; - or none: '
+            "standard output.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
@@ -43,19 +49,21 @@ def generate(
     json: Json = None,
 ) -> None:
     """Completes one prompt, or every prompt of a file."""
-    if (input_file is None) != (output_file is None):
-        raise FewstepError("--input and --output go together: name a file of prompts and a file for the results")
+    if input_file is None and output_file is not None:
+        raise FewstepError("--output is for the results of --input; name a file of prompts with it")
     if prompt is not None and input_file is not None:
         raise FewstepError("give a prompt or --input, not both")
     if show_iterations and input_file is not None:
         raise FewstepError("--show-iterations shows one prompt; leave out --input")
     check_model_name(model.model)
-    if input_file is not None and output_file is not None:
+    if input_file is not None:
         prompts = _read_prompts(input_file)
         lm = model.load_model()
         _check_lengths(lm, prompts, input_file, raw=raw, **decoding.given())
-        outputs = _complete_all(lm, list(prompts.values()), batch_size=batch_size, raw=raw, **decoding.given())
-        _write_outputs(output_file, dict(zip(prompts, outputs, strict=True)))
+        outputs = _complete_all(
+            lm, [prompt for _, prompt in prompts], batch_size=batch_size, raw=raw, **decoding.given()
+        )
+        _write_outputs(output_file, zip([name for name, _ in prompts], outputs, strict=True))
     else:
         text = _read_prompt(prompt)
         lm = model.load_model()
@@ -71,43 +79,52 @@ def _read_prompt(prompt: str | None) -> str:
         return prompt
     if sys.stdin.isatty():
         raise FewstepError("no prompt: give one as an argument, on standard input, or with --input FILE")
-    return sys.stdin.read().rstrip("\n")
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        raise FewstepError("standard input is not UTF-8 text; convert it first, for example with iconv") from None
+    return text.removeprefix("\ufeff").rstrip("\n")  # some editors begin a file with a byte order mark
 
 
-def _read_prompts(path: Path) -> dict[Any, Any]:
-    """Id -> prompt, in the order of the file; a prompt without an id has the number of its line."""
+def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
+    """Id and prompt of each row, in the order of the file; a prompt without an id has the number of its line."""
     from fewstep.files import numbered_rows
+    from fewstep.models.rows import id_key, row_id, split_prompt_row
 
-    prompts: dict[Any, Any] = {}
+    prompts: list[tuple[Any, Any]] = []
+    lines: dict[str, int] = {}
     for line, row in numbered_rows(path):
-        if "prompt" not in row:
-            raise FewstepError(f'{path} line {line} has no field \'prompt\'; a line is {{"id": 1, "prompt": "..."}}')
-        name = row.get("id", str(line))
-        if not isinstance(name, str | int) or name in prompts:
-            raise FewstepError(f"{path} line {line}: the id {name!r} is no text or number of its own")
-        if not row["prompt"] or not isinstance(row["prompt"], str | list):
-            raise FewstepError(f"{path} line {line}: the prompt is empty or no text")
-        prompts[name] = row["prompt"]
+        where = f"{path} line {line}"
+        name = row_id(row, line)
+        earlier = lines.setdefault(id_key(name), line)
+        if earlier != line:
+            raise FewstepError(f"{where}: the id {shown(name)} is that of line {earlier} too; give every row its own")
+        prompt, _ = split_prompt_row(row, where)
+        if not prompt:
+            raise FewstepError(f"{where}: the prompt is empty; give some text")
+        prompts.append((name, prompt))
     if not prompts:
         raise FewstepError(f"{path} holds no prompts")
     return prompts
 
 
-def _check_lengths(lm: "LanguageModel", prompts: dict[Any, Any], path: Path, *, raw: bool, **settings: Any) -> None:
+def _check_lengths(
+    lm: "LanguageModel", prompts: list[tuple[Any, Any]], path: Path, *, raw: bool, **settings: Any
+) -> None:
     """FewstepError naming the first prompt that the model cannot take, before any is decoded."""
     from fewstep.decode.requests import Request
     from fewstep.engine.settings import GenerationSettings
 
     decoder, most = lm.decoder(**settings), GenerationSettings.of(**settings).max_new_tokens
-    for name, prompt in prompts.items():
+    for name, prompt in prompts:
         try:
             prompt_ids = lm.encode(prompt, raw=raw)
         except FewstepError as error:
-            raise FewstepError(f"{path}, prompt {name!r}: {error}") from None
+            raise FewstepError(f"{path}, prompt {shown(name)}: {error}") from None
         num_new = len(decoder.canvas(Request(prompt_ids=prompt_ids, max_new_tokens=most)).tokens)
         if len(prompt_ids) + num_new > lm.network.max_positions:
             raise FewstepError(
-                f"{path}, prompt {name!r}: its {len(prompt_ids)} tokens and {num_new} new ones exceed the "
+                f"{path}, prompt {shown(name)}: its {len(prompt_ids)} tokens and {num_new} new ones exceed the "
                 f"{lm.network.max_positions} positions of {lm.network.name}; shorten one of them"
             )
 
@@ -137,10 +154,8 @@ def _complete_all(lm: "LanguageModel", prompts: list[Any], *, batch_size: int, *
     return [output for group in answered for output in group]
 
 
-def _write_outputs(path: Path, outputs: "dict[Any, Output]") -> None:
-    from fewstep.files import write_rows_whole
-
-    write_rows_whole(
+def _write_outputs(path: Path | None, outputs: "Iterable[tuple[Any, Output]]") -> None:
+    write_rows(
         path,
         (
             {
@@ -150,7 +165,7 @@ def _write_outputs(path: Path, outputs: "dict[Any, Output]") -> None:
                 "num_forwards": output.num_forwards,
                 "seconds": output.seconds,
             }
-            for name, output in outputs.items()
+            for name, output in outputs
         ),
     )
 

@@ -1,8 +1,9 @@
 """What a command leaves behind: its report as JSON, tables and notes in the terminal."""
 
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +17,28 @@ from rich.table import Table
 SECONDS_PER_LINE = 10.0
 
 
+STANDARD_OUTPUT = Path("-")
+
+
 def write_report(path: Path | None, report: Any) -> None:
-    """Write `report` as JSON, whole or not at all; nothing if `path` is None."""
-    if path is not None:
+    """Write `report` as JSON, whole or not at all; nothing if `path` is None, and to standard output if it is `-`."""
+    if path == STANDARD_OUTPUT:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    elif path is not None:
         from fewstep.files import write_json_whole
 
         write_json_whole(path, report)
+
+
+def write_rows(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, all or none; to standard output if `path` is None or `-`."""
+    if path is None or path == STANDARD_OUTPUT:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    from fewstep.files import write_rows_whole
+
+    write_rows_whole(path, rows)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num_texts: int = 1) -> None:

@@ -19,11 +19,12 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, RoleName
+from fewstep.models.rows import split_row
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.documents import CanvasLengths
-from fewstep.train.examples import Examples, encode_rows, numbered_training_rows, split_row
+from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor

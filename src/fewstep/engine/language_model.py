@@ -14,12 +14,12 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
 from fewstep.models.network import Network, check_draft
 from fewstep.models.roles import Role, RoleName
-from fewstep.models.text import Message, decode_text, encode_prompt
+from fewstep.models.text import Message, check_text, decode_text, encode_prompt
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation: messages of `role` and `content`."""
 
-Prompts = Sequence[str] | Sequence[Sequence[Message]]
+Prompts = Sequence[str] | Sequence[Sequence[Message]] | Sequence[str | list[Message]]
 
 
 def load(
@@ -91,7 +91,7 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: Sequence[str] | Sequence[Sequence[Message]],
+        prompt: Prompts,
         *,
         raw: bool = ...,
         batch_size: int = ...,
@@ -215,6 +215,7 @@ class LanguageModel:
         return self.role.mask_token_id
 
     def _plain_ids(self, text: str) -> list[int]:
+        check_text(text)
         return self.network.tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def _with_text(self, output: Output) -> Output:

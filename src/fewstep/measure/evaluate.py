@@ -14,6 +14,7 @@ from fewstep.errors import FewstepError
 from fewstep.measure.gsm_solutions import is_correct
 from fewstep.measure.gsm_symbolic import Problem
 from fewstep.measure.metrics import wilson_interval
+from fewstep.models.text import Message
 
 PLAIN_ENGINE = "off"  # no captured steps
 _WARM_UP_TOKENS = 32
@@ -200,7 +201,7 @@ def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -
 
 def _answer(
     model: LanguageModel,
-    questions: list[str],
+    questions: list[str | list[Message]],
     batch_size: int,
     clock: "_Rounds",
     progress: Callable[[], None] | None,

@@ -10,7 +10,7 @@ Making problems and training rows needs the extra `gsm`; reading the bundled pro
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -21,9 +21,12 @@ from random import Random
 from typing import Any, Literal
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_rows_whole
+from fewstep.files import numbered_rows, write_rows_whole
 from fewstep.measure.gsm_solutions import STYLES, Equation, Line, Style, read_solution, render
 from fewstep.measure.worked_arithmetic import NotWorkableError, evaluate, format_number
+from fewstep.models.rows import id_text, messages_of, present, row_id, text_of
+from fewstep.models.text import Message
+from fewstep.values import fitted, shown
 
 Split = Literal["dev", "test", "heldout"]
 PROBLEM_SEEDS: dict[Split, int] = {"dev": 800_000_000, "test": 900_000_000, "heldout": 950_000_000}
@@ -47,10 +50,13 @@ Fits = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its numeric answer as text ("36", "4.5"); `template` is None for problems from elsewhere."""
+    """One question with its numeric answer as text ("36", "4.5"); `template` is None for problems from elsewhere.
+
+    The question is text; a problem from elsewhere may have a conversation in its place.
+    """
 
     id: str
-    question: str
+    question: str | list[Message]
     answer: str
     template: int | None = None
     split: str | None = None
@@ -74,17 +80,33 @@ def problems(split: Split, n: int | None = None) -> list[Problem]:
 def read_problems(path: Path, split: str | None = None) -> list[Problem]:
     """Problems from JSONL lines {"id", "question", "answer"} and optionally "template".
 
-    The answer is a number or the text of one. FewstepError names the file for a missing field or another answer.
+    A conversation, as "messages", may stand in place of the question; the id is the line's number if there is none. The
+    answer is a number or the text of one. FewstepError names file and line for a missing field or another answer.
     """
     found = []
-    for row in read_rows(path, required=("id", "question", "answer")):
+    for line, row in numbered_rows(path):
+        where = f"{path} line {line}"
+        row = present(row)
+        if "answer" not in row or not {"question", "messages"} & row.keys():
+            missing = "answer" if "answer" not in row else "question"
+            has = ", ".join(map(repr, row)) or "none"
+            raise FewstepError(f"{where} has no field {missing!r}; its fields are: {has}")
+        question = (
+            messages_of(row["messages"], "messages", where)
+            if "question" not in row
+            else text_of(row["question"], "the question (a conversation is given as messages)", where)
+        )
         answer = str(row["answer"]).replace(",", "").strip()
-        if not _is_number(answer):
-            raise FewstepError(f"{path}: the answer of problem {row['id']!r} is {row['answer']!r}; give a number.")
-        found.append(Problem(str(row["id"]), str(row["question"]), answer, row.get("template"), split))
+        if isinstance(row["answer"], bool) or not _is_number(answer):
+            raise FewstepError(f"{where}: the answer is {shown(row['answer'])}; give a number.")
+        found.append(Problem(id_text(row_id(row, line)), question, answer, _template(row, where), split))
     if not found:
         raise FewstepError(f"{path} holds no problems; give lines with id, question and answer.")
     return found
+
+
+def _template(row: Mapping[str, Any], where: str) -> int | None:
+    return fitted(row.get("template"), int | None, f"{where}: template")
 
 
 def _is_number(text: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fewstep.decode.requests import Output
+from fewstep.engine.language_model import Prompt
 from fewstep.errors import FewstepError
 
 
@@ -89,8 +90,8 @@ def speed_factors(published: Timing, stopping: Timing, student: Timing) -> Speed
 
 
 def time_interleaved(
-    contenders: Mapping[str, Callable[[str], Output]],
-    prompts: Sequence[str],
+    contenders: Mapping[str, Callable[[Any], Output]],
+    prompts: Sequence[Prompt],
     *,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:

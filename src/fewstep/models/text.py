@@ -6,6 +6,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
+from fewstep.files import is_unicode
+from fewstep.values import shown
 
 Message = dict[str, str]
 
@@ -19,6 +21,7 @@ def encode_prompt(
     neither, or if the template refuses the messages.
     """
     if isinstance(prompt, str):
+        check_text(prompt)
         if raw or not tokenizer.chat_template:
             return tokenizer.encode(prompt)
         prompt = [{"role": "user", "content": prompt}]
@@ -38,7 +41,16 @@ def _check_messages(prompt: object) -> None:
     for message in prompt:
         fields = message if isinstance(message, Mapping) else {}
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            raise FewstepError(f"every message needs role and content as text, got {message!r}")
+            raise FewstepError(f"every message needs role and content as text, got {shown(message)}")
+        for value in fields.values():
+            if isinstance(value, str):
+                check_text(value)
+
+
+def check_text(text: str) -> None:
+    """FewstepError for a text that no tokenizer takes: one that was read from bytes that are no UTF-8."""
+    if not is_unicode(text):
+        raise FewstepError("the text is not valid Unicode: some of its bytes are no UTF-8; convert it to UTF-8")
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
 from fewstep.files import numbered_rows
+from fewstep.models.rows import split_row
 from fewstep.models.text import encode_prompt
 
 
@@ -82,44 +83,6 @@ class Examples:
         return cls(*(torch.from_numpy(part) for pair in (ragged(prompts), ragged(completions)) for part in pair))
 
 
-def split_row(row: Mapping[str, Any], where: str) -> tuple[str | list[dict[str, str]], str]:
-    """Prompt and completion of one row. FewstepError naming `where`, file and line, if it lacks them."""
-    prompt: Any
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise FewstepError(f"{where}: messages must be a list, got {type(messages).__name__}")
-        if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in messages):
-            raise FewstepError(f"{where}: every message needs role and content")
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise FewstepError(f"{where}: messages must end with one of the assistant, after at least one other")
-        prompt, completion = messages[:-1], messages[-1]["content"]
-    elif "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-    elif "text" in row:
-        prompt, completion = "", row["text"]
-    else:
-        raise _lacking(row, where, "a training row needs prompt and completion, messages, or text")
-    if not isinstance(prompt, str | list):
-        raise FewstepError(f"{where}: the prompt must be text or a list of messages, got {type(prompt).__name__}")
-    if not isinstance(completion, str):
-        raise FewstepError(f"{where}: what is to be learnt must be text, got {type(completion).__name__}")
-    return prompt, completion
-
-
-def split_prompt_row(row: Mapping[str, Any], where: str) -> tuple[Any, str | None]:
-    """As `split_row`, of a row that may be a prompt alone, which is then not looked at; its completion is None."""
-    if "prompt" in row and "completion" not in row:
-        return row["prompt"], None
-    if not {"prompt", "messages", "text"} & row.keys():
-        raise _lacking(row, where, "a row needs a prompt, messages, or text")
-    return split_row(row, where)
-
-
-def _lacking(row: Mapping[str, Any], where: str, needs: str) -> FewstepError:
-    return FewstepError(f"{where}: {needs}; its fields are: {', '.join(map(repr, row)) or 'none'}")
-
-
 def encode_rows(
     rows: Iterable[tuple[int, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
@@ -174,5 +137,5 @@ def numbered_training_rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]
 
     try:
         return enumerate(parquet.read_table(path).to_pylist(), start=1)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: bytes that are no UTF-8, odd timestamps
         raise FewstepError(f"could not read {path}: {error}") from error
