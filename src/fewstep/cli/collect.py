@@ -11,6 +11,7 @@ from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, TeacherOptions
 from fewstep.cli.report import note, progress_bar, write_report
+from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ def collect(
     data: Annotated[
         Path,
         typer.Option(metavar="FILE", help='JSONL or Parquet rows with "prompt" and optionally "id" and "completion".'),
+        Touches.READS,
     ],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the shards go; a rerun makes what is missing.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the shards go; a rerun makes what is missing."), Touches.FILLS
+    ],
     student: Annotated[
         str | None,
         typer.Option(
@@ -37,6 +41,7 @@ def collect(
             help="Let this student decode; the teacher labels the states that it visits. Such trajectories train with "
             "--direction forward or reverse.",
         ),
+        Touches.READS_MODEL,
     ] = None,
     distribution: Annotated[
         Literal["top_k", "hidden"], typer.Option(help="What is kept of the teacher's distributions.")

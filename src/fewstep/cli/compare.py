@@ -8,6 +8,7 @@ from fewstep.cli.evaluate import print_figures
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
 from fewstep.cli.report import progress_bar, write_report
+from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError, suggestion
 
 SPECIFICATION = "MODEL[,setting=value...]"
@@ -16,8 +17,12 @@ SPECIFICATION = "MODEL[,setting=value...]"
 def compare(
     place: PlaceOptions,
     problems: ProblemOptions,
-    first: Annotated[str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-student,threshold=0.9")],
-    second: Annotated[str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-teacher,steps=32")],
+    first: Annotated[
+        str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-student,threshold=0.9"), Touches.READS_MODEL
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar=SPECIFICATION, help="For example gsm-teacher,steps=32"), Touches.READS_MODEL
+    ],
     json: Json = None,
 ) -> None:
     """Compares two models or settings on the same problems, with a paired test."""

@@ -14,6 +14,7 @@ from fewstep.cli.lanes import Lane, draw
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions
 from fewstep.cli.report import print_table, write_report
+from fewstep.cli.sources import Touches
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -73,10 +74,16 @@ class Contestant:
 
 def demo(
     place: PlaceOptions,
-    teacher: Annotated[str, typer.Option(metavar="NAME", help="The diffusion teacher.")] = "gsm-teacher",
-    student: Annotated[str, typer.Option(metavar="NAME", help="The block-causal student.")] = "gsm-student",
+    teacher: Annotated[
+        str, typer.Option(metavar="NAME", help="The diffusion teacher."), Touches.READS_MODEL
+    ] = "gsm-teacher",
+    student: Annotated[
+        str, typer.Option(metavar="NAME", help="The block-causal student."), Touches.READS_MODEL
+    ] = "gsm-student",
     causal: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled.")
+        str | None,
+        typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled."),
+        Touches.READS_MODEL,
     ] = None,
     num_problems: Annotated[int, typer.Option(min=1, help="The first so many of the bundled test problems.")] = 5,
     threshold: Annotated[float | None, typer.Option(help="The student's threshold (as its checkpoint says).")] = None,

@@ -9,6 +9,7 @@ from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
 from fewstep.cli.report import note, print_table, progress_bar, write_report, write_rows
+from fewstep.cli.sources import Touches, plot_stem
 from fewstep.errors import FewstepError
 
 
@@ -25,8 +26,11 @@ def evaluate(
     plot: Annotated[
         Path | None,
         typer.Option(metavar="STEM", help="Draw accuracy against tokens per forward: STEM.png and STEM.svg."),
+        Touches.DRAWS,
     ] = None,
-    records: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer as a JSON line.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every answer as a JSON line."), Touches.WRITES
+    ] = None,
     json: Json = None,
 ) -> None:
     """Measures accuracy with its interval, passes, tokens per pass and latency."""
@@ -61,8 +65,7 @@ def evaluate(
             ),
         )
     if plot is not None:
-        stem = plot.with_suffix("") if plot.suffix in (".png", ".svg") else plot
-        drawn = plot_accuracy({model.model: figures}, stem, title=f"{problems.task}, {len(asked)} problems")
+        drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=f"{problems.task}, {len(asked)} problems")
         note(f"drawn: {', '.join(map(str, drawn))}")
 
 

@@ -11,6 +11,7 @@ from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
 from fewstep.cli.report import note, progress_bar, write_report, write_rows
+from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
 from fewstep.values import shown
 
@@ -30,6 +31,7 @@ def generate(
         typer.Option(
             "--input", metavar="FILE", help='Prompts: JSON lines {"prompt"} or {"messages"}, perhaps with "id".'
         ),
+        Touches.READS,
     ] = None,
     output_file: Annotated[
         Path | None,
@@ -39,6 +41,7 @@ def generate(
             help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}; - or none: '
             "standard output.",
         ),
+        Touches.WRITES,
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without a template.")] = False,

@@ -8,6 +8,7 @@ import typer
 
 from fewstep.cli.options import Json
 from fewstep.cli.report import note, write_report
+from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
 
 
@@ -15,8 +16,11 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(metavar="SOURCE", help="A Dream, LLaDA, SDAR, Llama, Qwen2 or Qwen3 folder, or a GGUF file."),
+        Touches.READS_MODEL,
     ],
-    target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="The plain folder to write.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="TARGET", help="The plain folder to write."), Touches.REPLACES
+    ] = None,
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens per block, where the checkpoint does not say.")
     ] = None,

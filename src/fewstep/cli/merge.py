@@ -8,14 +8,17 @@ import typer
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json
 from fewstep.cli.report import note, write_report
+from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
 
 
 def merge(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="A folder with adapter_config.json, or a bundled name.")
+        str,
+        typer.Argument(metavar="ADAPTER", help="A folder with adapter_config.json, or a bundled name."),
+        Touches.READS_MODEL,
     ],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The plain folder to write.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The plain folder to write."), Touches.REPLACES],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; float32 loses nothing.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FOLDER if it exists.")] = False,
     json: Json = None,

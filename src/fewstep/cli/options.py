@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.models import OptionInfo
 
 from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
+from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
@@ -24,9 +26,9 @@ _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
 
 def _check_report(path: Path | None) -> Path | None:
     """FewstepError for a report that could not be written, before the work whose end it is."""
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         raise FewstepError(f"--json {path} is a folder, not a file; name a file")
-    if path is not None and not path.parent.is_dir():
+    if path is not None and not os.path.isdir(path.parent):
         raise FewstepError(f"the folder of --json {path} does not exist; make it first, or name another")
     return path
 
@@ -34,6 +36,7 @@ def _check_report(path: Path | None) -> Path | None:
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the report to this file as JSON.", callback=_check_report),
+    Touches.WRITES,
 ]
 
 
@@ -56,7 +59,9 @@ class ModelOptions(PlaceOptions):
     """One model, its role and its place."""
 
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
+        Touches.READS_MODEL,
     ] = "gsm-student"
     role: Annotated[
         str | None,
@@ -76,7 +81,9 @@ class TeacherOptions(ModelOptions):
     """The same, by default the bundled teacher."""
 
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
+        Touches.READS_MODEL,
     ] = "gsm-teacher"
 
 
@@ -89,6 +96,7 @@ class ProblemOptions:
         typer.Option(
             metavar="FILE", help='Problems: JSON lines {"id", "question", "answer"}.', rich_help_panel=_PROBLEMS
         ),
+        Touches.READS,
     ] = None
     split: Annotated[
         Literal["dev", "test", "heldout"],
@@ -213,10 +221,12 @@ class DecodingOptions(PolicyOptions):
     draft: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Model that drafts for the speculative decoder.", rich_help_panel=_DECODING),
+        Touches.READS_MODEL,
     ] = None
     heads: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Heads of the medusa decoder.", rich_help_panel=_DECODING),
+        Touches.READS_MODEL,
     ] = None
     typical: Annotated[
         float | None,
@@ -258,9 +268,17 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
     options = _option_names(parameters)
+    touching = _touching(parameters)
 
     @functools.wraps(command)
     def flat(**values: Any) -> None:
+        check_sources(
+            [
+                Touched(option, touches, Path(values[name]))
+                for name, (option, touches) in touching.items()
+                if values[name] is not None
+            ]
+        )
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         with spoken_interrupts(), naming_options(options):
@@ -283,6 +301,17 @@ def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
                 if len(named) > 1:
                     _SYNONYMS.add(tuple(named))
     return options
+
+
+def _touching(parameters: Iterable[inspect.Parameter]) -> dict[str, tuple[str, Touches]]:
+    """Parameter -> option or argument, and what the command does to the path that it names."""
+    touching = {}
+    options = _option_names(parameters)
+    for parameter in parameters:
+        for touches in get_args(parameter.annotation):
+            if isinstance(touches, Touches):
+                touching[parameter.name] = options.get(parameter.name, parameter.name.upper()), touches
+    return touching
 
 
 _SYNONYMS: set[tuple[str, ...]] = set()

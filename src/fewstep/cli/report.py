@@ -14,10 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fewstep.cli.sources import STANDARD_OUTPUT
+
 SECONDS_PER_LINE = 10.0
-
-
-STANDARD_OUTPUT = Path("-")
 
 
 def write_report(path: Path | None, report: Any) -> None:

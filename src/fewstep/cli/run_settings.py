@@ -17,6 +17,7 @@ import typer
 from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
+from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError, suggestion
 from fewstep.files import read_text
 from fewstep.values import described, fitted, shown
@@ -55,6 +56,11 @@ class Setting:
     @property
     def option(self) -> str:
         return option_name(self.name)
+
+    @property
+    def touches(self) -> Touches | None:
+        """What the command does to the path that it names."""
+        return next((part for part in getattr(self.declared, "__metadata__", ()) if isinstance(part, Touches)), None)
 
     @property
     def default(self) -> Any:
@@ -210,12 +216,26 @@ def with_settings(command: Callable[[Built, Path | None], None], groups: Groups)
     def flat(*, config: Path | None, json: Path | None, **given: Any) -> None:
         with spoken_interrupts():
             built = build_settings(groups, config, given)
+            check_sources(_touched(built, groups, config, json))
             with naming_options(options):
                 command(built, json)
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
+
+
+def _touched(built: Built, groups: Groups, config: Path | None, json: Path | None) -> list[Touched]:
+    """The paths that settings, `--config` and `--json` name."""
+    touched = [
+        Touched(setting.option, setting.touches, Path(value))
+        for setting in settings_of(groups).values()
+        if setting.touches is not None and (value := getattr(built[setting.group], setting.field.name)) is not None
+    ]
+    for option, touches, path in (("--config", Touches.READS, config), ("--json", Touches.WRITES, json)):
+        if path is not None:
+            touched.append(Touched(option, touches, path))
+    return touched
 
 
 _Config = Annotated[

@@ -14,6 +14,7 @@ from fewstep.cli.extras import EXTRAS, require
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
+from fewstep.cli.sources import Touches
 from fewstep.decode.jacobi import Jacobi
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
@@ -90,7 +91,7 @@ class NetworkSettings:
 class Start(NetworkSettings):
     """The network to start from; what is not given is as in its checkpoint."""
 
-    model: Annotated[str, "A bundled name, a folder, or a hub id."]
+    model: Annotated[str, "A bundled name, a folder, or a hub id.", Touches.READS_MODEL]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +111,21 @@ class TeacherStart(Start):
 class StudentStart(NetworkSettings):
     """Trajectories and the teacher that made them; the student starts from `model`, by default the teacher."""
 
-    trajectories: Annotated[Path, "What `fewstep collect` wrote."]
-    teacher: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id."] = "gsm-teacher"
-    model: Annotated[str | None, "What the student starts from; by default the teacher."] = None
+    trajectories: Annotated[Path, "What `fewstep collect` wrote.", Touches.READS]
+    teacher: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id.", Touches.READS_MODEL] = (
+        "gsm-teacher"
+    )
+    model: Annotated[str | None, "What the student starts from; by default the teacher.", Touches.READS_MODEL] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalStart:
     """Jacobi trajectories and the causal model that made them, which is trained."""
 
-    trajectories: Annotated[Path, "What `fewstep collect` wrote."]
-    model: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id."] = "gsm-ar"
+    trajectories: Annotated[Path, "What `fewstep collect` wrote.", Touches.READS]
+    model: Annotated[str, "The model that made them: a bundled name, a folder, or a hub id.", Touches.READS_MODEL] = (
+        "gsm-ar"
+    )
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
@@ -128,8 +133,8 @@ class CausalStart:
 class HeadsStart:
     """The causal model that the heads are for; it stays as it is."""
 
-    model: Annotated[str, "A bundled name, a folder, or a hub id."]
-    output: Annotated[Path, "A new folder for the heads and the report."]
+    model: Annotated[str, "A bundled name, a folder, or a hub id.", Touches.READS_MODEL]
+    output: Annotated[Path, "A new folder for the heads and the report.", Touches.FILLS]
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
@@ -137,7 +142,7 @@ class HeadsStart:
 class Data:
     """Training rows: JSONL or Parquet with prompt and completion, messages, or text; longer ones are left out."""
 
-    data: Annotated[Path, "Rows of prompt and completion, messages, or text."]
+    data: Annotated[Path, "Rows of prompt and completion, messages, or text.", Touches.READS]
     max_prompt: Annotated[Count | None, "Leave out rows with a longer prompt, in tokens; by default none."] = None
     max_completion: Annotated[Count | None, "Leave out rows with a longer completion, in tokens; by default none."] = (
         None
@@ -173,7 +178,7 @@ class Canvas:
 class Outcome:
     """Where the result goes, as a plain folder or an adapter, and what is watched on the way."""
 
-    output: Annotated[Path, "A new folder for the model, its report and its logs."]
+    output: Annotated[Path, "A new folder for the model, its report and its logs.", Touches.FILLS]
     lora: Annotated[bool, "Train and keep an adapter instead of all weights."] = False
 
 
@@ -181,7 +186,9 @@ class Outcome:
 class Watch:
     """Held-out rows whose prompts are answered at every evaluation: a sample for the log, health, collapse."""
 
-    data: Annotated[Path | None, "Rows as for training, which are not trained on; by default none."] = None
+    data: Annotated[Path | None, "Rows as for training, which are not trained on; by default none.", Touches.READS] = (
+        None
+    )
     num_prompts: Annotated[Count, "How many of these rows are taken, the first ones."] = 32
     max_new_tokens: Annotated[Count, "Most new tokens of an answer."] = 256
 
