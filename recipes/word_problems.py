@@ -109,8 +109,8 @@ def make_tables(
 
 def load_examples(folder: Path, count: int | None = None) -> Examples:
     """All parts as one table: GSM-Symbolic's rows, or the first `count` of them, and GSM8K's repeated if there."""
-    made = [Examples(**load_file(file)) for file in sorted(folder.glob("part-*.safetensors"))]
-    real = [Examples(**load_file(file)) for file in folder.glob("gsm8k.safetensors")]
+    made = [Examples(**load_file(file), origins=()) for file in sorted(folder.glob("part-*.safetensors"))]
+    real = [Examples(**load_file(file), origins=()) for file in folder.glob("gsm8k.safetensors")]
     if not made and not real:
         raise FewstepError(f"{folder} holds no token tables; make them with the recipe's stage `data`")
     if made and count is not None:

@@ -151,3 +151,24 @@ def test_ids_of_any_type_are_told_apart():
     ids = ["1", 1, 1.5, True, None, [1], {"a": 1}, "true"]
     assert len({id_key(one) for one in ids}) == len(ids)
     assert [id_text(one) for one in ids] == ["1", "1", "1.5", "true", "null", "[1]", '{"a": 1}', "true"]
+
+
+def test_an_example_is_named_by_its_file_and_line_also_behind_those_left_out_and_joined():
+    rows = [(3, {"prompt": "1", "completion": "2"}), (5, {"text": "abcdef"}), (9, {"prompt": "1", "completion": "2"})]
+    first = encode_rows(rows, TOKENIZER, source="a.jsonl", max_completion=3)
+    joined = Examples.joined([first, encode_rows(rows, TOKENIZER, source="b.jsonl")])
+    names = ["a.jsonl line 3", "a.jsonl line 9", "b.jsonl line 3", "b.jsonl line 5", "b.jsonl line 9"]
+    assert [joined.name(index) for index in range(5)] == names
+    assert first.head(1).name(0) == "a.jsonl line 3"
+    unknown = Examples.joined([Examples.from_ids([[1]], [[2]]), first])
+    assert unknown.name(2) == "example 3"
+
+
+def test_a_token_that_the_network_does_not_have_is_named_by_its_row():
+    examples = encode_rows([(1, {"text": "a"}), (4, {"prompt": "1", "completion": "2b"})], TOKENIZER, source="a.jsonl")
+    largest = int(examples.completion_ids.max())
+    examples.check_tokens(largest + 1)
+    with pytest.raises(
+        FewstepError, match=f"a.jsonl line 4 holds the token id {largest}, and the network has {largest}"
+    ):
+        examples.check_tokens(largest)

@@ -33,7 +33,8 @@ from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.checkpoint import _hashes
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import Corruption
-from fewstep.train.examples import Examples
+from fewstep.train.documents import CanvasLengths
+from fewstep.train.examples import Examples, Origin
 from fewstep.train.learner import Learner
 from fewstep.train.lora import LoRASettings
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
@@ -439,6 +440,52 @@ def test_a_document_longer_than_a_row_is_one_clear_sentence():
     objective = objective_for(tiny_network("autoregressive"))
     with pytest.raises(FewstepError, match="does not fit a row of 4"):
         BatchStream(objective, rows=2, row_length=4).next_batch()
+
+
+@pytest.mark.parametrize(
+    ("role", "row_length", "sentence"),
+    [
+        ("autoregressive", 9, r"rows.jsonl line 7: a document of 10 tokens does not fit a row of 9"),
+        ("block_causal", 16, r"rows.jsonl line 7: a document of 19 tokens does not fit a row of 16"),
+        ("bidirectional", 30, r"rows.jsonl line 1: a document of 35 tokens does not fit a row of 30"),
+    ],
+)
+def test_an_example_longer_than_a_row_is_named_before_the_first_step(role, row_length, sentence, tmp_path):
+    """The canvas of a teacher is drawn: the longest counts, not the one that the first step happens to draw."""
+    network = tiny_network(role)
+    short, long = [[3, 10, 4]] * 3, [[5, 1], [5, 1], [5, 6, 7, 8, 9, 10, 1]]
+    examples = replace(Examples.from_ids(short, long), origins=(Origin("rows.jsonl", "line", [1, 3, 7]),))
+    with pytest.raises(FewstepError, match=sentence):
+        train(network, objective_for(network, examples), replace(SETTINGS, row_length=row_length), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_answer_longer_than_any_canvas_is_named_before_the_first_step(tmp_path):
+    network = tiny_network("bidirectional")
+    examples = Examples.from_ids([[3, 10, 4]] * 2, [[5, 1], [5] * 40])
+    with pytest.raises(FewstepError, match=r"example 2: an answer of 40 tokens exceeds the longest canvas of 32"):
+        train(network, objective_for(network, examples), SETTINGS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_canvas_is_what_no_draw_exceeds():
+    canvas = CanvasLengths(block_size=4, weights=(1.0, 2.0, 0.0, 1e-3, 0.0))
+    needed_N = np.array([1, 8, 17])
+    assert canvas.draw(needed_N, None).tolist() == [16, 16, 20]
+    drawn = [canvas.draw(needed_N, np.random.default_rng(seed)) for seed in range(50)]
+    assert (np.max(drawn, 0) <= canvas.draw(needed_N, None)).all()
+
+
+def test_held_out_prompts_that_cannot_be_answered_are_named_before_a_run(tmp_path):
+    network = tiny_network("autoregressive")
+    names = ["held.jsonl line 1", "held.jsonl line 3"]
+    Samples(["who?", "what?"], max_new_tokens=4).check(network, names)
+    too_long = Samples(["who?", "a" * network.max_positions], max_new_tokens=4)
+    with pytest.raises(FewstepError, match=r"held.jsonl line 3: a prompt of .* exceed the .* positions"):
+        too_long.check(network, names)
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(FewstepError, match=r"samples.jsonl line 1 has no field 'step'"):
+        Samples(["who?"], file=tmp_path / "samples.jsonl", max_new_tokens=4).check(network, names[:1])
 
 
 # Stopping

@@ -341,7 +341,7 @@ def _run(network: Network, objective: Objective, built: Built, json: Path | None
         built[TrainSettings],
         outcome.output,
         lora=built[LoRASettings] if outcome.lora else None,
-        evaluate=_samples(built[Watch], outcome.output / "samples.jsonl", monitor, decoding),
+        evaluate=_samples(network, built[Watch], outcome.output / "samples.jsonl", monitor, decoding),
         monitor=monitor,
     )
     _told(result, json)
@@ -357,10 +357,18 @@ def _told(result: "TrainResult", json: Path | None) -> None:
         write_report(json, {**asdict(result), "folder": str(result.folder)})
 
 
-def _samples(watch: Watch, file: Path, monitor: CollapseMonitor, decoding: Mapping[str, Any]) -> Samples | None:
-    """What answers the held-out prompts at every evaluation, if there are any."""
+def _samples(
+    network: Network, watch: Watch, file: Path, monitor: CollapseMonitor, decoding: Mapping[str, Any]
+) -> Samples | None:
+    """What answers the held-out prompts at every evaluation, if there are any. FewstepError naming file and line of one
+    that the network cannot answer so.
+    """
     if watch.data is None:
         return None
-    rows = islice(numbered_training_rows(watch.data), watch.num_prompts)
-    prompts = [split_row(row, f"{watch.data} line {line}")[0] for line, row in rows]
-    return Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens, **decoding)
+    rows = {
+        f"{watch.data} line {line}": row for line, row in islice(numbered_training_rows(watch.data), watch.num_prompts)
+    }
+    prompts = [split_row(row, where)[0] for where, row in rows.items()]
+    samples = Samples(prompts, file=file, monitor=monitor, max_new_tokens=watch.max_new_tokens, **decoding)
+    samples.check(network, list(rows))
+    return samples

@@ -146,7 +146,7 @@ class CDLMObjective:
             "distributions": self.distributions.fingerprint() if self.distributions else None,
         }
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         context, completion = self._lengths[examples_N].T
         canvas = whole_blocks(completion, self.role.block_size)
         return np.stack([context, canvas, canvas], 1)

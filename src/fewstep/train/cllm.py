@@ -179,7 +179,7 @@ class CLLMObjective:
             "trajectories": self.table.fingerprint(),
         }
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         context, answer = self._lengths[examples_N].T
         return np.stack([context, np.where(examples_N < len(self.table.examples), answer, 0), answer], 1)
 

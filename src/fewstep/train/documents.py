@@ -104,19 +104,28 @@ class CanvasLengths:
         if not sum(self.weights) > 0:
             raise FewstepError(f"canvas weights are frequencies, not all of them 0, got {self.weights}")
 
-    def draw(self, needed_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """At least `needed_N` tokens each: the distribution conditioned on being long enough."""
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest canvas that there is."""
+        return len(self.weights) * self.block_size
+
+    def draw(self, needed_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """At least `needed_N` tokens each: the distribution conditioned on being long enough; without `rng` the longest
+        that it may give.
+        """
         chance = np.asarray(self.weights) / np.sum(self.weights)
-        needed_blocks = -(-needed_N // self.block_size)
-        if needed_blocks.max() > len(chance):
+        needed_blocks = np.maximum(-(-needed_N // self.block_size), 1)
+        if needed_N.max() > self.longest:
             raise FewstepError(
-                f"an answer of {needed_N.max()} tokens exceeds the longest canvas of {len(chance) * self.block_size}"
+                f"an answer of {needed_N.max()} tokens exceeds the longest canvas of {self.longest} (canvas_weights)"
             )
+        if rng is None:
+            return np.maximum(needed_blocks, np.flatnonzero(chance)[-1] + 1) * self.block_size
         cumulative = np.concatenate([[0.0], chance.cumsum()])
-        below = cumulative[np.maximum(needed_blocks - 1, 0)]
+        below = cumulative[needed_blocks - 1]
         quantile = below + rng.random(len(needed_N)) * (1 - below)
         blocks = np.searchsorted(cumulative, quantile, side="right")
-        return np.clip(blocks, np.maximum(needed_blocks, 1), len(chance)) * self.block_size
+        return np.clip(blocks, needed_blocks, len(chance)) * self.block_size
 
 
 class Hidden(NamedTuple):

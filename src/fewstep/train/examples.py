@@ -5,9 +5,9 @@ Rows are JSONL or Parquet with `prompt`/`completion`, `messages` or `text` (the 
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,13 +38,46 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where examples come from: rows of a file, or records of a folder, each with its `key` there."""
+
+    source: str
+    kind: Literal["line", "record"]
+    keys: Sequence[int] | Sequence[str]
+
+
+@dataclass(frozen=True)
 class Examples:
-    """N pairs of prompt and completion (end-of-text included) as flat token ids and offsets [N + 1]."""
+    """N pairs of prompt and completion (end-of-text included) as flat token ids and offsets [N + 1].
+
+    `origins`: where they come from, one after the other, if that is known; for sentences about one of them.
+    """
 
     prompt_ids: Tensor
     prompt_offsets: Tensor
     completion_ids: Tensor
     completion_offsets: Tensor
+    origins: tuple[Origin, ...] = ()
+
+    def name(self, index: int) -> str:
+        """An example as a sentence names it: `rows.jsonl line 3`."""
+        left = index
+        for origin in self.origins:
+            if left < len(origin.keys):
+                return f"{origin.source} {origin.kind} {origin.keys[left]}"
+            left -= len(origin.keys)
+        return f"example {index + 1}"
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """FewstepError naming the first example with a token that a network of so many does not have."""
+        for ids, offsets in ((self.prompt_ids, self.prompt_offsets), (self.completion_ids, self.completion_offsets)):
+            outside = ((ids < 0) | (ids >= vocab_size)).nonzero()
+            if len(outside):
+                example = int(torch.searchsorted(offsets, outside[0], right=True)) - 1
+                raise FewstepError(
+                    f"{self.name(example)} holds the token id {int(ids[outside[0]])}, and the network has {vocab_size} "
+                    "tokens; the tokenizer does not fit it"
+                )
 
     def __len__(self) -> int:
         return len(self.prompt_offsets) - 1
@@ -52,7 +85,9 @@ class Examples:
     def head(self, count: int) -> "Examples":
         """The first `count`, or all if there are fewer."""
         prompts, completions = self.prompt_offsets[: count + 1], self.completion_offsets[: count + 1]
-        return Examples(self.prompt_ids[: prompts[-1]], prompts, self.completion_ids[: completions[-1]], completions)
+        return Examples(
+            self.prompt_ids[: prompts[-1]], prompts, self.completion_ids[: completions[-1]], completions, self.origins
+        )
 
     def lengths(self) -> np.ndarray:
         """Prompt and completion lengths on the host, [N, 2]."""
@@ -71,7 +106,9 @@ class Examples:
             offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
             return torch.cat([getattr(part, f"{name}_ids") for part in parts]), offsets
 
-        return cls(*of("prompt"), *of("completion"))
+        known = all(sum(len(origin.keys) for origin in part.origins) == len(part) for part in parts)
+        origins = tuple(origin for part in parts for origin in part.origins) if known else ()
+        return cls(*of("prompt"), *of("completion"), origins)
 
     @classmethod
     def from_ids(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> "Examples":
@@ -80,7 +117,9 @@ class Examples:
             raise ValueError(
                 f"need as many completions as prompts, and at least one; got {len(prompts)}, {len(completions)}"
             )
-        return cls(*(torch.from_numpy(part) for pair in (ragged(prompts), ragged(completions)) for part in pair))
+        prompt_ids, prompt_offsets = map(torch.from_numpy, ragged(prompts))
+        completion_ids, completion_offsets = map(torch.from_numpy, ragged(completions))
+        return cls(prompt_ids, prompt_offsets, completion_ids, completion_offsets)
 
 
 def encode_rows(
@@ -95,7 +134,7 @@ def encode_rows(
 
     FewstepError if none is left, or naming `source` and line for a row that cannot be encoded.
     """
-    prompts, completions = [], []
+    prompts, completions, lines = [], [], []
     for line, row in rows:
         where = f"{source} line {line}"
         prompt, completion = split_row(row, where)
@@ -108,6 +147,7 @@ def encode_rows(
             continue
         prompts.append(prompt_ids)
         completions.append(completion_ids)
+        lines.append(line)
     if not prompts:
         limits = [
             f"{limit} {part}"
@@ -116,7 +156,7 @@ def encode_rows(
         ]
         within = f" within {' and '.join(limits)} tokens" if limits else ""
         raise FewstepError(f"{source} holds no training row{within}")
-    return Examples.from_ids(prompts, completions)
+    return replace(Examples.from_ids(prompts, completions), origins=(Origin(source, "line", lines),))
 
 
 def _exceeds(ids: Sequence[int], limit: int | None) -> bool:

@@ -63,7 +63,7 @@ class MedusaObjective:
     def fingerprint(self) -> dict[str, Any]:
         return {"medusa": asdict(self.settings), "examples": self.examples.fingerprint()}
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         return self._lengths[examples_N]
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> MedusaBatch:

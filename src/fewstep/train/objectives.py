@@ -57,16 +57,18 @@ class Objective(Protocol):
     `to_device`, and waits for nothing.
 
     Everything random comes from the generators given. `fingerprint` is JSON-able and differs for other data or
-    settings. `segment_lengths` has a row an example [N, G]. A batch without anything to score has the loss 0, with a
-    gradient.
+    settings. `segment_lengths` has a row an example [N, G]; where lengths are drawn, without `rng` the longest that
+    may be. FewstepError naming one of the `examples` that cannot be trained on. A batch without anything to score has
+    the loss 0, with a gradient.
     """
 
     role: Role
+    examples: Examples
     num_examples: int
 
     def fingerprint(self) -> dict[str, Any]: ...
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray: ...
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Any: ...
 
@@ -111,7 +113,7 @@ class CausalObjective:
     def fingerprint(self) -> dict[str, Any]:
         return {"examples": self.examples.fingerprint()}
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         return self._lengths[examples_N]
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
@@ -180,11 +182,18 @@ class MaskedDiffusionObjective:
             "canvases": self.canvases,
         }
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         context, completion = self._lengths[examples_N].T
         if self.role.name == "block_causal":
             canvas = whole_blocks(completion, self.role.block_size)
             return np.stack([context, canvas, canvas], 1)
+        too_long = (completion > self.canvas.longest).nonzero()[0]
+        if len(too_long):
+            raise FewstepError(
+                f"{self.examples.name(int(examples_N[too_long[0]]))}: an answer of {completion[too_long[0]]} tokens "
+                f"exceeds the longest canvas of {self.canvas.longest}; leave it out or allow more blocks "
+                "(canvas_weights)"
+            )
         return np.stack([context, *[self.canvas.draw(completion, rng)] * self.canvases], 1)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:

@@ -17,6 +17,21 @@ TOKENS_PER_CANDIDATE = 128
 """Documents are drawn in portions of one for so many tokens of the batch, until they fill it."""
 
 
+def check_examples(objective: Objective, *, row_length: int, vocab_size: int) -> None:
+    """FewstepError naming the first example that is longer than a row, also where that depends on a draw, or that holds
+    a token which the network does not have.
+    """
+    objective.examples.check_tokens(vocab_size)
+    lengths_N = objective.segment_lengths(np.arange(objective.num_examples), None).sum(1)
+    too_long = (lengths_N > row_length).nonzero()[0]
+    if len(too_long):
+        name, length = objective.examples.name(int(too_long[0])), lengths_N[too_long[0]]
+        raise FewstepError(
+            f"{name}: a document of {length} tokens does not fit a row of {row_length}; use longer rows (row_length), "
+            "or leave out long examples"
+        )
+
+
 class BatchStream:
     """Endless shuffled epochs. A batch is a function of the seed, the process, the epoch and the cursor alone.
 

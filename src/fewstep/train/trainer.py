@@ -42,7 +42,7 @@ from fewstep.train.objectives import Objective
 from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, check_output, check_space
 from fewstep.train.run_log import RunLog
 from fewstep.train.settings import TrainSettings
-from fewstep.train.stream import PreparedStream
+from fewstep.train.stream import PreparedStream, check_examples
 
 __all__ = ["Evaluate", "TrainResult", "TrainSettings", "inference", "train"]
 
@@ -88,12 +88,14 @@ def train(
     uninterrupted one. `monitor` watches the logged losses, and through `evaluate` the outputs. Under several processes
     each calls this alike.
 
-    FewstepError if a loss or what learns is not finite, if the monitor sees a collapse, if `output` holds a finished
-    model or cannot be written, if a checkpoint is of other settings or data or damaged, or if the disk is full.
-    KeyboardInterrupt after Ctrl-C: a run on one process first finishes its step and saves a checkpoint.
+    FewstepError if an example does not fit a row, if a loss or what learns is not finite, if the monitor sees a
+    collapse, if `output` holds a finished model or cannot be written, if a checkpoint is of other settings or data or
+    damaged, or if the disk is full. KeyboardInterrupt after Ctrl-C: a run on one process first finishes its step and
+    saves a checkpoint.
     """
     if lora is not None and heads is not None:
         raise ValueError("heads are trained on a frozen network; train the adapter first")
+    check_examples(objective, row_length=settings.row_length, vocab_size=network.vocab_size)
     run = _Run(network, objective, settings, output, lora, heads, evaluate, monitor)
     if run.is_main:
         check_output(output)
