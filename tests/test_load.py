@@ -49,9 +49,9 @@ def test_an_adapter_is_loaded_without_a_warning_and_other_warnings_stay(monkeypa
         load_network("gsm-student")
     load_adapter = peft.PeftModel.from_pretrained
 
-    def worried(*arguments: Any) -> Any:
+    def worried(*arguments: Any, **options: Any) -> Any:
         warnings.warn("this adapter is odd", FutureWarning, stacklevel=1)
-        return load_adapter(*arguments)
+        return load_adapter(*arguments, **options)
 
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", worried)
     with pytest.warns(FutureWarning, match="this adapter is odd"):

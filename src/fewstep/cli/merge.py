@@ -29,11 +29,11 @@ def merge(
     from fewstep.models.load import load_network, resolve, save_network
 
     source = resolve(adapter)
-    if isinstance(source, Path) and not (source / "adapter_config.json").exists():
+    if not (source / "adapter_config.json").exists():
         raise FewstepError(
             f"{adapter} has no adapter_config.json, so there is nothing to merge; it is a plain model already"
         )
-    network = load_network(adapter, dtype=dtype, device="cpu")
+    network = load_network(source, dtype=dtype, device="cpu")
     with write_folder_whole(output, overwrite=overwrite) as folder:
         save_network(network, folder)
     write_report(

@@ -7,46 +7,92 @@ import hashlib
 import json
 import math
 import re
-import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
 from fewstep.files import give_usual_mode
+from fewstep.models.adapters import base_name, merge
+from fewstep.models.checkpoint_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    VOCABULARIES,
+    check_files,
+    hub_folder,
+    name_damaged_json,
+    read_object,
+    reading,
+)
 from fewstep.models.importers.weight_files import read_places
+from fewstep.models.names import BUNDLED, bundled_names, local_folder
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
 
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+__all__ = ["BUNDLED", "bundled_names"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def bundled_names() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Folders that make one model: a plain one, or an adapter's and its `base`'s."""
+
+    folder: Path
+    base: "Checkpoint | None" = None
+
+    def holding(self, *names: str) -> Path:
+        """The folder nearest to the adapter with one of these files, the last base's if none has."""
+        here = self.base is None or any((self.folder / name).exists() for name in names)
+        return self.folder if here or self.base is None else self.base.holding(*names)
 
 
-def resolve(name: str | Path) -> Path | str:
-    """A bundled name or a folder as its path; anything else is returned as a hub id."""
-    if str(name) in bundled_names():
-        return BUNDLED / str(name)
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise FewstepError(f"{path} holds no config.json; a model folder needs one beside its safetensors")
-        return path
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """The folders of a bundled name, a folder (plain or PEFT adapter) or a hub id, which is fetched.
+
+    FewstepError if one is not there, or holds no model.
+    """
+    return _opened(resolve(name), ())
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a bundled name, a path or a hub id, which is fetched. FewstepError if there is none."""
+    return local_folder(name) or hub_folder(str(name))
+
+
+def _opened(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
+    check_files(folder)
+    if not (folder / ADAPTER_CONFIG).exists():
+        if not (folder / CONFIG).exists():
+            raise FewstepError(f"{folder} holds no config.json; a model folder needs one beside its safetensors")
+        return Checkpoint(folder=folder)
+    name = base_name(folder)
+    try:
+        beside = (folder / name).resolve()
+        base = beside if beside.is_dir() else resolve(name)
+    except (FewstepError, OSError, ValueError) as error:
         raise FewstepError(
-            f"no model {str(name)!r}: neither a folder nor a bundled name ({', '.join(bundled_names()) or 'none'})"
-        )
-    return str(name)
+            f"{folder / ADAPTER_CONFIG} names the base {name[:100]!r}, which is not there ({error}); "
+            "set base_model_name_or_path to its folder or hub id"
+        ) from error
+    adapters = (*adapters, folder.resolve())
+    if base.resolve() in adapters:
+        raise FewstepError(f"{folder / ADAPTER_CONFIG} names the adapter itself as its base; name the model it is for")
+    return Checkpoint(folder=folder, base=_opened(base, adapters))
 
 
 def load_network(
@@ -61,29 +107,57 @@ def load_network(
 
     `role` and `block_size` override what the checkpoint says. `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU;
     `device="auto"` is the GPU if there is one. Tensors go from the files straight to the device, one after the other
-    (an adapter is merged in host memory first); a folder that does not fit is refused before any is read.
+    (an adapter is merged in host memory first); a folder that does not fit is refused before any is read. What an
+    adapter's folder does not hold (config.json with the role, the tokenizer) is its base's.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     target = _device(device)
     weights_dtype = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
-    source = resolve(name)
+    checkpoint = open_checkpoint(name)
     transformers_logging.disable_progress_bar()
+    config_folder = checkpoint.holding(CONFIG)
+    config = read_config(config_folder)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         spec = Role.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        module = _load_module(source, weights_dtype, target)
-    except FewstepError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise FewstepError(f"cannot load the model {str(name)!r}: {reason[:300]}") from error
+    except FewstepError as error:
+        raise FewstepError(f"{config_folder / CONFIG}: {error}") from error
+    tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
+    module = _load_module(checkpoint, weights_dtype, target)
     if role is not None:
         spec = spec.playing(role)
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     return Network(module, spec, tokenizer, name=str(name))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder, less what would choose a back end: that is this machine's choice, not a checkpoint's.
+
+    FewstepError naming config.json if it is damaged, of an unknown kind, or of quantised weights.
+    """
+    path = folder / CONFIG
+    settings = read_object(path)
+    if settings.get("quantization_config"):
+        raise FewstepError(f"{path} says that the weights are quantised (quantization_config); load the original")
+    with reading(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+            if isinstance(part, PreTrainedConfig):
+                part._attn_implementation = part._experts_implementation = None
+        return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. FewstepError naming the file that is damaged, or if there is none."""
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        raise FewstepError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES[:3])} is there")
+    try:
+        with reading(f"the tokenizer in {folder} ({TOKENIZER_CONFIG})"):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except FewstepError:
+        name_damaged_json(folder)
+        raise
 
 
 def _device(device: str) -> torch.device:
@@ -98,27 +172,68 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _load_module(source: Path | str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    if isinstance(source, Path):
-        if (source / "adapter_config.json").exists():
-            return _load_adapter(source, dtype).to(device)
-        _check_memory(source, dtype, device)
-    module, report = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        # Without accelerate transformers loads into host memory only.
-        device_map={"": device} if is_accelerate_available() else None,
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            key = sorted(map(str, report[kind]))[0]
+def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    folder = checkpoint.folder
+    if checkpoint.base is not None:
+        # Merged in float32 in host memory and then cast, so that the merged weights are rounded once.
+        return merge(folder, _load_module(checkpoint.base, torch.float32, torch.device("cpu"))).to(device, dtype)
+    config = read_config(folder)
+    _check_memory(folder, dtype, device)
+    _check_sizes(folder, config)
+    if (folder / GENERATION_CONFIG).exists():
+        read_object(folder / GENERATION_CONFIG)
+        with reading(folder / GENERATION_CONFIG):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    with reading(f"the network in {folder} ({CONFIG} and weights)"):
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            # Without accelerate transformers loads into host memory only.
+            device_map={"": device} if is_accelerate_available() else None,
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if report[kind]:
+                key = sorted(map(str, report[kind]))[0]
+                raise FewstepError(
+                    f"the weights in {folder} do not fit its config.json: {kind.replace('_', ' ')}, first {key}"
+                )
+        return module.to(device)
+
+
+def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
+    """FewstepError if the config describes a network of far other sizes than the weights have.
+
+    Such a network would be built before its weights are found not to fit, however many layers it has.
+    """
+    places = read_places(folder)
+    num_layers = getattr(config, "num_hidden_layers", 0)
+    stored = sum(math.prod(place.shape) for place in places)
+    with reading(folder / CONFIG):
+        described = len(places) < num_layers
+        if not described:
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(config)
+            described = sum(parameter.numel() for parameter in module.parameters()) > 2 * stored + 1_000_000
+        if described:
             raise FewstepError(
-                f"the weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, first {key}"
+                f"{folder / CONFIG} describes a larger network than the one whose weights lie beside it, of "
+                f"{num_layers} layers; its files hold {len(places)} tensors with {stored} numbers"
             )
-    return module.to(device)
+        _try_forward(module)
+
+
+def _try_forward(module: PreTrainedModel) -> None:
+    """One forward without memory or numbers: settings that no forward can run with are found before the weights."""
+    tokens_RQ = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, device="meta")
+    with torch.no_grad():
+        hidden = module.base_model(input_ids=tokens_RQ, attention_mask=mask, position_ids=tokens_RQ, use_cache=False)
+        module.get_output_embeddings()(hidden.last_hidden_state)
 
 
 def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -143,36 +258,6 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + kept_for_reuse
     available = re.search(r"^MemAvailable: *(\d+) kB", _MEMORY.read_text() if _MEMORY.exists() else "", re.MULTILINE)
     return int(available[1]) * 1024 if available else None
-
-
-def _load_adapter(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Base + adapter, merged in float32 in host memory and then cast, so that the merged weights are rounded once."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        raise FewstepError(f"{folder} holds an adapter_config.json but no {weights.name}; copy the file beside it")
-    try:
-        with safe_open(weights, framework="pt") as opened:
-            stored = set(opened.keys())
-    except SafetensorError as error:
-        raise FewstepError(f"{weights} is damaged, or no safetensors file ({error}); copy it again") from error
-    base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    beside = folder / base_name
-    base_source = beside.resolve() if beside.is_dir() else resolve(base_name)
-    base = _load_module(base_source, torch.float32, torch.device("cpu"))
-    with warnings.catch_warnings():
-        # PEFT asks transformers for this by its old name, about which whoever loads a model can do nothing. Other
-        # warnings may be about the adapter, so only this one is silenced.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model: Any = PeftModel.from_pretrained(base, folder)
-    different = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
-    if different:
-        raise FewstepError(
-            f"{weights} does not fit its adapter_config.json: missing or left over, first {different[0]}"
-        )
-    merged: PreTrainedModel = model.merge_and_unload().to(dtype)
-    return merged.requires_grad_(True)  # PEFT froze the base; what is merged can be trained like any model
 
 
 def save_network(network: Network, folder: str | Path) -> None:

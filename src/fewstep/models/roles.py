@@ -132,14 +132,21 @@ class Role:
 
     @classmethod
     def from_config(cls, config: Any) -> "Role":
-        """Read what `to_config` stored; a config without our keys is a plain causal model."""
-        return cls(
-            name=getattr(config, "role", "autoregressive"),
-            block_size=getattr(config, "block_size", 32),
-            mask_token_id=getattr(config, "mask_token_id", None),
-            right_shift_logits=getattr(config, "right_shift_logits", False),
-            context_attention=getattr(config, "context_attention", "bidirectional"),
-            threshold=getattr(config, "threshold", 0.9),
-            gaps=getattr(config, "gaps", None),
-            jacobi_window=getattr(config, "jacobi_window", None),
-        )
+        """Read what `to_config` stored; a config without our keys is a plain causal model.
+
+        A key that is null counts as absent. FewstepError naming one whose value is of another type than the field.
+        """
+        given = {name: value for name in _KEYS if (value := getattr(config, name, None)) is not None}
+        return cls(name=given.pop("role", "autoregressive"), **given)
+
+
+_KEYS = (
+    "role",
+    "block_size",
+    "mask_token_id",
+    "right_shift_logits",
+    "context_attention",
+    "threshold",
+    "gaps",
+    "jacobi_window",
+)

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
 from fewstep.files import is_unicode
+from fewstep.models.templates import render
 from fewstep.values import shown
 
 Message = dict[str, str]
@@ -28,11 +28,7 @@ def encode_prompt(
     _check_messages(prompt)
     if not tokenizer.chat_template:
         raise FewstepError("this model has no chat template for messages; give the prompt as text")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise FewstepError(f"the model's chat template refuses the messages: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=False)
 
 
 def _check_messages(prompt: object) -> None:

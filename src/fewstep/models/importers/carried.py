@@ -9,7 +9,14 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole
+from fewstep.files import write_json_whole
+from fewstep.models.checkpoint_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    name_damaged_json,
+    read_object,
+    reading,
+)
 
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -22,8 +29,6 @@ _TOKENIZER_FILES = [
     "chat_template.json",
 ]
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 
 def read_tokenizer(folder: Path, *, stock_class: str) -> PreTrainedTokenizerBase:
@@ -33,9 +38,11 @@ def read_tokenizer(folder: Path, *, stock_class: str) -> PreTrainedTokenizerBase
     """
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise FewstepError(f"{folder} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there")
+    for name in (*_TOKENIZER_FILES, TOKENIZER_CONFIG):
+        check_own(folder, folder / name)
     settings: dict[str, Any] = {}
-    if (folder / _TOKENIZER_CONFIG).exists():
-        settings = read_json(folder / _TOKENIZER_CONFIG)
+    if (folder / TOKENIZER_CONFIG).exists():
+        settings = read_object(folder / TOKENIZER_CONFIG)
     settings.pop("auto_map", None)
     if not hasattr(transformers, str(settings.get("tokenizer_class"))):
         settings["tokenizer_class"] = stock_class
@@ -44,12 +51,13 @@ def read_tokenizer(folder: Path, *, stock_class: str) -> PreTrainedTokenizerBase
         for name in _TOKENIZER_FILES:
             if (folder / name).exists():
                 shutil.copy(folder / name, scratch)
-        write_json_whole(Path(scratch) / _TOKENIZER_CONFIG, settings)
+        write_json_whole(Path(scratch) / TOKENIZER_CONFIG, settings)
         try:
-            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
-        except Exception as error:  # whatever the Rust library raises has no common class
-            reason = " ".join(str(error).split()).replace(scratch, str(folder))
-            raise FewstepError(f"the tokenizer in {folder} cannot be read: {reason[:300]}") from error
+            with reading(f"the tokenizer in {folder}"):
+                return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+        except FewstepError as error:
+            name_damaged_json(folder)
+            raise FewstepError(str(error).replace(scratch, str(folder))) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -57,9 +65,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     For some model types (Qwen2) it builds the tokenizer of that family whatever the folder says.
     """
-    tokenizer.save_pretrained(folder)
-    reread = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if reread.get_vocab() != tokenizer.get_vocab() or reread.encode(_PROBE) != tokenizer.encode(_PROBE):
+    with reading("the tokenizer, as stock transformers writes it,"):
+        tokenizer.save_pretrained(folder)
+        reread = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        same = reread.get_vocab() == tokenizer.get_vocab() and reread.encode(_PROBE) == tokenizer.encode(_PROBE)
+    if not same:
         raise FewstepError(
             f"stock transformers would read the tokenizer ({type(tokenizer).__name__}) as a {type(reread).__name__} "
             "and split text differently; such a tokenizer cannot go with this model type"
@@ -106,7 +116,7 @@ def name_mask_token(tokenizer: PreTrainedTokenizerBase, token: str, *, vocab_siz
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, source: Path, what: str, token_id: int | None) -> str:
-    if token_id is None:
+    if not isinstance(token_id, int):
         raise FewstepError(f"neither config.json nor the tokenizer in {source} names {what.removesuffix('_id')}")
     token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
     if token is None:
@@ -121,16 +131,28 @@ def mask_token_id(source: Path, config: Any, tokenizer: PreTrainedTokenizerBase)
     """The mask token's id, as config.json, generation_config.json or the tokenizer says."""
     from_file = {}
     if (source / GENERATION_CONFIG).exists():
-        from_file = read_json(source / GENERATION_CONFIG)
+        from_file = read_object(source / GENERATION_CONFIG)
     for said in (config.get("mask_token_id"), from_file.get("mask_token_id"), tokenizer.mask_token_id):
-        if isinstance(said, int):
+        if isinstance(said, int) and not isinstance(said, bool):
             return said
     return None
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Generation settings and licence texts, as they stand."""
+    """Generation settings and licence texts, as they stand. FewstepError for a link that leads out of the folder."""
     for name in (GENERATION_CONFIG, "LICENSE*", "NOTICE*"):
         for file in sorted(source.glob(name)):
             if file.is_file():
+                check_own(source, file)
                 shutil.copy(file, target)
+
+
+def check_own(folder: Path, file: Path) -> None:
+    """FewstepError if `file` is a link to what lies outside of the checkpoint: its text would travel on as if it were
+    the checkpoint's. The hub's cache keeps a checkpoint's files as links to `blobs` beside its `snapshots`.
+    """
+    own = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        own.append(folder.resolve().parent.parent / "blobs")
+    if file.exists() and not any(file.resolve().is_relative_to(place) for place in own):
+        raise FewstepError(f"{file} is a link to a file outside of the folder; copy the file itself to its place")

@@ -12,12 +12,18 @@ from fewstep.models.roles import Role
 
 def _stock_config(config: Config) -> PreTrainedConfig:
     refuse(config, use_sliding_window=False, hidden_act="silu", mlp_bias=False)
-    settings = {name: value for name, value in config.items() if name not in _OF_THE_FILE}
+    # What is null counts as not set, but for tokens, of which a checkpoint may have none.
+    settings = {
+        name: value
+        for name, value in config.items()
+        if name not in _OF_THE_FILE and (value is not None or name.endswith("token_id"))
+    }
     return AutoConfig.for_model(config["model_type"], **settings)
 
 
 _OF_THE_FILE = {"architectures", "auto_map", "model_type", "transformers_version", "_name_or_path"}
-"""Settings that are about the checkpoint's own code or writer."""
+_OF_THE_FILE |= {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+"""Settings that are about the checkpoint's own code or writer, or the machine that it was written on."""
 
 
 def _role(config: Config, mask_token_id: int | None) -> Role:
@@ -31,7 +37,7 @@ def forward(config: Config, weights: Weights, tokens_T: Tensor, block_size: int 
     of `block_size` positions and earlier ones; None = all.
     """
     num_positions, num_heads = len(tokens_T), config["num_attention_heads"]
-    epsilon = config["rms_norm_eps"]
+    epsilon = config.get("rms_norm_eps") or _EPSILON
     embedding_VD = _given(weights, "model.embed_tokens.weight")
     x_TD = embedding_VD[tokens_T]
     width = config.get("head_dim") or config["hidden_size"] // num_heads
@@ -59,8 +65,13 @@ def forward(config: Config, weights: Weights, tokens_T: Tensor, block_size: int 
         )
 
     x_TD = plain.rms_norm(x_TD, _given(weights, "model.norm.weight"), epsilon)
-    tied = config.get("tie_word_embeddings", False)
-    return plain.linear(x_TD, embedding_VD if tied else weights("lm_head.weight"))
+    # A head that is stored is used, whatever config.json says of tied embeddings.
+    head_VD = weights("lm_head.weight")
+    return plain.linear(x_TD, embedding_VD if head_VD is None else head_VD)
+
+
+_EPSILON = 1e-6
+"""Of the norms, where config.json does not say, in all classes with these names."""
 
 
 def _given(weights: Weights, name: str) -> Tensor:

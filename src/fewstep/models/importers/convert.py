@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_folder_whole
+from fewstep.files import write_folder_whole
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, check_files, read_object, reading
 from fewstep.models.importers import causal, gguf_files
 from fewstep.models.importers.carried import (
     complete_tokens,
@@ -108,13 +109,18 @@ def _convert_folder(source: Path, block_size: int | None, mask_token: str | None
     if block_size is not None:
         config = {**config, "block_size": block_size}
     family = FAMILIES[config["model_type"]]
-    try:
-        stock = family.stock_config(config)
-    except FewstepError as error:
-        raise FewstepError(f"{source}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise FewstepError(f"config.json in {source} makes no {family.model_type} network: {error}") from error
-    places = _matched(read_places(source), family, stock, source)
+    with reading(source / CONFIG):
+        try:
+            stock = family.stock_config(config)
+        except FewstepError as error:
+            raise FewstepError(f"{source}: {error}") from None
+        places = read_places(source)
+        if stock.num_hidden_layers > len(places):
+            raise FewstepError(
+                f"{source / CONFIG} speaks of {stock.num_hidden_layers} layers, and the weights beside it are "
+                f"{len(places)} tensors"
+            )
+        matched = _matched(places, family, stock, source)
 
     tokenizer = read_tokenizer(source, stock_class=family.tokenizer_class)
     if mask_token is not None:
@@ -122,19 +128,19 @@ def _convert_folder(source: Path, block_size: int | None, mask_token: str | None
     mask = mask_token_id(source, config, tokenizer)
     complete_tokens(tokenizer, source=source, mask_token_id=mask, eos_token_id=config.get("eos_token_id"))
     role = _role(family, config, mask, source)
-    dtype = max(places.values(), key=lambda place: place.num_bytes).dtype
+    dtype = max(matched.values(), key=lambda place: place.num_bytes).dtype
 
     def write(folder: Path) -> None:
         write_config(stock, role, _DTYPE_NAMES[dtype], folder)
         save_tokenizer(tokenizer, folder)
         copy_settings(source, folder)
-        files = dict.fromkeys(place.file for place in places.values())
+        files = dict.fromkeys(place.file for place in matched.values())
         write_shards(
             folder,
-            [[copied(place, name) for name, place in places.items() if place.file == file] for file in files],
+            [[copied(place, name) for name, place in matched.items() if place.file == file] for file in files],
         )
 
-    by_original_name = {place.name: place for place in places.values()}
+    by_original_name = {place.name: place for place in matched.values()}
 
     def weights(name: str) -> Tensor | None:
         place = by_original_name.get(name)
@@ -144,7 +150,7 @@ def _convert_folder(source: Path, block_size: int | None, mask_token: str | None
         family=family.model_type,
         role=role,
         tokenizer=tokenizer,
-        num_parameters=sum(torch.Size(place.shape).numel() for place in places.values()),
+        num_parameters=sum(torch.Size(place.shape).numel() for place in matched.values()),
         dtype=_DTYPE_NAMES[dtype],
         write=write,
         forward=lambda tokens_T: family.forward(config, weights, tokens_T),
@@ -176,12 +182,13 @@ def _convert_gguf(source: Path, mask_token: str | None) -> _Conversion:
 def _read_config(source: Path) -> Config:
     if not source.is_dir():
         raise FewstepError(f"there is no folder or GGUF file {source}")
-    if not (source / "config.json").exists():
+    check_files(source)
+    if (source / ADAPTER_CONFIG).exists():
+        raise FewstepError(f"{source} is an adapter; `fewstep merge` makes a plain folder of it and its base")
+    if not (source / CONFIG).exists():
         raise FewstepError(f"{source} holds no config.json, which says what kind of model it is")
-    config = read_json(source / "config.json")
-    if not isinstance(config, dict):
-        raise FewstepError(f"{source / 'config.json'} is no JSON object")
-    if config.get("model_type") not in FAMILIES:
+    config = read_object(source / CONFIG)
+    if config.get("model_type") not in list(FAMILIES):  # which may be of a type that no dictionary takes
         raise FewstepError(
             f"{source / 'config.json'} has the model_type {config.get('model_type')!r}, which no importer knows; "
             f"known are {', '.join(FAMILIES)} and GGUF files"

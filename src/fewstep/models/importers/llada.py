@@ -84,9 +84,8 @@ def _forward(config: Config, weights: Weights, tokens_T: Tensor) -> Tensor:
         x_TD = x_TD + plain.linear(plain.attend(q_THE, k_THE, v_THE, everything_TT), given(f"{block}.attn_out"))
         y_TD = plain.rms_norm(x_TD, given(f"{block}.ff_norm"), epsilon)
         x_TD = x_TD + plain.gated(y_TD, given(f"{block}.ff_proj"), given(f"{block}.up_proj"), given(f"{block}.ff_out"))
-    return plain.linear(
-        plain.rms_norm(x_TD, given("ln_f"), epsilon), given("wte" if config.get("weight_tying") else "ff_out")
-    )
+    head_VD = weights("model.transformer.ff_out.weight")
+    return plain.linear(plain.rms_norm(x_TD, given("ln_f"), epsilon), given("wte") if head_VD is None else head_VD)
 
 
 LLADA = Family(

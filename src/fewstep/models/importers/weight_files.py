@@ -5,22 +5,33 @@ is ever held in memory.
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole
+from fewstep.files import write_json_whole
+from fewstep.models.checkpoint_files import INDEX, SINGLE, read_object
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in, by safetensors' names."""
+_ITEM_BITS = {
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    **{f"{sign}{bits}": bits for sign in "IU" for bits in (16, 32, 64)},
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""Of the types that safetensors knows."""
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -66,19 +77,22 @@ def read_places(folder: Path) -> list[Place]:
     is in another place than the index says.
     """
     index = folder / INDEX
-    if not index.exists():
-        if not (folder / SINGLE).exists():
-            others = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-            found = f"; {others[0].name} cannot be read safely, convert it to safetensors first" if others else ""
-            raise FewstepError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
+    if (folder / SINGLE).exists():  # an index beside it is of an earlier save; transformers does not look at it either
         return _read_header(folder / SINGLE)
-    weight_map = read_json(index).get("weight_map")
+    if not index.exists():
+        others = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        found = f"; {others[0].name} cannot be read safely, convert it to safetensors first" if others else ""
+        raise FewstepError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FewstepError(f"{index} has no weight_map, which says which file holds which tensor")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FewstepError(f"{index} says that {name!r} holds {key}, which is no name of a file beside it")
     places: list[Place] = []
     for name in sorted(set(weight_map.values())):
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             key = next(key for key, place in weight_map.items() if place == name)
             raise FewstepError(f"the shard {file} is missing; {index.name} says it holds {key}")
         places += _read_header(file)
@@ -90,34 +104,46 @@ def read_places(folder: Path) -> list[Place]:
 
 
 def _read_header(file: Path) -> list[Place]:
+    """Tensors in the order of their bytes, of which each has as many as its shape needs, one behind the other."""
     damaged = f"{file} is no whole safetensors file"
+    if not file.is_file():
+        raise FewstepError(f"{file} is no file; put the file in its place")
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(_LENGTH.size)
         length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else _LARGEST_HEADER + 1
         if length > min(_LARGEST_HEADER, size):
             raise FewstepError(f"{damaged}: it has no readable header; fetch it again")
+        begin = _LENGTH.size + length
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            begin = _LENGTH.size + length
-            places = [
-                Place(
-                    name=name,
-                    file=file,
-                    dtype=entry["dtype"],
-                    shape=tuple(entry["shape"]),
-                    start=begin + entry["data_offsets"][0],
-                    num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            places = [_place(name, file, entry, begin) for name, entry in header.items()]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise FewstepError(f"{damaged}: its header cannot be read; fetch it again") from error
     expected = max((place.start + place.num_bytes for place in places), default=begin)
     if expected != size:
         raise FewstepError(f"{damaged}: it has {size} bytes and its header speaks of {expected}; fetch it again")
-    return sorted(places, key=lambda place: place.start)
+    places.sort(key=lambda place: (place.start, place.num_bytes))
+    end = begin
+    for place in places:
+        bits = math.prod(place.shape) * _ITEM_BITS.get(place.dtype, 0)
+        if place.start != end or (place.dtype in _ITEM_BITS and 8 * place.num_bytes != bits):
+            raise FewstepError(
+                f"{damaged}: the {place.num_bytes} bytes that its header gives {place.name} are not those of its shape "
+                f"{list(place.shape)}, or overlap with others; fetch it again"
+            )
+        end += place.num_bytes
+    return places
+
+
+def _place(name: str, file: Path, entry: Any, begin: int) -> Place:
+    """What the header says of one tensor; ValueError for numbers that are no counts."""
+    shape, (first, last) = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last - first)):
+        raise ValueError(name)
+    dtype = str(entry["dtype"])
+    return Place(name=name, file=file, dtype=dtype, shape=tuple(shape), start=begin + first, num_bytes=last - first)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,206 @@
+"""PEFT adapters: what their description may ask for, and merging them into their base."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import regex
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from fewstep.errors import FewstepError
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object, reading
+
+MERGEABLE = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA")
+"""Types of adapters that change weights. Others change inputs (prompts, prefixes), or read files that they name."""
+
+_NOT_FOR_LOADING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+}
+"""Settings of the training that made an adapter, or of its writer; some name modules or files to be read."""
+_NOT_MERGEABLE = ("alora_invocation_tokens", "arrow_config", "megatron_config", "use_bdlora")
+"""Settings of LoRA whose result is not one weight, or of another library's layers."""
+
+REGEX_SECONDS = 2.0
+"""For all patterns of a description on all names of modules."""
+
+
+def base_name(folder: Path) -> str:
+    """What the adapter in a folder belongs to. FewstepError if it cannot be merged, or does not say."""
+    path = folder / ADAPTER_CONFIG
+    settings = read_object(path)
+    kind = settings.get("peft_type")
+    if kind not in MERGEABLE:
+        raise FewstepError(
+            f"{path} describes an adapter of the type {kind!r}, which cannot be merged into the weights of its base; "
+            f"adapters of the types {', '.join(MERGEABLE)} can"
+        )
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise FewstepError(
+            f"{path} does not say which model the adapter belongs to; set base_model_name_or_path to the folder or hub "
+            "id of its base"
+        )
+    return name
+
+
+def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
+    """The base, in float32, with the adapter in its weights; FewstepError if the two do not fit each other.
+
+    Embeddings take the adapter's size, where tokens were added for it. Tied embeddings come apart where the adapter
+    changes one of the two.
+    """
+    weights = folder / ADAPTER_WEIGHTS
+    shapes = _stored_shapes(weights)
+    with reading(folder / ADAPTER_CONFIG):
+        config = _description(folder / ADAPTER_CONFIG, base)
+    _fit_embeddings(base, shapes, weights)
+    with (
+        warnings.catch_warnings(),
+        reading(folder, advice="the adapter and its adapter_config.json do not fit the base"),
+    ):
+        from peft import PeftModel, get_peft_model_state_dict
+
+        # PEFT asks transformers for this by its old name, about which whoever loads a model can do nothing. Other
+        # warnings may be about the adapter, so only this one is silenced.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model: Any = PeftModel.from_pretrained(base, folder, config=config)
+        needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        known = set(get_peft_model_state_dict(model, save_embedding_layers=True)) | needed
+        different = sorted((needed - set(shapes)) | (set(shapes) - known - _embeddings_of(base)))
+        if different:
+            raise FewstepError(
+                f"{weights} does not fit its {ADAPTER_CONFIG}: missing or left over, first {different[0]}"
+            )
+        merged: PreTrainedModel = model.merge_and_unload()
+    if getattr(merged.config, "tie_word_embeddings", False) and not _is_tied(merged):
+        _mark_untied(merged)
+    return merged.requires_grad_(True)  # PEFT froze the base; what is merged can be trained like any model
+
+
+def _stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    if not weights.is_file():
+        raise FewstepError(f"{weights.parent} holds an {ADAPTER_CONFIG} but no {weights.name}; copy the file beside it")
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # of the Rust library, without a common class
+        raise FewstepError(f"{weights} is damaged, or no safetensors file ({error}); copy it again") from error
+
+
+def _description(path: Path, base: nn.Module) -> Any:
+    """PEFT's description of the adapter, without what could read other files, its patterns replaced by names."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    settings = read_object(path)
+    for name in _NOT_MERGEABLE:
+        if settings.get(name):
+            raise FewstepError(f"{path} sets {name}, with which an adapter cannot be merged into its base")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]]
+    kept = {name: value for name, value in settings.items() if name not in _NOT_FOR_LOADING}
+    _replace_patterns(kept, [name for name, _ in base.named_modules() if name], path)
+    known = set(kind.__dataclass_fields__)
+    config: PeftConfig = kind(**{name: value for name, value in kept.items() if name in known})
+    config.inference_mode = True
+    return config
+
+
+def _replace_patterns(settings: dict[str, Any], modules: list[str], path: Path) -> None:
+    """Regular expressions become the modules that they match: some would take PEFT years to match."""
+    deadline = time.monotonic() + REGEX_SECONDS
+
+    def matching(pattern: str) -> list[str]:
+        found = []
+        try:
+            for module in modules:
+                if regex.fullmatch(pattern, module, timeout=max(0.001, deadline - time.monotonic())):
+                    found.append(module)
+        except TimeoutError:
+            raise FewstepError(
+                f"{path} has a pattern that takes longer than {REGEX_SECONDS:g} seconds to match, {pattern[:80]!r}; "
+                "name the modules instead"
+            ) from None
+        return found
+
+    for name in ("target_modules", "exclude_modules"):
+        pattern = settings.get(name)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            settings[name] = matching(pattern)
+            if not settings[name] and name == "target_modules":
+                raise FewstepError(f"{path} names target_modules {pattern[:80]!r}, and the base has no such module")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name)
+        if isinstance(patterns, dict):
+            replaced: dict[str, Any] = {}
+            for pattern, value in patterns.items():
+                for module in matching(rf"(.*\.)?({pattern})"):
+                    replaced.setdefault("^" + regex.escape(module), value)
+            settings[name] = replaced
+    layers = settings.get("layers_pattern")
+    for name in [layers] if isinstance(layers, str) else layers or []:
+        if not str(name).replace("_", "").isalnum():
+            raise FewstepError(f"{path} has a layers_pattern that is no name, {str(name)[:80]!r}")
+
+
+# Embeddings
+
+
+def _name_of(base: nn.Module, module: nn.Module | None) -> str | None:
+    return next((name for name, inside in base.named_modules() if inside is module), None)
+
+
+def _embeddings_of(base: PreTrainedModel) -> set[str]:
+    """Names under which PEFT stores embeddings of the base as they are, because they were resized."""
+    names = (_name_of(base, base.get_input_embeddings()), _name_of(base, base.get_output_embeddings()))
+    return {f"base_model.model.{name}.weight" for name in names if name}
+
+
+def _fit_embeddings(base: PreTrainedModel, shapes: dict[str, tuple[int, ...]], weights: Path) -> None:
+    given = _name_of(base, base.get_input_embeddings()), _name_of(base, base.get_output_embeddings())
+    rows, changed = set(), False
+    for key, shape in shapes.items():
+        for name in filter(None, given):
+            if f".{name}." not in key or "trainable_tokens" in key:
+                continue
+            part = key.rpartition(f".{name}.")[2]
+            changed = True
+            if part in ("weight", "base_layer.weight", "lora_B.weight") and shape:
+                rows.add(shape[0])
+            elif part == "lora_embedding_A" and len(shape) == 2:
+                rows.add(shape[1])
+    if len(rows) > 1:
+        raise FewstepError(
+            f"{weights} holds embeddings of different sizes, {' and '.join(map(str, sorted(rows)))} rows"
+        )
+    if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
+        with reading(weights):
+            base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    if changed and _is_tied(base):
+        head = base.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        _mark_untied(base)
+
+
+def _is_tied(module: PreTrainedModel) -> bool:
+    head = module.get_output_embeddings()
+    return head is not None and head.weight is module.get_input_embeddings().weight
+
+
+def _mark_untied(module: PreTrainedModel) -> None:
+    """Say so to transformers, which would otherwise write one of the two and read it as both."""
+    module.config.tie_word_embeddings = False
+    module.all_tied_weights_keys = {}
