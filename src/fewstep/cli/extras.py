@@ -6,7 +6,7 @@ from fewstep.errors import FewstepError
 
 EXTRAS = {
     "train": {"accelerate": "accelerate", "pyarrow": "pyarrow", "tensorboard": "tensorboard"},
-    "eval": {"matplotlib": "matplotlib"},
+    "eval": {"matplotlib": "matplotlib", "math-verify": "math_verify"},
     "gsm": {"reasoning-gym": "reasoning_gym"},
     "gguf": {"gguf": "gguf"},
 }

@@ -18,6 +18,9 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
+# Solutions are judged where they are known: most who import one of these import the others too.
+from fewstep.measure.answers import extract_answer as extract_answer
+from fewstep.measure.answers import is_correct as is_correct
 from fewstep.measure.worked_arithmetic import NUMBER, agrees, worked
 
 
@@ -68,8 +71,6 @@ STYLES = (
         final="Final answer = {answer}",
     ),
 )
-_FINAL_LINE = re.compile(r"(?:####|The answer is|Final answer =|Answer:) *(-?\d[\d,]*(?:\.\d+)?)")
-_ANY_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,6 @@ class Equation:
 
 
 Line = list[str | Equation]
-
-
-def extract_answer(text: str) -> float | None:
-    """The number on the last final line of any style, else the last number in `text`, else None."""
-    found = _FINAL_LINE.findall(text) or [match[0] for match in _ANY_NUMBER.finditer(text)]
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def is_correct(text: str, answer: str | float) -> bool:
-    """Whether the answer extracted from `text` equals `answer` as a number."""
-    given = extract_answer(text)
-    wanted = float(answer.replace(",", "")) if isinstance(answer, str) else float(answer)
-    return given is not None and abs(given - wanted) <= 1e-6 * max(1.0, abs(wanted))
 
 
 # --- reading --------------------------------------------------------------------------------------
