@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
+from typing import Any
 
 from fewstep.measure.worked_arithmetic import NotWorkableError, evaluate
 
@@ -63,7 +64,7 @@ def is_correct(text: str, answer: str | float) -> bool:
         return False
     if given.denominator == wanted.denominator == 1:
         return given == wanted
-    return abs(given - wanted) <= Fraction(1, 10**6) * max(1, abs(wanted))
+    return abs(given - wanted) <= Fraction(1, 10**6) * max(Fraction(1), abs(wanted))
 
 
 def _answer(text: str) -> Fraction | None:
@@ -77,9 +78,8 @@ def _answer(text: str) -> Fraction | None:
         if found:
             return found[0]
     for match in reversed(list(_NUMBER.finditer(text))):
-        if match["bottom"] is not None and (
-            _CHAIN.search(text, 0, match.start()) or text[match.end() :].startswith("=")
-        ):
+        before, after = text[max(0, match.start() - 3) : match.start()], text[match.end() : match.end() + 1]
+        if match["bottom"] is not None and (_CHAIN.search(before) or after == "="):
             return Fraction(int(match["bottom"]))  # not a fraction, but the end of a computation that was cut
         if (number := _value(match)) is not None:
             return number
@@ -207,8 +207,7 @@ def _read_latex(content: str) -> Fraction | None:
     return None
 
 
-def _expressions(parse: object, content: str, config: object) -> Iterator[object]:
-    assert callable(parse)
+def _expressions(parse: Any, content: str, config: Any) -> Iterator[Any]:
     # Its time limit is a signal, which only the main thread can have; the limits above bound the work.
     yield from parse(
         f"\\boxed{{{content}}}", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None
