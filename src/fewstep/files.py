@@ -37,7 +37,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     yielded itself. FewstepError if the file system refuses.
     """
     path = Path(path)
-    with _storage_errors(path):
+    with storage_errors(path):
         if path.is_dir():
             raise FewstepError(f"{path} is a folder, not a file; name a file")
         if path.exists() and not path.is_file():
@@ -67,7 +67,7 @@ def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterat
     and the new folder swap their names in one step, where the system can; elsewhere the old one is set aside first, and
     a kill between these two steps is mended by the next writer. What killed writers of `target` left is removed.
     """
-    with _storage_errors(Path(target)):
+    with storage_errors(Path(target)):
         target = Path(os.path.realpath(target))
         settle(target)
         if target.is_file():
@@ -244,7 +244,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Turn failures of the file system, also those that a library wrapped, into one sentence."""
     try:
         yield
@@ -432,7 +432,7 @@ class Shards:
             except FewstepError:
                 if not path.exists():  # else another worker wrote it at the same moment
                     raise
-        difference = _describe_difference(read_json(path), wanted)
+        difference = describe_difference(read_json(path), wanted)
         if difference:
             raise FewstepError(f"{folder} was made with other settings ({difference}); use the same or another folder")
         return cls(folder, num_shards=num_shards, suffix=suffix, manifest=wanted)
@@ -478,7 +478,7 @@ class Shards:
             yield temporary
 
 
-def _describe_difference(there: Any, wanted: Mapping[str, Any]) -> str:
+def describe_difference(there: Any, wanted: Mapping[str, Any]) -> str:
     """'seed is 1 there and 2 here, ...' for every setting that differs, or ''. None is the same as not set."""
     if not isinstance(there, dict):
         return "its manifest is no JSON object"

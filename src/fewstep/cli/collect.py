@@ -81,7 +81,7 @@ def collect(
     elif most_repetition is not None:
         raise FewstepError("--most-repetition has no effect with a diffusion teacher; leave it out")
     lm = teacher if student is None else model.load(student)
-    rows = _read_rows(data, lm)
+    rows = _read_rows(data, lm, _takes(lm, teacher, decoding.given()))
     of_worker = range(worker_of[0], -(-len(rows) // shard_size), worker_of[1])
     num_prompts = sum(len(rows[index * shard_size : (index + 1) * shard_size]) for index in of_worker)
     with progress_bar("collecting", num_prompts) as advance:
@@ -103,11 +103,11 @@ def collect(
         else:
             kept = TOP if top is None else top
             report = run.diffusion(teacher, lm, decoding.given(), distribution, kept)
+    write_report(json, {"model": model.model, "student": student, "output": str(output), **asdict(report)})
     note(
         f"{output}: {report.num_shards} shards ({report.num_shards_made_now} made now), "
         f"{report.num_records} trajectories, {report.num_rejected} rejected, {report.num_forwards} passes"
     )
-    write_report(json, {"model": model.model, "student": student, "output": str(output), **asdict(report)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +198,31 @@ def _parse_worker(text: str) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
-    """Prompts of a training file, by the template of the teacher, with the completion as the reference answer."""
+def _takes(lm: "LanguageModel", teacher: "LanguageModel", given: dict[str, Any]) -> Callable[[list[int]], None]:
+    """What raises FewstepError for a prompt that cannot be decoded so, or whose answer the teacher cannot label."""
+    from fewstep.decode.jacobi import Jacobi
+    from fewstep.decode.loop import check_request
+    from fewstep.decode.requests import Request
+    from fewstep.engine.settings import GenerationSettings
+
+    most = GenerationSettings.of(**given).max_new_tokens
+    causal = {"decoder": Jacobi.name} if lm.role.name == "autoregressive" else {}
+    deciders = {lm: lm.decoder(**{**causal, **given})}
+    if teacher is not lm:
+        deciders[teacher] = teacher.decoder(max_new_tokens=most)
+
+    def check(prompt_ids: list[int]) -> None:
+        for model, decoder in deciders.items():
+            check_request(model.network, decoder, Request(prompt_ids=prompt_ids, max_new_tokens=most))
+
+    return check
+
+
+def _read_rows(path: Path, lm: "LanguageModel", check: Callable[[list[int]], None]) -> "list[PromptRow]":
+    """Prompts of a training file, by the template of the teacher, with the completion as the reference answer.
+
+    FewstepError naming file and line of one that is damaged, or that does not pass the `check`.
+    """
     from fewstep.models.rows import id_text, row_id, split_prompt_row
     from fewstep.train.examples import numbered_training_rows
     from fewstep.train.trajectories import PromptRow
@@ -210,6 +233,7 @@ def _read_rows(path: Path, lm: "LanguageModel") -> "list[PromptRow]":
         prompt, completion = split_prompt_row(row, where)
         try:
             prompt_ids = lm.encode(prompt)
+            check(prompt_ids)
         except FewstepError as error:
             raise FewstepError(f"{where}: {error}") from None
         reference_ids = None

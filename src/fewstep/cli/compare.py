@@ -7,7 +7,7 @@ import typer
 from fewstep.cli.evaluate import print_figures
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
-from fewstep.cli.report import progress_bar, write_report
+from fewstep.cli.report import keeping_target, note_kept, progress_bar, write_report
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError, suggestion
 
@@ -28,27 +28,41 @@ def compare(
     """Compares two models or settings on the same problems, with a paired test."""
     for specification in (first, second):
         check_model_name(specification.split(",")[0])
+    from fewstep.engine.made_by import answers_made_by
+    from fewstep.kept import kept_results
     from fewstep.measure.compare import compare as compare_reports
-    from fewstep.measure.evaluate import evaluate
+    from fewstep.measure.evaluate import check_problems, evaluate
 
     asked = problems.read()
     contenders = [_parse(first), _parse(second)]
     models = [place.load(name, settings.pop("role", None)) for name, settings in contenders]
     for lm, (_, settings) in zip(models, contenders, strict=True):
-        lm.decoder(**settings)  # refuse a bad setting before the first long run
-    with progress_bar("comparing", 2 * len(asked)) as advance:
-        reports = [
-            evaluate(lm, asked, task=problems.task, batch_size=problems.batch_size, progress=advance, **settings)
-            for lm, (_, settings) in zip(models, contenders, strict=True)
-        ]
-    comparison = compare_reports(reports[0], reports[1], settings=(contenders[0][1], contenders[1][1]))
+        # Refuse a bad setting, or a problem that one cannot take, before the first long run.
+        check_problems(lm, asked, source=problems.source, **settings)
+
+    def made_by() -> dict[str, Any]:
+        questions = [problem.question for problem in asked]
+        both = zip(("first", "second"), models, contenders, strict=True)
+        return {which: answers_made_by(lm, questions, **settings) for which, lm, (_, settings) in both}
+
+    with kept_results(keeping_target(json), made_by) as kept:
+        note_kept(kept, 2 * len(asked))
+        with progress_bar("comparing", 2 * len(asked)) as advance:
+            reports = [
+                evaluate(
+                    lm, asked, task=problems.task, batch_size=problems.batch_size, progress=advance,
+                    kept=kept.under(f"{which}: "), **settings,
+                )
+                for which, lm, (_, settings) in zip(("first", "second"), models, contenders, strict=True)
+            ]  # fmt: skip
+        comparison = compare_reports(reports[0], reports[1], settings=(contenders[0][1], contenders[1][1]))
+        write_report(json, comparison.to_json())
     print_figures([{**report.to_json(), "model": name} for report, name in zip(reports, comparison.names, strict=True)])
     print(comparison.sentence())
     print(
         f"First / second: tokens per pass {comparison.tokens_per_forward_ratio:.2f}x, "
         f"median seconds {comparison.seconds_ratio:.3f}x."
     )
-    write_report(json, comparison.to_json())
 
 
 def _parse(specification: str) -> tuple[str, dict[str, Any]]:

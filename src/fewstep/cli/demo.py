@@ -123,13 +123,13 @@ def demo(
         runs[published.name].append(published.solve(chosen[0]))
 
     factors = asdict(speed_factors(*(_timing(runs[c.name][:1]) for c in (published, slow, fast))))
+    write_report(json, {"runs": {name: [asdict(run) for run in of] for name, of in runs.items()}, "factors": factors})
     _print_table(runs, fast.name)
     print(
         f"\nOn problem 1 the student is {factors['total']:.1f}x as fast as the teacher as published = "
         f"stopping {factors['stopping']:.1f}x * fewer passes {factors['fewer_passes']:.1f}x * "
         f"cheaper passes (cache) {factors['caching']:.1f}x."
     )
-    write_report(json, {"runs": {name: [asdict(run) for run in of] for name, of in runs.items()}, "factors": factors})
 
 
 # The race

@@ -8,7 +8,7 @@ import typer
 from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
-from fewstep.cli.report import note, print_table, progress_bar, write_report, write_rows
+from fewstep.cli.report import deliver, keeping_target, note, note_kept, print_table, progress_bar
 from fewstep.cli.sources import Touches, plot_stem
 from fewstep.errors import FewstepError
 
@@ -39,33 +39,47 @@ def evaluate(
     if plot is not None:
         require("matplotlib")
     check_model_name(model.model)
+    from fewstep.engine.made_by import answers_made_by
+    from fewstep.kept import kept_results
+    from fewstep.measure.evaluate import check_problems, sweep
     from fewstep.measure.evaluate import evaluate as evaluate_once
-    from fewstep.measure.evaluate import sweep
     from fewstep.measure.plots import plot_accuracy
 
     asked = problems.read()
     lm = model.load_model()
-    options: dict[str, Any] = {"task": problems.task, "batch_size": problems.batch_size, **decoding.given()}
+    settings = decoding.given()
+    options: dict[str, Any] = {"task": problems.task, "batch_size": problems.batch_size, **settings}
+    swept = bool(thresholds or steps)
     num_runs = max(1, len(thresholds) + len(steps))
-    with progress_bar("evaluating", len(asked) * num_runs) as advance:
-        if thresholds or steps:
-            reports = sweep(lm, asked, thresholds=thresholds, steps=steps, progress=advance, **options)
-        else:
-            reports = [evaluate_once(lm, asked, progress=advance, **options)]
-    figures = [report.to_json() for report in reports]
-    print_figures(figures)
-    write_report(json, figures if thresholds or steps else figures[0])
-    if records is not None:
-        write_rows(
-            records,
-            (
-                {"threshold": report.threshold, "steps": report.steps, **record}
-                for report in reports
-                for record in report.records_json()
-            ),
-        )
+    if not swept:
+        check_problems(lm, asked, source=problems.source, **settings)
+
+    def made_by() -> dict[str, Any]:
+        questions = [problem.question for problem in asked]
+        return {**answers_made_by(lm, questions, **settings), "thresholds": thresholds, "sweep_steps": steps}
+
+    with kept_results(keeping_target(records, json), made_by) as kept:
+        note_kept(kept, len(asked) * num_runs)
+        with progress_bar("evaluating", len(asked) * num_runs) as advance:
+            if swept:
+                reports = sweep(
+                    lm, asked, thresholds=thresholds, steps=steps, progress=advance, kept=kept,
+                    source=problems.source, **options,
+                )  # fmt: skip
+            else:
+                reports = [evaluate_once(lm, asked, progress=advance, kept=kept, **options)]
+        figures = [report.to_json() for report in reports]
+        rows = [
+            {"threshold": report.threshold, "steps": report.steps, **record}
+            for report in reports
+            for record in report.records_json()
+        ]
+        deliver(json, figures if swept else figures[0], records, rows)
+    drawn = []
     if plot is not None:
         drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=f"{problems.task}, {len(asked)} problems")
+    print_figures(figures)
+    if drawn:
         note(f"drawn: {', '.join(map(str, drawn))}")
 
 

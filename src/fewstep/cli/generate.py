@@ -1,7 +1,7 @@
 """`fewstep generate`: one prompt from the command line or standard input, or a file of prompts."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,14 @@ import typer
 from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
-from fewstep.cli.report import note, progress_bar, write_report, write_rows
-from fewstep.cli.sources import Touches
+from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar, write_report
+from fewstep.cli.sources import STANDARD_OUTPUT, Touches
 from fewstep.errors import FewstepError
 from fewstep.values import shown
 
 if TYPE_CHECKING:
     from fewstep.decode.requests import Output
+    from fewstep.engine.answers import Answer
     from fewstep.engine.language_model import LanguageModel
 
 
@@ -60,21 +61,20 @@ def generate(
         raise FewstepError("--show-iterations shows one prompt; leave out --input")
     check_model_name(model.model)
     if input_file is not None:
-        prompts = _read_prompts(input_file)
-        lm = model.load_model()
-        _check_lengths(lm, prompts, input_file, raw=raw, **decoding.given())
-        outputs = _complete_all(
-            lm, [prompt for _, prompt in prompts], batch_size=batch_size, raw=raw, **decoding.given()
-        )
-        _write_outputs(output_file, zip([name for name, _ in prompts], outputs, strict=True))
+        _complete_file(model, decoding.given(), input_file, output_file, json, batch_size=batch_size, raw=raw)
+        return
+    text = _read_prompt(prompt)
+    lm = model.load_model()
+    rest: str | None = None
+    if show_iterations:
+        output = complete_in_view(lm, text, raw=raw, **decoding.given())
     else:
-        text = _read_prompt(prompt)
-        lm = model.load_model()
-        complete = complete_in_view if show_iterations else _complete_one
-        outputs = [complete(lm, text, raw=raw, **decoding.given())]
-    report = summary(lm, outputs, decoding.given())
+        output, rest = _complete_one(lm, text, raw=raw, **decoding.given())
+    report = summary(lm, [output], decoding.given())
+    write_report(json, report)  # before the answer: a standard output that is gone must not cost it
+    if rest is not None:
+        print(rest)
     note(describe(report))
-    write_report(json, report)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -111,29 +111,8 @@ def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
     return prompts
 
 
-def _check_lengths(
-    lm: "LanguageModel", prompts: list[tuple[Any, Any]], path: Path, *, raw: bool, **settings: Any
-) -> None:
-    """FewstepError naming the first prompt that the model cannot take, before any is decoded."""
-    from fewstep.decode.requests import Request
-    from fewstep.engine.settings import GenerationSettings
-
-    decoder, most = lm.decoder(**settings), GenerationSettings.of(**settings).max_new_tokens
-    for name, prompt in prompts:
-        try:
-            prompt_ids = lm.encode(prompt, raw=raw)
-        except FewstepError as error:
-            raise FewstepError(f"{path}, prompt {shown(name)}: {error}") from None
-        num_new = len(decoder.canvas(Request(prompt_ids=prompt_ids, max_new_tokens=most)).tokens)
-        if len(prompt_ids) + num_new > lm.network.max_positions:
-            raise FewstepError(
-                f"{path}, prompt {shown(name)}: its {len(prompt_ids)} tokens and {num_new} new ones exceed the "
-                f"{lm.network.max_positions} positions of {lm.network.name}; shorten one of them"
-            )
-
-
-def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "Output":
-    """Print the answer: as it grows in a terminal, at once into a pipe."""
+def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "tuple[Output, str]":
+    """Answer one prompt, printing the answer as it grows in a terminal; with the output comes what is not printed."""
     stream = lm.stream(prompt, **settings)
     num_printed = 0
     for _ in stream:
@@ -142,38 +121,56 @@ def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "Output"
             print(text[num_printed:], end="", flush=True)
             num_printed = len(text)
     assert stream.output is not None
-    print(stream.output.text[num_printed:])
-    return stream.output
+    return stream.output, stream.output.text[num_printed:]
 
 
-def _complete_all(lm: "LanguageModel", prompts: list[Any], *, batch_size: int, **settings: Any) -> "list[Output]":
-    """At batch size 1 each prompt is submitted alone, so that its `seconds` do not count the wait for the others."""
-    groups = [[prompt] for prompt in prompts] if batch_size == 1 else [prompts]
-    with progress_bar("generating", len(prompts)) as advance:
-        answered = [
-            lm.generate(group, batch_size=batch_size, on_output=lambda _index, _output: advance(), **settings)
-            for group in groups
-        ]
-    return [output for group in answered for output in group]
+def _complete_file(
+    model: ModelOptions,
+    settings: dict[str, Any],
+    source: Path,
+    target: Path | None,
+    json: Path | None,
+    *,
+    batch_size: int,
+    raw: bool,
+) -> None:
+    """Answer every prompt of a file. At batch size 1 each is submitted alone, so that its `seconds` do not count the
+    wait for the others.
+    """
+    named = _read_prompts(source)
+    from fewstep.engine.answers import answer_all, check_prompts
+    from fewstep.engine.made_by import answers_made_by
+    from fewstep.kept import kept_results
 
+    names, prompts = [name for name, _ in named], [prompt for _, prompt in named]
+    lm = model.load_model()
+    check_prompts(lm, prompts, [f"{source}, prompt {shown(name)}" for name in names], raw=raw, **settings)
 
-def _write_outputs(path: Path | None, outputs: "Iterable[tuple[Any, Output]]") -> None:
-    write_rows(
-        path,
-        (
+    def made_by() -> dict[str, Any]:
+        return answers_made_by(lm, prompts, raw=raw, **settings)
+
+    with kept_results(keeping_target(target, json), made_by) as kept:
+        note_kept(kept, len(prompts))
+        with progress_bar("generating", len(prompts)) as advance:
+            answered = answer_all(lm, prompts, batch_size=batch_size, kept=kept, progress=advance, raw=raw, **settings)
+        report = summary(lm, answered.answers, settings)
+        if answered.num_kept:
+            report["answered_earlier"] = answered.num_kept
+        rows = [
             {
                 "id": name,
-                "text": output.text,
-                "num_tokens": output.num_tokens,
-                "num_forwards": output.num_forwards,
-                "seconds": output.seconds,
+                "text": answer.text,
+                "num_tokens": answer.num_tokens,
+                "num_forwards": answer.num_forwards,
+                "seconds": answer.seconds,
             }
-            for name, output in outputs
-        ),
-    )
+            for name, answer in zip(names, answered.answers, strict=True)
+        ]
+        deliver(json, report, target or STANDARD_OUTPUT, rows)
+    note(describe(report))
 
 
-def summary(lm: "LanguageModel", outputs: "list[Output]", settings: dict[str, Any]) -> dict[str, Any]:
+def summary(lm: "LanguageModel", outputs: "Sequence[Output | Answer]", settings: dict[str, Any]) -> dict[str, Any]:
     """The report on some outputs; the ratio is that of the sums.
 
     `settings` are those that were given; beside them stand those that took effect. No `steps`: one per token, or as few

@@ -48,10 +48,10 @@ def infill(
         )
     gap: dict[str, Any] = {"text": text} if text is not None else {"num_tokens": num_tokens}
     output = lm.infill(prefix or "", suffix or "", prompt=prompt, raw=raw, **gap, **decoding.given())
-    print(output.text)
     report = summary(lm, [output], decoding.given())
-    note(describe(report))
     write_report(json, report)
+    print(output.text)
+    note(describe(report))
 
 
 def _begins_open(lm: "LanguageModel", prefix: str | None, text: str | None) -> bool:

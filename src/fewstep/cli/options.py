@@ -110,6 +110,11 @@ class ProblemOptions:
         """The name that reports give the task."""
         return "gsm-symbolic" if self.data is None else self.data.stem
 
+    @property
+    def source(self) -> str | None:
+        """The file that the problems are from, unless they are bundled."""
+        return None if self.data is None else str(self.data)
+
     def read(self) -> "list[Problem]":
         """FewstepError for a damaged file, or for more problems than are bundled."""
         from fewstep.measure.gsm_symbolic import problems, read_problems

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewstep.cli.sources import STANDARD_OUTPUT
+
+if TYPE_CHECKING:
+    from fewstep.kept import Kept
 
 SECONDS_PER_LINE = 10.0
 
@@ -38,6 +41,20 @@ def write_rows(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
     from fewstep.files import write_rows_whole
 
     write_rows_whole(path, rows)
+
+
+def deliver(
+    report_path: Path | None,
+    report: Any,
+    rows_path: Path | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write a report and rows, those that go to files first: neither is lost with a standard output that is gone."""
+    if rows_path is not None and rows is not None and rows_path != STANDARD_OUTPUT:
+        write_rows(rows_path, rows)
+    write_report(report_path, report)
+    if rows_path == STANDARD_OUTPUT and rows is not None:
+        write_rows(rows_path, rows)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num_texts: int = 1) -> None:
@@ -73,6 +90,17 @@ def note(sentence: str) -> None:
     """A remark for a person on standard error, behind what was printed; a pipe's output stays clean."""
     sys.stdout.flush()
     print(sentence, file=sys.stderr)
+
+
+def note_kept(kept: "Kept", total: int) -> None:
+    """Say how many of `total` answers are there from an earlier run."""
+    if kept.num_found:
+        note(f"{kept.num_found} of {total} answers are kept in {kept.path}, by a run that was interrupted")
+
+
+def keeping_target(*paths: Path | None) -> Path | None:
+    """Beside which file answers are kept: the first that is to be written."""
+    return next((path for path in paths if path is not None and path != STANDARD_OUTPUT), None)
 
 
 class Advance(Protocol):

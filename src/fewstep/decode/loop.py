@@ -91,10 +91,12 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
         raise FewstepError("the prompt is empty; give at least one token")
     if request.max_new_tokens < 1:
         raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-    for each in (network, *decoder.companions.values()):
-        _check_room(each, decoder, request, request.max_new_tokens if request.canvas is None else len(request.canvas))
     canvas = decoder.canvas(request)
-    _check_room(network, decoder, request, len(canvas.tokens))  # in whole blocks
+    asked = request.max_new_tokens if request.canvas is None else len(request.canvas)
+    # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
+    asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
+    for each in (network, *decoder.companions.values()):
+        _check_room(each, decoder, request, asked)
     return canvas
 
 

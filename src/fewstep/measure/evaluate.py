@@ -1,20 +1,18 @@
 """Accuracy of a model on problems with numeric answers, with its passes, tokens and time."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fewstep.decode.decoder import threshold_rule
-from fewstep.decode.requests import Output
-from fewstep.decode.state import State
+from fewstep.engine.answers import Answer, answer_all, check_prompts
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
+from fewstep.kept import Kept
 from fewstep.measure.gsm_solutions import is_correct
 from fewstep.measure.gsm_symbolic import Problem
 from fewstep.measure.metrics import wilson_interval
-from fewstep.models.text import Message
 
 PLAIN_ENGINE = "off"  # no captured steps
 _WARM_UP_TOKENS = 32
@@ -40,8 +38,8 @@ class Record:
 class Report:
     """An evaluation: how it was run, and a record for each problem in order.
 
-    `wall_seconds` is for all problems together, `step_ms` the median time between two rounds of the loop (at batch 1
-    one forward and what goes with it).
+    `num_kept` of the answers are of an earlier run that was cut off. `wall_seconds` is for all problems together,
+    `step_ms` the median time between two rounds of the loop (at batch 1 one forward and what goes with it).
     """
 
     model: str
@@ -59,6 +57,7 @@ class Report:
     records: list[Record]
     wall_seconds: float
     step_ms: float
+    num_kept: int = 0
 
     @property
     def n(self) -> int:
@@ -85,7 +84,8 @@ class Report:
         return sum(record.num_tokens for record in solved) / sum(record.num_forwards for record in solved)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that `eval --json` promises, and the passes of a draft network if there is one.
+        """The keys that `eval --json` promises, the passes of a draft network if there is one, and how many answers are
+        those of an earlier run, if any are.
 
         The records are apart (`records_json`).
         """
@@ -115,6 +115,7 @@ class Report:
             "tokens_per_second": sum(record.num_tokens for record in self.records) / self.wall_seconds,
             "step_ms": self.step_ms,
             **({"num_draft_forwards_mean": drafts} if drafts else {}),
+            **({"answered_earlier": self.num_kept} if self.num_kept else {}),
         }
 
     def records_json(self) -> list[dict[str, Any]]:
@@ -128,24 +129,29 @@ def evaluate(
     task: str = "gsm-symbolic",
     batch_size: int = 32,
     progress: Callable[[], None] | None = None,
+    kept: Kept | None = None,
     warm_up: bool = True,
     **settings: Any,
 ) -> Report:
     """Answer every problem and compare the numbers. Settings are those of `LanguageModel.generate`.
 
     At `batch_size` 1 the problems are asked one after another, so a record's `seconds` is the time of that problem
-    alone; in a batch it counts from the common start, waiting for a free slot included. `progress` is called after each
-    problem. FewstepError if there are no problems.
+    alone; in a batch it counts from the common start, waiting for a free slot included. `kept`: answers of an earlier
+    run, which are not asked for again, and where new ones are kept. `progress` is called after each problem.
+    FewstepError if there are no problems, or if the model cannot take one, before any is answered.
     """
-    if not problems:
-        raise FewstepError("there is nothing to evaluate: give at least one problem")
+    check_problems(model, problems, **settings)
     decoder = model.decoder(**settings)
-    if warm_up:
+    if warm_up and any(kept is None or kept.get(str(index)) is None for index in range(len(problems))):
         _warm_up(model, problems[0], settings)
-    clock = _Rounds()
-    started_s = time.perf_counter()
-    outputs = _answer(model, [problem.question for problem in problems], batch_size, clock, progress, settings)
-    wall_seconds = time.perf_counter() - started_s
+    answered = answer_all(
+        model,
+        [problem.question for problem in problems],
+        batch_size=batch_size,
+        kept=kept,
+        progress=progress,
+        **settings,
+    )
     return Report(
         model=model.network.name,
         role=model.role.name,
@@ -157,10 +163,22 @@ def evaluate(
         batch_size=batch_size,
         dtype=str(model.network.dtype).removeprefix("torch."),
         device=str(model.network.device),
-        records=[_record(problem, output) for problem, output in zip(problems, outputs, strict=True)],
-        wall_seconds=wall_seconds,
-        step_ms=clock.median_ms,
+        records=[_record(problem, answer) for problem, answer in zip(problems, answered.answers, strict=True)],
+        wall_seconds=answered.wall_seconds,
+        step_ms=answered.step_ms,
+        num_kept=answered.num_kept,
     )
+
+
+def check_problems(
+    model: LanguageModel, problems: Sequence[Problem], *, source: str | None = None, **settings: Any
+) -> None:
+    """FewstepError naming the first problem that the model cannot take, and the file `source` that it is from."""
+    if not problems:
+        raise FewstepError("there is nothing to evaluate: give at least one problem")
+    where = "" if source is None else f"{source}, "
+    names = [f"{where}problem {problem.id!r}" for problem in problems]
+    check_prompts(model, [problem.question for problem in problems], names, **settings)
 
 
 def sweep(
@@ -169,9 +187,13 @@ def sweep(
     *,
     thresholds: Sequence[float] = (),
     steps: Sequence[int] = (),
+    kept: Kept | None = None,
+    source: str | None = None,
     **options: Any,
 ) -> list[Report]:
-    """One report for each threshold, then one for each number of steps, on the same problems; see `evaluate`."""
+    """One report for each threshold, then one for each number of steps, on the same problems; see `evaluate` and
+    `check_problems`.
+    """
     if not thresholds and not steps:
         raise FewstepError("a sweep needs at least one threshold or number of steps")
     for name, values in (("threshold", thresholds), ("steps", steps)):
@@ -183,9 +205,18 @@ def sweep(
     varied: list[dict[str, Any]] = [{"threshold": value} for value in thresholds]
     varied += [{"steps": value} for value in steps]
     for settings in varied:
-        model.decoder(**_decoder_settings(options), **settings)  # refuse a bad value before the first long run
+        # Refuse a bad value or problem before the first long run.
+        check_problems(model, problems, source=source, **_decoder_settings(options), **settings)
     return [
-        evaluate(model, problems, warm_up=index == 0, **options, **settings) for index, settings in enumerate(varied)
+        evaluate(
+            model,
+            problems,
+            warm_up=index == 0,
+            kept=None if kept is None else kept.under(f"{index}: "),
+            **options,
+            **settings,
+        )
+        for index, settings in enumerate(varied)
     ]
 
 
@@ -199,56 +230,16 @@ def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -
     model.generate(problem.question, **{**short, "max_new_tokens": _WARM_UP_TOKENS})
 
 
-def _answer(
-    model: LanguageModel,
-    questions: list[str | list[Message]],
-    batch_size: int,
-    clock: "_Rounds",
-    progress: Callable[[], None] | None,
-    settings: dict[str, Any],
-) -> list[Output]:
-    def count(_: int, __: Output) -> None:
-        if progress is not None:
-            progress()
-
-    groups = [[question] for question in questions] if batch_size == 1 else [questions]
-    outputs: list[Output] = []
-    for group in groups:
-        clock.start()
-        outputs += model.generate(group, batch_size=batch_size, listeners=[clock], on_output=count, **settings)
-    return outputs
-
-
-class _Rounds:
-    """A listener that notes how long each round of the loop took."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._last_s = 0.0
-
-    def start(self) -> None:
-        self._last_s = time.perf_counter()
-
-    def __call__(self, _: State) -> None:
-        now_s = time.perf_counter()
-        self._seconds.append(now_s - self._last_s)
-        self._last_s = now_s
-
-    @property
-    def median_ms(self) -> float:
-        return 1000 * statistics.median(self._seconds)
-
-
-def _record(problem: Problem, output: Output) -> Record:
+def _record(problem: Problem, answer: Answer) -> Record:
     return Record(
         id=problem.id,
         template=problem.template,
         answer=problem.answer,
-        text=output.text,
-        correct=is_correct(output.text, problem.answer),
-        num_tokens=output.num_tokens,
-        num_forwards=output.num_forwards,
-        seconds=output.seconds,
-        finish_reason=output.finish_reason,
-        num_draft_forwards=output.num_draft_forwards,
+        text=answer.text,
+        correct=is_correct(answer.text, problem.answer),
+        num_tokens=answer.num_tokens,
+        num_forwards=answer.num_forwards,
+        seconds=answer.seconds,
+        finish_reason=answer.finish_reason,
+        num_draft_forwards=answer.num_draft_forwards,
     )

@@ -43,7 +43,8 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
             part["num_forwards"], part["num_draft_forwards"], part["seconds"], strict=True,
         )
     ]  # fmt: skip
-    shared = [field.name for field in fields(Report) if field.name not in ("records", "wall_seconds", "step_ms")]
+    own = ("records", "wall_seconds", "step_ms", "num_kept")
+    shared = [field.name for field in fields(Report) if field.name not in own]
     for part in shards:
         if differing := [key for key in shared if part["report"].get(key) != told.get(key)]:
             raise FewstepError(f"shards of one report differ in {', '.join(differing)}; empty their folder")
@@ -52,6 +53,7 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
         records=records,
         wall_seconds=sum(part["wall_seconds"] for part in shards),
         step_ms=statistics.median(part["report"]["step_ms"] for part in shards),
+        num_kept=sum(part["report"].get("answered_earlier", 0) for part in shards),
     )
 
 

@@ -283,8 +283,13 @@ def weights_hash(network: Network) -> str:
     Values are rounded to bfloat16, so that a model has one hash whether it was loaded in float32 or bfloat16 (float16
     rounds otherwise).
     """
+    return module_hash(network.module)
+
+
+def module_hash(module: torch.nn.Module) -> str:
+    """The same over any module."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.module.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

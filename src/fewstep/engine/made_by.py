@@ -1,0 +1,49 @@
+"""What makes a result, so that a rerun does not mix it with what others make."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from fewstep.decode.decoder import threshold_rule
+from fewstep.engine.language_model import LanguageModel, Prompt
+from fewstep.engine.settings import GenerationSettings
+from fewstep.models.load import module_hash, weights_hash
+
+_TOLD_OTHERWISE = ("policy", "draft", "heads")
+
+
+@cache
+def made_by(lm: LanguageModel) -> dict[str, str]:
+    """Weights, numbers and kind of device: answers of others are not these. Hashed once a model."""
+    network = lm.network
+    return {"weights": weights_hash(network), "dtype": str(network.dtype), "device": network.device.type}
+
+
+def answers_made_by(
+    lm: LanguageModel, prompts: Sequence[Prompt], *, raw: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Everything that the answers to these prompts depend on, as a JSON object: besides `made_by` the role,
+    the settings in effect, whatever helps to draft, and the prompts.
+    """
+    decoder = lm.decoder(**settings)
+    chosen = {
+        name: value for name, value in asdict(GenerationSettings.of(**settings)).items() if name not in _TOLD_OTHERWISE
+    }
+    heads = getattr(decoder, "heads", None)
+    helpers = {name: weights_hash(network) for name, network in decoder.companions.items()}
+    if heads is not None:
+        helpers["heads"] = module_hash(heads)
+    return {
+        **made_by(lm),
+        "role": lm.role.to_config(),
+        **chosen,
+        **threshold_rule(decoder),
+        "decoder": decoder.name,
+        "policy": repr(decoder.policy),
+        "helpers": helpers,
+        "raw": raw,
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+    }

@@ -1,0 +1,160 @@
+"""Results kept one by one, so that a run that was killed goes on where it was: one guard for commands and recipes.
+
+They stand in a file beside the one that will hold them all (`out.jsonl.kept`): what made them in its first line, then a
+line for each, written as it comes. Results of other weights, settings or inputs are never mixed in. A kill may cut the
+last line off, which is then made again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fewstep.errors import FewstepError
+from fewstep.files import describe_difference, storage_errors
+
+SUFFIX = ".kept"
+_LONGEST_NAME = 200  # bytes
+
+
+class Kept:
+    """Results by key, those of an earlier run too; `add` puts one on the disk at once, if there is a file at all."""
+
+    def __init__(self, path: Path | None = None, stream: IO[bytes] | None = None) -> None:
+        """See `kept_results`; without arguments nothing is written."""
+        self.path = path
+        self.results: dict[str, Any] = {}
+        self.num_found = 0
+        self._stream = stream
+
+    def get(self, key: str) -> Any | None:
+        """The result of this key, or None if there is none yet."""
+        return self.results.get(key)
+
+    def add(self, key: str, result: Any) -> None:
+        """Keep a JSON value. FewstepError if the disk is full; what was kept before stays."""
+        self.results[key] = result
+        if self._stream is not None and self.path is not None:
+            with storage_errors(self.path):
+                self._stream.write(_line({"key": key, "result": result}))
+                self._stream.flush()
+
+    def under(self, prefix: str) -> "Kept":
+        """The same results, of which keys begin with this prefix: for several runs in one file."""
+        return _Part(self, prefix)
+
+
+class _Part(Kept):
+    def __init__(self, whole: Kept, prefix: str) -> None:
+        super().__init__(whole.path)
+        self._whole, self._prefix = whole, prefix
+
+    def get(self, key: str) -> Any | None:
+        return self._whole.get(self._prefix + key)
+
+    def add(self, key: str, result: Any) -> None:
+        self._whole.add(self._prefix + key, result)
+
+
+def kept_path(target: Path) -> Path:
+    """Where the results for `target` are kept until it is written."""
+    target = Path(os.path.realpath(target))
+    name = os.fsencode(target.name)
+    return target.with_name((target.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()) + SUFFIX)
+
+
+@contextmanager
+def kept_results(target: Path | None, made_by: Callable[[], Mapping[str, Any]]) -> Iterator[Kept]:
+    """The results kept for `target`; to be left only once `target` is written, when the file beside it is removed.
+
+    `made_by`: what makes the results, as a JSON object; asked only if there is a file to keep them in. Without a
+    target, or for one that is a pipe or device, nothing is kept. FewstepError if the results there are of something
+    else (the sentence names each thing that differs), or if another process is making them. A KeyboardInterrupt without
+    words is given some that say how to go on.
+    """
+    if target is None or (target.exists() and not target.is_file()):
+        yield Kept()
+        return
+    path = kept_path(target)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = _opened(path)
+    with stream:
+        kept = Kept(path, stream)
+        with storage_errors(path):
+            _begin(kept, stream, json.loads(json.dumps(made_by())))
+        try:
+            yield kept
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt) or not kept.results:
+                raise
+            raise KeyboardInterrupt(
+                f"interrupted; answers kept in {path}: {len(kept.results)}; repeat the command to go on"
+            ) from interrupt
+        finally:
+            if not kept.results:
+                path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The file, made if it is missing, and locked: nobody else adds to it."""
+    while True:
+        stream = path.open("a+b")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise FewstepError(f"another process is adding to {path}; wait for it, or name another file") from None
+        except OSError:
+            return stream  # a file system without locks
+        if path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+            return stream
+        stream.close()  # it was finished, and removed, in between
+
+
+def _begin(kept: Kept, stream: IO[bytes], made_by: Mapping[str, Any]) -> None:
+    """Read what is there, or write the first line."""
+    stream.seek(0)
+    first = stream.readline()
+    end = len(first)
+    if first.endswith(b"\n"):
+        there = _read(first)
+        if "made_by" not in there:
+            raise FewstepError(f"{kept.path} holds no kept results; move it away")
+        for line in stream:
+            entry = _read(line) if line.endswith(b"\n") else {}
+            if not {"key", "result"} <= entry.keys():
+                break
+            kept.results[entry["key"]] = entry["result"]
+            end += len(line)
+        kept.num_found = len(kept.results)
+        difference = describe_difference(there["made_by"], made_by)
+        if difference and kept.results:
+            raise FewstepError(
+                f"{kept.path} keeps answers of a run with other settings ({difference}), which was interrupted; repeat "
+                "that run to finish it, or remove the file to begin anew"
+            )
+        if not difference:
+            stream.truncate(end)
+            return
+    stream.truncate(0)
+    stream.write(_line({"made_by": made_by}))
+    stream.flush()
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """The object of a line; an empty one if it is damaged."""
+    try:
+        value = json.loads(line.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
