@@ -7,7 +7,7 @@ import typer
 from fewstep.cli.evaluate import print_figures
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
-from fewstep.cli.report import keeping_target, note_kept, progress_bar, write_report
+from fewstep.cli.report import deliver, keeping_target, note_kept, progress_bar
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError, suggestion
 
@@ -56,13 +56,17 @@ def compare(
                 for which, lm, (_, settings) in zip(("first", "second"), models, contenders, strict=True)
             ]  # fmt: skip
         comparison = compare_reports(reports[0], reports[1], settings=(contenders[0][1], contenders[1][1]))
-        write_report(json, comparison.to_json())
-    print_figures([{**report.to_json(), "model": name} for report, name in zip(reports, comparison.names, strict=True)])
-    print(comparison.sentence())
-    print(
-        f"First / second: tokens per pass {comparison.tokens_per_forward_ratio:.2f}x, "
-        f"median seconds {comparison.seconds_ratio:.3f}x."
-    )
+        named = [{**report.to_json(), "model": name} for report, name in zip(reports, comparison.names, strict=True)]
+
+        def show() -> None:
+            print_figures(named)
+            print(comparison.sentence())
+            print(
+                f"First / second: tokens per pass {comparison.tokens_per_forward_ratio:.2f}x, "
+                f"median seconds {comparison.seconds_ratio:.3f}x."
+            )
+
+        deliver(json, comparison.to_json(), show=show)
 
 
 def _parse(specification: str) -> tuple[str, dict[str, Any]]:

@@ -74,13 +74,15 @@ def evaluate(
             for report in reports
             for record in report.records_json()
         ]
-        deliver(json, figures if swept else figures[0], records, rows)
-    drawn = []
-    if plot is not None:
-        drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=f"{problems.task}, {len(asked)} problems")
-    print_figures(figures)
-    if drawn:
-        note(f"drawn: {', '.join(map(str, drawn))}")
+
+        def show() -> None:
+            if plot is not None:
+                title = f"{problems.task}, {len(asked)} problems"
+                drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=title)
+                note(f"drawn: {', '.join(map(str, drawn))}")
+            print_figures(figures)
+
+        deliver(json, figures if swept else figures[0], rows_path=records, rows=rows, show=show)
 
 
 def print_figures(figures: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import typer
 from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import DecodingOptions, Json, ModelOptions
-from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar, write_report
+from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar
 from fewstep.cli.sources import STANDARD_OUTPUT, Touches
 from fewstep.errors import FewstepError
 from fewstep.values import shown
@@ -65,15 +65,14 @@ def generate(
         return
     text = _read_prompt(prompt)
     lm = model.load_model()
-    rest: str | None = None
+    rest: list[str] = []
     if show_iterations:
         output = complete_in_view(lm, text, raw=raw, **decoding.given())
     else:
-        output, rest = _complete_one(lm, text, raw=raw, **decoding.given())
+        output, unprinted = _complete_one(lm, text, raw=raw, **decoding.given())
+        rest = [unprinted]
     report = summary(lm, [output], decoding.given())
-    write_report(json, report)  # before the answer: a standard output that is gone must not cost it
-    if rest is not None:
-        print(rest)
+    deliver(json, report, show=lambda: print(*rest) if rest else None)
     note(describe(report))
 
 
@@ -166,7 +165,7 @@ def _complete_file(
             }
             for name, answer in zip(names, answered.answers, strict=True)
         ]
-        deliver(json, report, target or STANDARD_OUTPUT, rows)
+        deliver(json, report, rows_path=target or STANDARD_OUTPUT, rows=rows)
     note(describe(report))
 
 

@@ -7,7 +7,7 @@ import typer
 from fewstep.cli.generate import describe, summary
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
-from fewstep.cli.report import note, write_report
+from fewstep.cli.report import deliver, note
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def infill(
     gap: dict[str, Any] = {"text": text} if text is not None else {"num_tokens": num_tokens}
     output = lm.infill(prefix or "", suffix or "", prompt=prompt, raw=raw, **gap, **decoding.given())
     report = summary(lm, [output], decoding.given())
-    write_report(json, report)
-    print(output.text)
+    deliver(json, report, show=lambda: print(output.text))
     note(describe(report))
 
 

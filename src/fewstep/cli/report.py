@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,15 +46,23 @@ def write_rows(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
 def deliver(
     report_path: Path | None,
     report: Any,
+    *,
     rows_path: Path | None = None,
-    rows: Iterable[Mapping[str, Any]] | None = None,
+    rows: Iterable[Mapping[str, Any]] = (),
+    show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a report and rows, those that go to files first: neither is lost with a standard output that is gone."""
-    if rows_path is not None and rows is not None and rows_path != STANDARD_OUTPUT:
-        write_rows(rows_path, rows)
-    write_report(report_path, report)
-    if rows_path == STANDARD_OUTPUT and rows is not None:
-        write_rows(rows_path, rows)
+    """Write a report and rows, and `show` what is for people: files come first, whatever becomes of standard output."""
+    writing: list[tuple[Path | None, Callable[[], None]]] = [
+        (rows_path, lambda: write_rows(rows_path, rows)),
+        (report_path, lambda: write_report(report_path, report)),
+    ]
+    for path, write in writing:
+        if path is not None and path != STANDARD_OUTPUT:
+            write()
+    show()
+    for path, write in writing:
+        if path == STANDARD_OUTPUT:
+            write()
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, num_texts: int = 1) -> None:
