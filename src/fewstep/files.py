@@ -24,6 +24,9 @@ from fewstep.errors import FewstepError
 
 MANIFEST_NAME = "manifest.json"
 
+MOST_SHARDS = 10**6
+"""More than anybody has, and few enough to go through their numbers."""
+
 
 # Whole files and folders
 
@@ -444,10 +447,12 @@ class Shards:
         if not path.is_file():
             raise FewstepError(f"{folder} has no {MANIFEST_NAME}, so it is not a folder of shards")
         manifest = read_json(path)
-        try:
-            num_shards, suffix = int(manifest["num_shards"]), str(manifest["suffix"])
-        except (KeyError, TypeError, ValueError):
-            raise FewstepError(f"{path} is damaged: it does not say num_shards and suffix") from None
+        fields = manifest if isinstance(manifest, dict) else {}
+        num_shards, suffix = fields.get("num_shards"), fields.get("suffix")
+        if type(num_shards) is not int or not 0 <= num_shards <= MOST_SHARDS:
+            raise FewstepError(f"{path} is damaged: num_shards must say how many there are, got {num_shards!r:.40}")
+        if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix):
+            raise FewstepError(f"{path} is damaged: suffix must be that of the shards' names, got {suffix!r:.40}")
         return cls(folder, num_shards=num_shards, suffix=suffix, manifest=manifest)
 
     def path(self, index: int) -> Path:
@@ -456,7 +461,8 @@ class Shards:
 
     def finished(self) -> list[int]:
         """Numbers of the finished shards, ascending."""
-        return [index for index in range(self.num_shards) if self.path(index).is_file()]
+        there = {path.name for path in self.folder.iterdir() if path.is_file()}
+        return [index for index in range(self.num_shards) if self.path(index).name in there]
 
     def unfinished(self, worker: tuple[int, int] = (0, 1)) -> list[int]:
         """Numbers of the shards that worker k of n (k from 0) has still to make: those of k, k + n, k + 2n, ...

@@ -16,6 +16,7 @@ from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
 from fewstep.cli.sources import Touches
 from fewstep.decode.jacobi import Jacobi
+from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -234,6 +235,11 @@ def cdlm(built: Built, json: Path | None) -> None:
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)
     network = start.load(start.model or start.teacher, "block_causal")
+    if network.vocab_size != teacher.vocab_size:
+        raise FewstepError(
+            f"the student {network.name} has {network.vocab_size} tokens and the teacher {teacher.name} "
+            f"{teacher.vocab_size}; a student learns from a teacher with its own vocabulary"
+        )
     built[BlockCorruption].check_tokens(network.vocab_size)
     table, references = read_table(start.trajectories, teacher)
     objective = CDLMObjective(

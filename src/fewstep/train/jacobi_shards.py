@@ -21,11 +21,12 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.cllm import JacobiTable
 from fewstep.train.collect import CollectReport, collect_records
-from fewstep.train.examples import Examples
+from fewstep.train.examples import Examples, Origin
 from fewstep.train.record_shards import (
     PromptRow,
     RecordShards,
     RecordStore,
+    check_range,
     concatenated,
     list_column,
     list_column_of,
@@ -38,9 +39,12 @@ class JacobiShards(RecordShards[Trajectory]):
 
     kind: ClassVar[str] = "jacobi trajectories"
     maker: ClassVar[str] = "model"
+    counts: ClassVar[tuple[str, ...]] = ("num_positions", "num_windows", "num_state_tokens")
 
     def _describe(self, manifest: Mapping[str, Any]) -> None:
-        self.window = int(manifest["window"])
+        self.window = manifest["window"]
+        if type(self.window) is not int or self.window < 1:
+            raise TypeError(f"window is {self.window!r:.40}, no number of tokens")
 
     @staticmethod
     def output_of(record: Trajectory) -> Output:
@@ -66,7 +70,14 @@ class JacobiShards(RecordShards[Trajectory]):
     def _arrays(self, column: Mapping[str, pa.Array]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         arrays = {name: column[name].flatten().to_numpy() for name in ("answer_ids", "num_states", "states")}
         counted_by = {"answer_ids": "num_positions", "num_states": "num_windows", "states": "num_state_tokens"}
-        return arrays | {"lengths": column["answer_ids"].value_lengths().to_numpy()}, counted_by
+        arrays["lengths"] = column["answer_ids"].value_lengths().to_numpy()
+        check_range("the lengths of answers", arrays["lengths"], 1)
+        if (column["num_states"].value_lengths().to_numpy() != -(-arrays["lengths"] // self.window)).any():
+            raise ValueError(f"an answer is not in windows of {self.window} tokens")
+        check_range("num_states", arrays["num_states"], 2)
+        for name in ("answer_ids", "states"):
+            check_range(name, arrays[name], 0)
+        return arrays, counted_by
 
 
 def collect_jacobi(
@@ -120,6 +131,21 @@ def collect_jacobi(
     )
 
 
+def _read(store: RecordStore[JacobiShards], index: int, vocab_size: int) -> dict[str, Any]:
+    """The columns of a shard. FewstepError if it is damaged, or holds a token that the network does not have."""
+    arrays = store.files.read(index)
+    try:
+        for name in ("prompt_ids", "answer_ids", "states", "reference_ids"):
+            check_range(name, arrays[name], 0, vocab_size - 1)
+    except ValueError as error:
+        raise store.files.damaged(index, error) from error
+    return arrays
+
+
+def _origin(folder: str | Path, parts: Sequence[Mapping[str, Any]]) -> tuple[Origin, ...]:
+    return (Origin(str(folder), "record", [name for part in parts for name in part["ids"]]),)
+
+
 def read_jacobi_table(folder: str | Path, network: Network) -> tuple[JacobiTable, Examples | None]:
     """The trajectories in `folder`, and the reference answers stored beside them (None if there are none).
 
@@ -127,7 +153,7 @@ def read_jacobi_table(folder: str | Path, network: Network) -> tuple[JacobiTable
     """
     store = RecordStore(folder, JacobiShards, teacher_hash=network_hash(network))
     store.check_not_empty()
-    parts = [store.files.read(index) for index in store.finished]
+    parts = [_read(store, index, network.vocab_size) for index in store.finished]
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([part[name] for part in parts])
@@ -138,12 +164,15 @@ def read_jacobi_table(folder: str | Path, network: Network) -> tuple[JacobiTable
     prompt_ids, prompt_lengths = joined("prompt_ids"), joined("prompt_lengths")
     prompts = ragged(prompt_ids, prompt_lengths)
     small = np.int16 if network.vocab_size <= 1 << 15 else np.int32
-    table = JacobiTable(
-        Examples(*prompts, *ragged(joined("answer_ids"), joined("lengths"))),
-        store.files.window,
-        torch.from_numpy(joined("states").astype(small)),
-        torch.from_numpy(joined("num_states").astype(np.int64)),
-    )
+    try:
+        table = JacobiTable(
+            Examples(*prompts, *ragged(joined("answer_ids"), joined("lengths")), _origin(folder, parts)),
+            store.files.window,
+            torch.from_numpy(joined("states").astype(small)),
+            torch.from_numpy(joined("num_states").astype(np.int64)),
+        )
+    except ValueError as error:
+        raise FewstepError(f"the trajectories in {folder} are damaged: {error}; collect them again") from error
     has_reference = joined("has_reference")
     if not has_reference.any():
         return table, None

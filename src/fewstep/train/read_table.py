@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
-from fewstep.train.examples import Examples
+from fewstep.train.examples import Examples, Origin
 from fewstep.train.relabel import OF_STUDENT
 from fewstep.train.trajectories import TrajectoryArrays, TrajectoryStore
 from fewstep.train.trajectory_table import HiddenDistributions, TopDistributions, TrajectoryTable
@@ -32,7 +32,10 @@ def table_from_store(store: TrajectoryStore, teacher: Network | None = None) -> 
         torch.from_numpy(arrays.prompt_offsets),
         torch.from_numpy(arrays.final_ids),
         torch.from_numpy(arrays.offsets),
+        (Origin(str(store.folder), "record", arrays.ids),),
     )
+    if teacher is not None:
+        examples.check_tokens(teacher.vocab_size)
     table = TrajectoryTable(
         examples,
         torch.from_numpy(arrays.step_rank),

@@ -22,6 +22,10 @@ from fewstep.files import Shards
 SCHEMA_VERSION = 1
 _METADATA_KEY = b"fewstep"
 
+_COUNTS = ("num_prompts", "num_records", "num_prompt_tokens", "num_reference_tokens", "num_forwards")
+_MOST = 1 << 48
+"""Beyond any count that memory holds."""
+
 RecordT = TypeVar("RecordT")
 
 
@@ -37,11 +41,13 @@ class PromptRow:
 class RecordShards(ABC, Generic[RecordT]):
     """Reads and writes the Parquet files of one folder, as its manifest describes them.
 
-    A subclass names its `kind` and who makes its records (`maker`), and has the abstract methods below.
+    A subclass names its `kind`, who makes its records (`maker`) and the facts that it counts (`counts`), and has the
+    abstract methods below.
     """
 
     kind: ClassVar[str]
     maker: ClassVar[str]
+    counts: ClassVar[tuple[str, ...]]
 
     def __init__(self, shards: Shards) -> None:
         """FewstepError if the folder holds another kind or schema."""
@@ -56,15 +62,17 @@ class RecordShards(ABC, Generic[RecordT]):
         self.shards = shards
         try:
             self.maker_hash = str(manifest["teacher_hash"])
+            if not isinstance(manifest["decoding"], dict):
+                raise TypeError("decoding holds no settings")
             self._describe(manifest)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FewstepError(
                 f"the manifest of {shards.folder} is damaged ({error}); collect again elsewhere"
             ) from None
 
     @abstractmethod
     def _describe(self, manifest: Mapping[str, Any]) -> None:
-        """Take what the manifest says of this kind. KeyError or TypeError if it is damaged."""
+        """Take what the manifest says of this kind. KeyError, TypeError or ValueError if it is damaged."""
 
     @staticmethod
     @abstractmethod
@@ -134,13 +142,19 @@ class RecordShards(ABC, Generic[RecordT]):
         )
         facts = self._checked_facts(index, table.schema.metadata)
         try:
+            table.validate(full=True)
             return self._checked_arrays(table, facts)
-        except (KeyError, ValueError, pa.ArrowException) as error:
-            raise self._damaged(index, error) from error
+        except Exception as error:  # pyarrow and numpy have many for columns that are not what they should be
+            raise self.damaged(index, error) from error
 
     def _checked_arrays(self, table: pa.Table, facts: Mapping[str, int]) -> dict[str, Any]:
         """ValueError, KeyError or ArrowException if the columns do not fit together."""
         column = {name: _one_chunk(table.column(name)) for name in table.column_names}
+        for name, values in column.items():
+            if values.null_count and name != "reference_ids":
+                raise ValueError(f"{name} holds nulls")
+        if column["id"].type != pa.string():
+            raise ValueError(f"the ids are stored as {column['id'].type}")
         own, counted_by = self._arrays(column)
         arrays: dict[str, Any] = {
             "ids": column["id"].to_pylist(),
@@ -159,13 +173,16 @@ class RecordShards(ABC, Generic[RecordT]):
         for name, fact in counted_by.items():
             if len(arrays[name]) != facts[fact]:
                 raise ValueError(f"{name} holds {len(arrays[name])} rows, its metadata say {facts[fact]}")
+        check_range("num_forwards", arrays["num_forwards"], 0)
+        check_range("prompt_ids", arrays["prompt_ids"], 0)
+        check_range("reference_ids", arrays["reference_ids"], 0)
         return arrays
 
     def _reading(self, index: int, read: Callable[[Path], Any]) -> Any:
         try:
             return read(self.shards.path(index))
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(index, error) from error
+        except Exception as error:  # a damaged file makes pyarrow raise what its bytes happen to spell
+            raise self.damaged(index, error) from error
 
     def _checked_facts(self, index: int, metadata: Mapping[bytes, bytes] | None) -> dict[str, int]:
         path = self.shards.path(index)
@@ -178,14 +195,19 @@ class RecordShards(ABC, Generic[RecordT]):
             raise FewstepError(f"{path} has trajectory schema {schema_version}, not {SCHEMA_VERSION}; collect it again")
         if maker_hash != self.maker_hash:
             raise FewstepError(
-                f"{path} was made by another {self.maker} ({maker_hash[:12]}, not {self.maker_hash[:12]}); "
+                f"{path} was made by another {self.maker} ({str(maker_hash)[:12]}, not {self.maker_hash[:12]}); "
                 "delete it and collect again"
             )
         if shard != index:
             raise FewstepError(f"{path} holds shard {shard}; delete it and collect again")
-        return {name: count for name, count in facts.items() if name.startswith("num_")}
+        counts = {name: facts.get(name) for name in (*_COUNTS, *self.counts)}
+        for name, count in counts.items():
+            if type(count) is not int or not 0 <= count < _MOST:
+                raise self.damaged(index, ValueError(f"its metadata say {count!r:.40} of {name}"))
+        return counts
 
-    def _damaged(self, index: int, error: BaseException) -> FewstepError:
+    def damaged(self, index: int, error: BaseException) -> FewstepError:
+        """The sentence about a shard in which `error` was found."""
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return FewstepError(
             f"the trajectory shard {self.shards.path(index)} is damaged ({reason[0]}); "
@@ -232,6 +254,15 @@ class RecordStore(Generic[ShardsT]):
 
     def __len__(self) -> int:
         return self.count("num_records")
+
+
+def check_range(name: str, values: np.ndarray, least: float, most: float | None = None) -> None:
+    """ValueError unless all values are finite, at least `least`, and at most `most`, if that is given."""
+    if not len(values):
+        return
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= least and highest < np.inf and (most is None or highest <= most)):
+        raise ValueError(f"{name} holds values from {lowest} to {highest}")
 
 
 def concatenated(parts: Sequence[np.ndarray], dtype: Any, width: int | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.errors import FewstepError
 from fewstep.train.record_shards import PromptRow, RecordStore, offsets_of
 from fewstep.train.trajectory_shards import TrajectoryShards
 
@@ -144,7 +145,12 @@ class TrajectoryStore(RecordStore[TrajectoryShards]):
             name: (dtype, () if name == "log_tail" else (width,)) for name, (dtype, width) in self.files.columns.items()
         }
         starts = {name: offsets_of([shard[fact] for shard in facts]) for name, fact in counted_by.items()}
-        arrays = {name: np.empty((int(starts[name][-1]), *row), dtype=dtype) for name, (dtype, row) in shapes.items()}
+        try:
+            arrays = {
+                name: np.empty((int(starts[name][-1]), *row), dtype=dtype) for name, (dtype, row) in shapes.items()
+            }
+        except (MemoryError, ValueError) as error:
+            raise FewstepError(f"the trajectories in {self.folder} do not fit the memory, or are damaged") from error
 
         def fill(number: int) -> list[str]:
             part = self.files.read(shards[number])

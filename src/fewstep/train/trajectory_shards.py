@@ -16,11 +16,15 @@ import torch
 
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
-from fewstep.train.record_shards import RecordShards, concatenated, list_column_of, offsets_of
+from fewstep.train.record_shards import RecordShards, check_range, concatenated, list_column_of, offsets_of
 from fewstep.values import Count, check_fields
 
 _FLOAT16_LOWEST = float(np.finfo(np.float16).min)
 _LARGEST_RANK = int(np.iinfo(np.int16).max)
+_MOST_TOKENS = 1 << 31
+
+_ROUNDING = 0.01
+"""By how much a log-probability of 0 may be above it once it is rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,14 @@ class TrajectoryShards(RecordShards[Output]):
 
     kind: ClassVar[str] = "diffusion trajectories"
     maker: ClassVar[str] = "teacher"
+    counts: ClassVar[tuple[str, ...]] = ("num_positions",)
 
     def _describe(self, manifest: Mapping[str, Any]) -> None:
+        for name in ("vocab_size", "mask_token_id"):
+            if type(manifest[name]) is not int:
+                raise TypeError(f"{name} is {manifest[name]!r:.40}, no integer")
+        if not 0 <= manifest["mask_token_id"] < manifest["vocab_size"] < _MOST_TOKENS:
+            raise ValueError(f"there is no token {manifest['mask_token_id']} among {manifest['vocab_size']}")
         self.distribution = Distribution(**manifest["distribution"])
         self.teacher = Teacher(
             hash=self.maker_hash, vocab_size=manifest["vocab_size"], mask_token_id=manifest["mask_token_id"]
@@ -141,18 +151,39 @@ class TrajectoryShards(RecordShards[Output]):
             "canvas_length": column["canvas_length"].to_numpy(),
         }
         for name, (dtype, width) in self.columns.items():
+            row_bytes = dtype.itemsize * width
+            if (_byte_lengths(column[name]) != arrays["lengths"] * row_bytes).any():
+                raise ValueError(f"{name} does not hold {row_bytes} bytes for each position")
             flat = _flat_bytes(column[name]).view(dtype)
             arrays[name] = flat.reshape(-1, width) if width > 1 or name != "log_tail" else flat
+        if (column["step_rank"].value_lengths().to_numpy() != arrays["lengths"]).any():
+            raise ValueError("step_rank and final_ids are not of one length")
+        self._check_values(arrays)
         return arrays, dict.fromkeys(("final_ids", "step_rank", *self.columns), "num_positions")
+
+    def _check_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """ValueError for what no decoding leaves behind, such as a token that the vocabulary does not have."""
+        last_token = self.teacher.vocab_size - 1
+        check_range("final_ids", arrays["final_ids"], 0, last_token)
+        check_range("step_rank", arrays["step_rank"], 0, _LARGEST_RANK)
+        check_range("the lengths of answers", arrays["lengths"], 1)
+        if (arrays["canvas_length"] < arrays["lengths"]).any():
+            raise ValueError("an answer is longer than its canvas")
+        if self.distribution.kind == "top_k":
+            check_range("topk_ids", arrays["topk_ids"], 0, last_token)
+            for name in ("topk_logp", "log_tail"):
+                check_range(name, arrays[name], _FLOAT16_LOWEST, _ROUNDING)
+        elif not self._finite(arrays["hidden"]):
+            raise ValueError("hidden holds values that are not finite")
 
 
 def _stored_length(name: str, output: Output) -> int:
-    """Positions up to and including the last one that a pass finalised. ValueError for impossible steps."""
+    """Positions up to and including the last one that a pass finalised. FewstepError for impossible steps."""
     finalised = (output.step_G > 0).nonzero()[:, 0]
     if not len(finalised):
-        raise ValueError(f"{name}: the decoding finalised nothing")
+        raise FewstepError(f"prompt {name}: the decoding finalised nothing, so it has no trajectory")
     if output.step_G.max() > _LARGEST_RANK:
-        raise ValueError(f"{name}: a step beyond {_LARGEST_RANK} cannot be stored")
+        raise FewstepError(f"prompt {name}: a step beyond {_LARGEST_RANK} cannot be stored; decode in fewer")
     return int(finalised[-1]) + 1
 
 
@@ -164,6 +195,19 @@ def _binary_column_of(flat: np.ndarray, lengths: Sequence[int], row_bytes: int) 
 
 def _flat_bytes(column: pa.Array) -> np.ndarray:
     """All bytes of a large_binary column as one array, without a copy."""
-    _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]] if len(ends) else np.empty(0, np.uint8)
+    ends = _ends(column)
+    return np.frombuffer(column.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]] if len(ends) else np.empty(0, "u1")
+
+
+def _byte_lengths(column: pa.Array) -> np.ndarray:
+    """How many bytes each row of a large_binary column holds."""
+    return np.diff(_ends(column))
+
+
+def _ends(column: pa.Array) -> np.ndarray:
+    """Where each row of a large_binary column begins in its bytes, and the last ends. ValueError for another type."""
+    if column.type != pa.large_binary():
+        raise ValueError(f"a distribution is stored as {column.type}")
+    if not len(column):
+        return np.empty(0, np.int64)
+    return np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
