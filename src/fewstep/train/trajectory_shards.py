@@ -158,6 +158,8 @@ class TrajectoryShards(RecordShards[Output]):
             arrays[name] = flat.reshape(-1, width) if width > 1 or name != "log_tail" else flat
         if (column["step_rank"].value_lengths().to_numpy() != arrays["lengths"]).any():
             raise ValueError("step_rank and final_ids are not of one length")
+        for name in ("prompt_ids", "reference_ids"):
+            check_range(name, column[name].flatten().to_numpy(), 0, self.teacher.vocab_size - 1)
         self._check_values(arrays)
         return arrays, dict.fromkeys(("final_ids", "step_rank", *self.columns), "num_positions")
 
