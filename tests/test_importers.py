@@ -653,6 +653,20 @@ def test_a_causal_import_decodes_like_transformers_generate(kind: str, tmp_path:
     assert output.token_ids == stock[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_an_imported_sliding_window_is_checked_and_decoded_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "source", kind), tmp_path / "target"
+    edit_config(source, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    result = import_checkpoint(source, target, check=True)
+    assert result.difference is not None
+    assert result.difference < 1e-5
+    lm = load(target)
+    assert lm.network.architecture.window == 3
+    stock = lm.network.module.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, eos_token_id=EOS)
+    output = decode(lm.network, [Request(prompt_ids=PROMPT, max_new_tokens=20)], lm.decoder())[0]
+    assert output.token_ids == stock[0, len(PROMPT) :].tolist()
+
+
 # Training
 
 DOCUMENTS = [([7, 9, 11, 4], 6), ([3, 8, 4], 4), ([5, 6, 10, 12, 13, 4], 11)]

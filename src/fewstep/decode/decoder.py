@@ -203,4 +203,5 @@ def cached_plan(kind: str, state: State, role: Role, *, width: int, active: int,
         blocks_RQ=torch.where(inert_RQ, INVISIBLE, role.blocks(positions_RQ, state.context_length_R[:, None])),
         slots_RQ=torch.where(inert_RQ, length, positions_RQ),  # slot p holds position p; slot `length` is scratch
         scored_RS=torch.arange(first, width + active, device=device).expand(len(positions_RQ), -1),
+        context_length_R=state.context_length_R,
     )

@@ -102,11 +102,7 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
 
 def _check_room(network: Network, decoder: Decoder, request: Request, num_new: int) -> None:
     num_given = len(request.prompt_ids)
-    if num_given + num_new > network.max_positions:
-        raise FewstepError(
-            f"a prompt of {num_given} tokens and {num_new} new ones exceed the {network.max_positions} positions of "
-            f"{network.name}; shorten one of them"
-        )
+    network.check_length(num_given, num_new)
     room = network.max_positions - num_given
     if decoder.num_guessed > room:
         raise FewstepError(

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from fewstep.errors import FewstepError
+from fewstep.models.architectures import within_window
 from fewstep.models.masks import Layout
+from fewstep.models.network import Network
 
 _FLEX = "fewstep_flex"
 
@@ -33,9 +36,29 @@ AttentionInterface.register(_FLEX, _flex_forward)
 _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
+def check_trainable(network: Network, *, compiled: bool) -> None:
+    """FewstepError for a network whose attention or positions packed training does not compute as they are defined."""
+    if network.architecture.long_from is not None:
+        raise FewstepError(
+            f"{network.name} has rotary factors that depend on the length of a text (longrope), which packed training "
+            "does not apply; train a model without them"
+        )
+    if compiled and (network.architecture.window is not None or not _takes_plain_attention(network.module)):
+        raise FewstepError(
+            f"{network.name} has a sliding window or attention of its own, which compiled training does not apply; "
+            "train it without --compiled"
+        )
+
+
 def prepare_attention(module: PreTrainedModel, *, compiled: bool) -> None:
-    """Choose the attention back end that goes with `training_mask`."""
-    module.set_attn_implementation(_FLEX if compiled else "sdpa")
+    """Choose the attention back end that goes with `training_mask`; without `compiled` that of decoding."""
+    plain = "sdpa" if _takes_plain_attention(module) else "eager"
+    module.set_attn_implementation(_FLEX if compiled else plain)
+
+
+def _takes_plain_attention(module: PreTrainedModel) -> bool:
+    """Whether the class's attention is softmax(q k) v: with a soft cap (Gemma 2) or sinks (GPT-OSS) it is not."""
+    return bool(module._supports_sdpa)
 
 
 def compile_layers(module: PreTrainedModel) -> None:
@@ -44,6 +67,16 @@ def compile_layers(module: PreTrainedModel) -> None:
         layer.compile(dynamic=False)
 
 
-def training_mask(layout: Layout, *, compiled: bool) -> Tensor | BlockMask:
+def training_mask(network: Network, layout: Layout, positions_RT: Tensor, *, compiled: bool) -> Any:
     """The layout's mask in the form that the prepared module takes."""
-    return layout.flex(_compiled_create_block_mask) if compiled else layout.dense()
+    if compiled:
+        return layout.flex(_compiled_create_block_mask)
+    whole, window = layout.dense(), network.architecture.window
+    windowed = None if window is None else whole & within_window(positions_RT, positions_RT, window)
+    if not _takes_plain_attention(network.module):  # such attention adds the mask to its scores
+        whole, windowed = _as_numbers(whole), None if windowed is None else _as_numbers(windowed)
+    return network.architecture.attention_mask(whole, windowed)
+
+
+def _as_numbers(mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))

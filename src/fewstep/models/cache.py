@@ -27,7 +27,8 @@ class KVCache(Cache):
         self.num_slots = length + 1
         self.scratch = length
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, num_requests, config.num_key_value_heads, self.num_slots, head_width)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (config.num_hidden_layers, num_requests, num_heads, self.num_slots, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._all_blocks = torch.full((num_requests, self.num_slots), INVISIBLE, device=device)

@@ -38,6 +38,7 @@ from fewstep.models.checkpoint_files import (
     read_object,
     reading,
 )
+from fewstep.models.importers.convert import check_imported
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import BUNDLED, bundled_names, local_folder
 from fewstep.models.network import Network
@@ -134,10 +135,12 @@ def load_network(
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a folder, less what would choose a back end: that is this machine's choice, not a checkpoint's.
 
-    FewstepError naming config.json if it is damaged, of an unknown kind, or of quantised weights.
+    FewstepError naming config.json if it is damaged, of an unknown kind, or of quantised weights, or if the family has
+    to be imported first.
     """
     path = folder / CONFIG
     settings = read_object(path)
+    check_imported(settings, str(folder))
     if settings.get("quantization_config"):
         raise FewstepError(f"{path} says that the weights are quantised (quantization_config); load the original")
     with reading(path):

@@ -94,11 +94,11 @@ def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
 
 
 def show_tree(mask_R1QK: Tensor, slots_RQ: Tensor, tree_TT: Tensor) -> None:
-    """Let each of the last T rows see those of them that `tree_TT` marks in its line, in place.
+    """Let each of the last T rows see those of them that `tree_TT` ([T, T], or [R, T, T]) marks in its line, in place.
 
     Their slots are invisible so far. A request that is done has slots past the end, and sees what it likes.
     """
-    num_rows = len(tree_TT)
+    num_rows = tree_TT.shape[-1]
     slots_RT = slots_RQ[:, -num_rows:].clamp(max=mask_R1QK.shape[-1] - 1)
     columns_RTT = slots_RT[:, None, :].expand(-1, num_rows, -1)
     mask_R1QK[:, 0, -num_rows:].scatter_(2, columns_RTT, tree_TT.expand_as(columns_RTT))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
+from fewstep.models.architectures import LongRope, adjust_logits, examine, within_window
 from fewstep.models.cache import KVCache
 from fewstep.models.masks import cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
@@ -35,7 +36,7 @@ class Plan:
     positions to be scored (diffusion), neighbours from left to right, or whose next token is wanted (causal).
     `guidance`: for uncached forwards only; its rows join the same forward. `tree_TT`, boolean: the last T rows of a
     cached forward are guesses that branch, and row t also sees the rows marked in its line. No other row sees them, nor
-    does a later forward. `network`: whose forward it is, "target" or "draft".
+    does a later forward. `network`: whose forward it is, "target" or "draft". `context_length_R`: of cached forwards.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Plan:
     network: str = "target"
     guidance: Guidance | None = None
     tree_TT: Tensor | None = None
+    context_length_R: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Network:
         self.tokenizer = tokenizer
         self.name = name
         self._check_tokens()
+        self.architecture = examine(module, name)
+        self._check_role()
 
     def _check_tokens(self) -> None:
         mask, vocab_size = self.role.mask_token_id, self.vocab_size
@@ -81,6 +85,35 @@ class Network:
         if self.tokenizer.eos_token_id is None:
             raise FewstepError(
                 f"{self.name}: the tokenizer has no end-of-text token; set eos_token in its configuration"
+            )
+
+    def _check_role(self) -> None:
+        """FewstepError if the module has something that is defined for causal attention alone."""
+        if self.role.name == "autoregressive":
+            return
+        if self.architecture.window is not None:
+            raise FewstepError(
+                f"{self.name} has layers with a sliding window of {self.architecture.window} positions, which is "
+                f"defined for the role autoregressive, not for {self.role.name}; choose a model without a window"
+            )
+        if self.architecture.long_from is not None:
+            raise FewstepError(
+                f"{self.name} has rotary factors that depend on how far a text has been written (longrope), which is "
+                f"defined for the role autoregressive, not for {self.role.name}; choose a model without them"
+            )
+
+    def check_length(self, num_given: int, num_new: int) -> None:
+        """FewstepError if so long a text is beyond the network's positions, or beyond what can be computed exactly."""
+        if num_given + num_new > self.max_positions:
+            raise FewstepError(
+                f"a prompt of {num_given} tokens and {num_new} new ones exceed the {self.max_positions} positions of "
+                f"{self.name}; shorten one of them"
+            )
+        boundary = self.architecture.long_from
+        if boundary is not None and self.architecture.restarts and num_given <= boundary < num_given + num_new:
+            raise FewstepError(
+                f"a prompt of {num_given} tokens and {num_new} new ones cross the {boundary} positions at which the "
+                f"rotary factors of {self.name} (longrope) change; ask for at most {boundary - num_given} new tokens"
             )
 
     def with_role(self, role: Role) -> "Network":
@@ -122,28 +155,46 @@ class Network:
 
     def hidden(self, plan: Plan, cache: KVCache | None = None) -> Tensor:
         """Run the backbone: rows after the final norm, [R, Q, D]."""
-        if plan.slots_RQ is None:
-            mask = cached_mask(plan.blocks_RQ, plan.blocks_RQ)
-        else:
+        if plan.slots_RQ is not None:
             if cache is None:
                 raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
             cache.place(plan.slots_RQ, _lasting_blocks(plan))
-            mask = cached_mask(plan.blocks_RQ, cache.blocks_RK)
-            if plan.tree_TT is not None:
-                show_tree(mask, plan.slots_RQ, plan.tree_TT)
-        # Attention adds the mask to its scores; given as a number here, it is not converted again in every layer.
-        mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+        whole, window = self._mask(plan, cache, None), self.architecture.window
+        windowed = None if window is None else self._mask(plan, cache, window)
+        rotary = self.module.base_model.rotary_emb
+        if isinstance(rotary, LongRope):
+            rotary.context_length_R = plan.context_length_R
         return self.module.base_model(
             input_ids=plan.tokens_RQ,
-            attention_mask=mask,
+            attention_mask=self.architecture.attention_mask(whole, windowed),
             position_ids=plan.positions_RQ,
             past_key_values=cache if plan.slots_RQ is not None else None,
             use_cache=plan.slots_RQ is not None,
         ).last_hidden_state
 
+    def _mask(self, plan: Plan, cache: KVCache | None, window: int | None) -> Tensor:
+        """What attention adds to its scores, [R, 1, Q, K]: given as numbers, it is not converted in every layer."""
+        cached = plan.slots_RQ is not None
+        mask = cached_mask(plan.blocks_RQ, plan.blocks_RQ if cache is None or not cached else cache.blocks_RK)
+        tree_TT = plan.tree_TT
+        if window is not None:
+            positions_RQ = plan.positions_RQ
+            # Slot p holds position p, but for the guesses of a tree, which are shown below.
+            slots_1K = torch.arange(mask.shape[-1], device=mask.device)[None]
+            mask &= within_window(positions_RQ, slots_1K if cached else positions_RQ, window)
+            if tree_TT is not None:
+                guessed_RT = positions_RQ[:, -len(tree_TT) :]
+                tree_TT = tree_TT & within_window(guessed_RT, guessed_RT, window)[:, 0]
+        if tree_TT is not None and plan.slots_RQ is not None:
+            show_tree(mask, plan.slots_RQ, tree_TT)
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; the mask token gets -inf."""
-        logits = self.module.get_output_embeddings()(hidden).float()
+        logits = self.module.get_output_embeddings()(hidden)
+        if self.architecture.scales_logits:
+            logits = adjust_logits(self.module, logits)
+        logits = logits.float()
         if self.role.mask_token_id is not None:
             logits[..., self.role.mask_token_id] = float("-inf")
         return logits

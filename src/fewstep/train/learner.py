@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
 from fewstep.errors import FewstepError
-from fewstep.models.attention import compile_layers, prepare_attention, training_mask
+from fewstep.models.architectures import adjust_logits
+from fewstep.models.attention import check_trainable, compile_layers, prepare_attention, training_mask
 from fewstep.models.load import DTYPES
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads
@@ -26,13 +27,14 @@ from fewstep.train.stream import PreparedStream
 class _PackedForward(nn.Module):
     """Backbone and head in one module, so that a distributed wrapper sees one forward: logits [S, V] of flat rows.
 
-    With Medusa `heads` in place of the network's own they are [S, K, V].
+    With Medusa `heads` in place of the network's own they are [S, K, V]. `scales_logits`: of the architecture.
     """
 
-    def __init__(self, module: nn.Module, heads: MedusaHeads | None) -> None:
+    def __init__(self, module: nn.Module, heads: MedusaHeads | None, *, scales_logits: bool) -> None:
         super().__init__()
         self.module = module
         self.heads = heads
+        self.scales_logits = scales_logits
 
     def forward(self, tokens_RT: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
         module: Any = self.module
@@ -46,7 +48,8 @@ class _PackedForward(nn.Module):
             inputs_embeds=embedded_RTD, attention_mask=mask, position_ids=positions_RT, use_cache=False
         ).last_hidden_state
         head = causal_lm.get_output_embeddings() if self.heads is None else self.heads
-        return head(hidden.flatten(0, 1).index_select(0, rows_S))
+        logits = head(hidden.flatten(0, 1).index_select(0, rows_S))
+        return adjust_logits(causal_lm, logits) if self.scales_logits else logits
 
 
 class Learner:
@@ -61,7 +64,8 @@ class Learner:
         heads: MedusaHeads | None = None,
     ) -> None:
         """FewstepError for weights that are not finite, or layers to compile where there is no GPU."""
-        self._settings, self._accelerator = settings, accelerator
+        check_trainable(network, compiled=settings.compiled)
+        self._network, self._settings, self._accelerator = network, settings, accelerator
         if settings.compiled and network.device.type != "cuda":
             raise FewstepError(f"compiled layers need a CUDA GPU, and the network is on {network.device}; leave it out")
         network.module.float().train()
@@ -87,7 +91,7 @@ class Learner:
         share_of = _schedule(settings, optimizer)
         # accelerate steps the scheduler once a process.
         scheduler = LambdaLR(optimizer, lambda num_calls: share_of(num_calls // accelerator.num_processes + 1))
-        self._packed = _PackedForward(body, heads)
+        self._packed = _PackedForward(body, heads, scales_logits=network.architecture.scales_logits)
         self._model, self._optimizer, self._scheduler = accelerator.prepare(self._packed, optimizer, scheduler)
 
         self.learning_rate = 0.0
@@ -189,7 +193,7 @@ class Learner:
     def _forward(
         self, tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True
     ) -> Tensor:
-        mask = training_mask(layout, compiled=self._settings.compiled)
+        mask = training_mask(self._network, layout, positions_RT, compiled=self._settings.compiled)
         if gradient:
             return self._model(tokens_RT, positions_RT, mask, rows_S)
         with torch.no_grad():

@@ -60,6 +60,11 @@ def read(path: Path) -> GGUFModel:
                 f"{path} sets {architecture}.{setting} to {scaling!r}: its positions are scaled, which transformers "
                 "does not read from GGUF files; import the original folder"
             )
+    if fields.get(f"{architecture}.attention.sliding_window"):
+        raise FewstepError(
+            f"{path} sets {architecture}.attention.sliding_window, which transformers does not read from GGUF files; "
+            "import the original folder"
+        )
     readable = set()
     for name, tensor in tensors.items():
         if not _known(name, fields.get(f"{architecture}.block_count", 0)):

@@ -84,3 +84,9 @@ def blocks_visible(num_positions: int, block_size: int) -> Tensor:
     """Whether position t sees position s, [T, T]: its own block and earlier ones; size 1 is causal attention."""
     block_T = torch.arange(num_positions) // block_size
     return block_T[None, :] <= block_T[:, None]
+
+
+def window_visible(num_positions: int, window: int | None) -> Tensor:
+    """Whether position s is fewer than `window` before position t, or after it, [T, T]; None: all are."""
+    position_T = torch.arange(num_positions)
+    return position_T[None, :] > position_T[:, None] - (num_positions + 1 if window is None else window)
