@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 from jobs import Job, result_path, results, spread
-from made_by import check_made_by, made_by
 from run_recipe import run_recipe
 
 from fewstep.cli.run_settings import settings_of
 from fewstep.decode.health import measure_health
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.made_by import check_made_by, made_by
 from fewstep.engine.settings import ALIASES, GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, read_rows, write_json_whole, write_rows_whole, write_whole

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 import typer
 from jobs import Job, finished, result_path, results, spread
-from made_by import check_made_by, made_by
 from run_recipe import run_recipe
 
 from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.made_by import check_made_by, made_by
 from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole, write_whole
 from fewstep.measure.evaluate import Report, evaluate

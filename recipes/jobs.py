@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole
+from fewstep.files import describe_difference, read_json, write_json_whole
 
 _WORKER = "FEWSTEP_RECIPE_WORKER"
 _DEADLINE = "FEWSTEP_RECIPE_DEADLINE"
@@ -88,11 +88,10 @@ def spread(
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder.with_name(f"{folder.name}-settings.json")
     kept = read_json(file) if file.exists() and finished(folder) else {}
-    differing = [f"{key}: {kept[key]}, not {value}" for key, value in settings.items() if kept.get(key, value) != value]
-    if differing:
-        raise FewstepError(
-            f"{folder} holds results of other settings ({'; '.join(differing)}): empty it, or name another folder"
-        )
+    known = {key: kept[key] for key in settings if key in kept}  # a newer setting may be missing there
+    difference = describe_difference(known, {key: settings[key] for key in known})
+    if difference:
+        raise FewstepError(f"{folder} holds results of other settings ({difference}): empty it, or name another folder")
     write_json_whole(file, {**kept, **settings})
 
 

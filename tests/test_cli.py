@@ -608,7 +608,7 @@ def test_an_interrupt_keeps_its_own_sentence(
         monkeypatch.setattr("fewstep.load", interrupted)
         stopped = run("generate", "2", *model)
     assert stopped.code == 130
-    assert stopped.err == f"fewstep: {sentence or 'interrupted; files already finished were kept'}\n"
+    assert stopped.err == f"fewstep: {sentence or 'interrupted'}\n"
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -1,6 +1,7 @@
 """Answers are kept as they come: a run that was cut off goes on, and never with what others made."""
 
 import json
+import re
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -290,3 +291,30 @@ def test_a_command_that_was_interrupted_goes_on(
     for path in outputs:
         path.unlink()
     assert sorted(path.name for path in folder.iterdir()) == ["rows.jsonl", "student"]
+
+
+def test_an_interrupted_collection_tells_of_its_shards_and_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    from fewstep.train import collect
+
+    save_network(tiny_network("bidirectional", head_scale=30.0, max_positions=256), tmp_path / "teacher")
+    line = f"collect --model {tmp_path}/teacher --data {folder}/rows.jsonl --output {tmp_path}/traj --shard-size 2 "
+    line += "--max-new-tokens 8"
+    of_row, count = collect.row_seed, 0
+
+    def interrupted(*arguments: Any) -> int:
+        nonlocal count
+        count += 1
+        if count == 5:  # in the third shard, while the second may still be written
+            signal.raise_signal(signal.SIGTERM)
+        return of_row(*arguments)
+
+    monkeypatch.setattr(collect, "row_seed", interrupted)
+    code, told = run(line, capsys)
+    assert code == 143
+    assert re.search(r"interrupted; finished shards kept in .*traj: [12]; repeat the command to go on\n$", told), told
+    code, told = run(line, capsys)
+    assert code == 0
+    assert "3 shards (1 made now)" in told or "3 shards (2 made now)" in told

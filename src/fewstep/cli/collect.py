@@ -1,6 +1,7 @@
 """`fewstep collect`: the decoding trajectories of a diffusion teacher, or a causal model's Jacobi trajectories."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -84,7 +85,7 @@ def collect(
     rows = _read_rows(data, lm, _takes(lm, teacher, decoding.given()))
     of_worker = range(worker_of[0], -(-len(rows) // shard_size), worker_of[1])
     num_prompts = sum(len(rows[index * shard_size : (index + 1) * shard_size]) for index in of_worker)
-    with progress_bar("collecting", num_prompts) as advance:
+    with _saying_what_is_kept(output), progress_bar("collecting", num_prompts) as advance:
 
         def skip(finished: CollectReport) -> None:
             if not finished.num_shards_made_now:
@@ -189,6 +190,20 @@ class _Run:
         """The settings as the manifest keeps them."""
         values = {name: value for name, value in asdict(self.settings).items() if name not in ("seed", "policy")}
         return {**values, "decoder": decoder}
+
+
+@contextmanager
+def _saying_what_is_kept(output: Path) -> Iterator[None]:
+    """Let an interrupt tell of the shards that are finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        num_shards = len(list(output.glob("shard-*")))
+        if not num_shards:
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; finished shards kept in {output}: {num_shards}; repeat the command to go on"
+        ) from None
 
 
 def _parse_worker(text: str) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _print_error("interrupted; files already finished were kept")
+        _print_error("interrupted")
     return code if isinstance(code, int) else 0
 
 

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.settings import GenerationSettings
+from fewstep.errors import FewstepError
+from fewstep.files import describe_difference
 from fewstep.models.load import module_hash, weights_hash
 
 _TOLD_OTHERWISE = ("policy", "draft", "heads")
@@ -20,6 +23,13 @@ def made_by(lm: LanguageModel) -> dict[str, str]:
     """Weights, numbers and kind of device: answers of others are not these. Hashed once a model."""
     network = lm.network
     return {"weights": weights_hash(network), "dtype": str(network.dtype), "device": network.device.type}
+
+
+def check_made_by(lm: LanguageModel, result: Mapping[str, Any], file: Path) -> None:
+    """FewstepError if the result in this file, which keeps `made_by`, is not this model's."""
+    difference = describe_difference(result["made_by"], made_by(lm))
+    if difference:
+        raise FewstepError(f"{file} is of other weights, dtype or device ({difference}): delete it")
 
 
 def answers_made_by(
