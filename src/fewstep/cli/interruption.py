@@ -3,8 +3,10 @@
 typer keeps only the exit code of a KeyboardInterrupt, hence InterruptionError.
 """
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -61,4 +63,25 @@ class Termination:
         handle = signal.getsignal(signal.SIGINT)
         if not callable(handle):  # a shell starts what it runs in the background deaf to Ctrl-C
             raise KeyboardInterrupt
-        handle(signal.SIGINT, frame)
+        handle(number, frame)  # which may tell the two apart
+
+
+@contextmanager
+def one_voice(*, patience_s: float = 5.0) -> Iterator[None]:
+    """Under a launcher of several processes let the first one speak of what all of them meet.
+
+    Any other process waits with its own error: if the first has ended too, the launcher ends this one meanwhile, in
+    silence; and after an interruption it says nothing.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        yield
+    except (InterruptionError, KeyboardInterrupt):
+        raise SystemExit(INTERRUPTED) from None
+    except Exception:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(patience_s)
+        raise

@@ -2,12 +2,15 @@
 
 import typer
 
+from fewstep.cli.interruption import one_voice
+
 
 def train(context: typer.Context) -> None:
     """Trains: diffusion (a teacher), cdlm (a student), cllm, medusa, sft; see fewstep train --help."""
-    from fewstep.cli.training import app
+    with one_voice():
+        from fewstep.cli.training import app
 
-    code = app(args=context.args, prog_name="fewstep train", standalone_mode=False)
+        code = app(args=context.args, prog_name="fewstep train", standalone_mode=False)
     if code:
         raise typer.Exit(code)
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -90,8 +91,9 @@ def train(
 
     FewstepError if an example does not fit a row, if a loss or what learns is not finite, if the monitor sees a
     collapse, if `output` holds a finished model or cannot be written, if a checkpoint is of other settings or data or
-    damaged, or if the disk is full. KeyboardInterrupt after Ctrl-C: a run on one process first finishes its step and
-    saves a checkpoint.
+    damaged, if memory or a disk is full, or if another process has ended. KeyboardInterrupt after Ctrl-C or SIGTERM,
+    when the step is finished and a checkpoint saved; of several processes on GPUs they are granted at the next line of
+    the log. What comes while the finished model is written changes nothing.
     """
     if lora is not None and heads is not None:
         raise ValueError("heads are trained on a frozen network; train the adapter first")
@@ -100,9 +102,10 @@ def train(
     if run.is_main:
         check_output(output)
         check_space(output, run.learner.num_bytes(checkpoint=run.saves_checkpoints))
-    run.restore()
-    run.execute()
-    return run.finish()
+    with run.interrupt, _told_failures(run.accelerator):
+        run.restore()
+        run.execute()
+        return run.finish()
 
 
 @contextmanager
@@ -155,6 +158,7 @@ class _Run:
             output / CHECKPOINTS, self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
         )
         self.log = RunLog(output / LOGS, max_steps=settings.max_steps, main=self.is_main)
+        self.interrupt = _Interrupt(main=self.is_main)
 
     @property
     def saves_checkpoints(self) -> bool:
@@ -184,7 +188,7 @@ class _Run:
         """Train from where the run stands to the last step."""
         settings = self.settings
         window = _Window(self.stream.num_tokens)
-        with _Interrupt(active=self.accelerator.num_processes == 1) as interrupt, self.log, closing(self.stream):
+        with self.log, closing(self.stream):
             self.log.start(self.step)
             if self.step == settings.max_steps and settings.evaluate_every is not None:
                 self._evaluate()  # which is all that was missing
@@ -193,10 +197,12 @@ class _Run:
                 self.means.add(self.learner.step(self.objective, self.stream))
                 self.step += 1
                 is_last = self.step == settings.max_steps
-                stops = interrupt.wanted
                 saves = self._due(settings.save_every)
                 evaluates = settings.evaluate_every is not None and (self._due(settings.evaluate_every) or is_last)
                 logs = evaluates or is_last or self._due(settings.log_every)
+                # To ask the other processes is to wait for the devices, as a line of the log does.
+                asks = logs or saves or self.accelerator.num_processes == 1 or self.accelerator.device.type == "cpu"
+                stops = asks and self._anybody(self.interrupt.wanted)
                 if logs or saves or stops:
                     figures = self._figures()
                 if logs:
@@ -209,7 +215,7 @@ class _Run:
                     self._save()  # a long last evaluation must not cost the whole training if it is killed
                 if evaluates:
                     self._evaluate()
-                    stops = interrupt.wanted
+                    stops = self._anybody(self.interrupt.wanted)
                 if (saves or stops) and not is_last:
                     self._save()
                 if stops and not is_last:
@@ -251,6 +257,10 @@ class _Run:
             f"lower the learning rate (now {self.settings.learning_rate}) in another output folder, or look at the "
             f"data; {kept}"
         )
+
+    def _anybody(self, wish: bool) -> bool:
+        """Whether any of the processes has this wish: a signal reaches them at different steps."""
+        return wish if self.accelerator.num_processes == 1 else self._sum(float(wish)) > 0
 
     def _sum(self, value: float) -> float:
         """Over the processes."""
@@ -428,23 +438,48 @@ class _Window:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a wish, to be granted between two steps; the second acts at once."""
+    """Turns the first Ctrl-C, or SIGTERM, into a wish, to be granted between two steps; a second Ctrl-C acts at once.
 
-    def __init__(self, *, active: bool) -> None:
+    SIGTERM is left to whoever listens to it already, as the command line does, which calls this handler.
+    """
+
+    def __init__(self, *, main: bool) -> None:
         self.wanted = False
-        # With several processes the wish would reach them at different steps; and only a main thread may listen.
-        self._active = active and threading.current_thread() is threading.main_thread()
+        self._main = main
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupt":
-        if self._active:
-            self._before = signal.signal(signal.SIGINT, self._note)
+        if threading.current_thread() is threading.main_thread():  # no other may listen
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.wanted:
+            raise KeyboardInterrupt
+        if not self.wanted and self._main:
+            print("stopping after this step; another Ctrl-C stops at once", file=sys.stderr)
         self.wanted = True
-        print("stopping after this step; another Ctrl-C stops at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, self._before)
+
+
+@contextmanager
+def _told_failures(accelerator: Accelerator) -> Iterator[None]:
+    """Say in a sentence what torch tells in words of its own: no memory, or a process that is gone."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise FewstepError(
+                f"a step needs more memory than there is on {accelerator.device}; use fewer rows or a shorter "
+                "row_length, and make up for it by a higher accumulation"
+            ) from error
+        if accelerator.num_processes > 1 and re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.I):
+            raise FewstepError(
+                f"another of the {accelerator.num_processes} processes has ended; what it said tells why"
+            ) from error
+        raise
