@@ -169,3 +169,10 @@ def test_free_host_memory_is_what_linux_calls_available(tmp_path: Path, monkeypa
     assert load.free_memory(torch.device("cpu")) is None
     (tmp_path / "meminfo").write_text("MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:    1500 kB\n")
     assert load.free_memory(torch.device("cpu")) == 1500 * 1024
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "meta"])
+def test_other_devices_are_refused_also_where_they_exist(device, monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    with pytest.raises(FewstepError, match=f"the device '{device}' is not supported: .* run on cpu and cuda"):
+        load_network("gsm-ar", device=device)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli.interruption import Termination
+from fewstep.cli.interruption import Termination, one_voice
+from fewstep.errors import FewstepError
 
 
 def shell(line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -87,7 +88,7 @@ def test_who_handles_ctrl_c_gets_the_first_sigterm_and_no_other() -> None:
                 signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert heard == [signal.SIGINT]
+    assert heard == [signal.SIGTERM]
 
 
 def test_outside_the_main_thread_nobody_listens() -> None:
@@ -101,3 +102,20 @@ def test_outside_the_main_thread_nobody_listens() -> None:
     thread.start()
     thread.join()
     assert entered == [signal.SIG_DFL]
+
+
+def test_of_several_processes_only_the_first_speaks_at_once(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left, one_voice(patience_s=0):
+            raise KeyboardInterrupt
+        assert left.value.code == 130
+        with pytest.raises(FewstepError, match="of its own"), one_voice(patience_s=0):
+            raise FewstepError("of its own")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the launcher ends it while it waits
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(KeyboardInterrupt), one_voice(patience_s=0):
+        raise KeyboardInterrupt

@@ -36,14 +36,14 @@ from fewstep.train.corruption import Corruption
 from fewstep.train.documents import CanvasLengths
 from fewstep.train.examples import Examples, Origin
 from fewstep.train.learner import Learner
-from fewstep.train.lora import LoRASettings
+from fewstep.train.lora import LoRASettings, save_trained
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.output import check_output
 from fewstep.train.read_table import read_table
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
-from fewstep.train.trainer import TrainSettings, train
+from fewstep.train.trainer import TrainSettings, _Interrupt, train
 from fewstep.train.trajectories import PromptRow
 
 SETTINGS = TrainSettings(
@@ -319,13 +319,51 @@ def test_killed_runs_resume_and_equal_uninterrupted_ones(tmp_path):
         assert final_state(output) == final_state(tmp_path / run.__name__)
 
 
-def test_ctrl_c_saves_a_checkpoint_from_which_the_run_continues_exactly(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_a_checkpoint_from_which_the_run_continues_exactly(number, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 7; a checkpoint is saved, repeat the command"):
-        run_adapter(tmp_path / "stopped", 7, signal.SIGINT)
+        run_adapter(tmp_path / "stopped", 7, number)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert checkpoints_in(tmp_path / "stopped") == ["step-00000007"]
     run_adapter(tmp_path / "stopped")
     run_adapter(tmp_path / "whole")
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_the_same_one_sent_twice_nor_a_second_sigterm(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with _Interrupt(main=True) as interrupt:
+        for later, number in ((0, signal.SIGTERM), (0.01, signal.SIGINT), (9, signal.SIGTERM)):
+            now = later
+            signal.raise_signal(number)
+        assert interrupt.wanted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+
+
+def test_a_signal_while_the_finished_model_is_written_costs_nothing(tmp_path, monkeypatch):
+    def save(*args: object, **named: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save_trained(*args, **named)
+
+    network = tiny_network("autoregressive")
+    monkeypatch.setattr("fewstep.train.trainer.save_trained", save)
+    train(network, objective_for(network), SETTINGS, tmp_path / "out")
+    assert_close(logits_of(load_network(tmp_path / "out", dtype="float32", device="cpu")), logits_of(network))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_no_memory_for_a_step_is_one_sentence(error, tmp_path, monkeypatch):
+    def step(*args: object) -> None:
+        raise error
+
+    network = tiny_network("autoregressive")
+    monkeypatch.setattr(Learner, "step", step)
+    with pytest.raises(FewstepError, match="a step needs more memory than there is on cpu; use fewer rows"):
+        train(network, objective_for(network), SETTINGS, tmp_path / "out")
 
 
 def interrupt_at(step: int) -> Callable[[Network, int], dict[str, float]]:
@@ -669,6 +707,16 @@ def test_layers_are_compiled_on_a_gpu_only(tmp_path):
         train(network, objective_for(network), replace(SETTINGS, compiled=True), tmp_path / "out")
 
 
+def test_a_mac_with_an_apple_gpu_trains_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    save_network(tiny_network("autoregressive"), tmp_path / "model")
+    network = load_network(tmp_path / "model")
+    assert network.device.type == "cpu"
+    train(network, objective_for(network), replace(SETTINGS, max_steps=2), tmp_path / "out")
+    assert network.device.type == "cpu"
+
+
 # The learning rate
 
 
@@ -822,6 +870,18 @@ def run_two(output: Path) -> None:
     with pytest.raises(FewstepError, match="stopped by the main process"):
         run("stopped", stop_at=10)
     run("stopped")
+    step, rank = Learner.step, distributed.get_rank()
+
+    def signalled(self, *args):
+        if rank == 1 and self._scheduler.scheduler.last_epoch == 2 * 6:
+            signal.raise_signal(signal.SIGTERM)  # one process alone
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Learner, "step", signalled)
+        with pytest.raises(KeyboardInterrupt, match="interrupted at step 7; a checkpoint is saved"):
+            run("signalled")
+    run("signalled")
     distributed.destroy_process_group()
 
 
@@ -836,3 +896,20 @@ def test_two_processes_train_together_stop_together_and_resume_exactly(tmp_path)
     assert report["processes"] == 2
     assert report["history"][-1]["loss"] < report["history"][0]["loss"]
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "signalled") == final_state(tmp_path / "whole")
+
+
+def test_processes_of_the_command_line_say_once_what_is_wrong(tmp_path):
+    save_network(tiny_network("autoregressive"), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "who?", "completion": "you"}\n' * 4)
+    options = {
+        "model": tmp_path / "model", "data": tmp_path / "rows.jsonl", "output": tmp_path / "out", "max-steps": 2,
+        "row-length": 4, "device": "cpu",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fewstep"]
+    command += ["train", "sft", *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fewstep:")]
+    assert len(ours) == 1, done.stderr
+    assert "rows.jsonl line 1: a document of" in ours[0]

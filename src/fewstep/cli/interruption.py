@@ -67,7 +67,7 @@ class Termination:
 
 
 @contextmanager
-def one_voice(*, patience_s: float = 5.0) -> Iterator[None]:
+def one_voice(*, patience_s: float = 30.0) -> Iterator[None]:
     """Under a launcher of several processes let the first one speak of what all of them meet.
 
     Any other process waits with its own error: if the first has ended too, the launcher ends this one meanwhile, in

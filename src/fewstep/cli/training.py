@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from fewstep.train.trainer import TrainResult
 
 app = typer.Typer(
-    help="Trains a network: options, or --config run.yaml overridden by options. It runs under torchrun as it is.",
+    help="Trains a network: options, or --config run.yaml overridden by options. On several GPUs: torchrun "
+    "--nproc-per-node N -m fewstep train ...",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -170,6 +170,9 @@ def _device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise FewstepError(f"unknown device {device!r}; try cpu or cuda") from error
+    if target.type not in ("cpu", "cuda"):
+        # mps has no float64, in which tokens are drawn, and others have not been tried.
+        raise FewstepError(f"the device {device!r} is not supported: decoding and training run on cpu and cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise FewstepError("no CUDA device is available; use --device cpu")
     return target

@@ -437,6 +437,10 @@ class _Window:
         return rate
 
 
+ONE_CTRL_C_S = 1.0
+"""A Ctrl-C in a terminal reaches a process of torchrun twice: from the terminal, and from the launcher."""
+
+
 class _Interrupt:
     """Turns the first Ctrl-C, or SIGTERM, into a wish, to be granted between two steps; a second Ctrl-C acts at once.
 
@@ -460,11 +464,13 @@ class _Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.wanted:
+        now = time.monotonic()
+        if not self.wanted:
+            self.wanted, self._since = True, now
+            if self._main:
+                print("stopping after this step; another Ctrl-C stops at once", file=sys.stderr)
+        elif number == signal.SIGINT and now - self._since > ONE_CTRL_C_S:
             raise KeyboardInterrupt
-        if not self.wanted and self._main:
-            print("stopping after this step; another Ctrl-C stops at once", file=sys.stderr)
-        self.wanted = True
 
 
 @contextmanager
