@@ -116,6 +116,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "modernbert-decoder": ("modernbert-decoder", {}),
     "deepseek_v3": ("deepseek_v3", {"q_lora_rank": 8, "kv_lora_rank": 8, "n_routed_experts": 4, "n_group": 1}),
+    "minimax_m2, window for no layer": ("minimax_m2", {**HEADS, **WINDOW, "num_local_experts": 4}),
+    "mistral, window of 1": ("mistral", {"sliding_window": 1}),
+    "gemma3, full attention": ("gemma3_text", {**GEMMA, "use_bidirectional_attention": True}),
+    "qwen2, chunks": ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}),
     "qwen3_next": ("qwen3_next", {**HEADS, "num_experts": 4}),
 }
 

@@ -247,8 +247,12 @@ def _rows(base: Any, num_requests: int, num_rows: int) -> Tensor:
 def _windowed_layers(base: Any) -> list[bool]:
     """For each layer, whether the mask that its class makes for it is a causal one with a window, or a causal one."""
     config = copy(base.config)
+    if hasattr(config, "is_causal"):
+        config.is_causal = True  # what another role has stored; its masks are ours
     has_window = isinstance(getattr(config, "sliding_window", None), int) and config.sliding_window > 0
     if has_window:
+        if config.sliding_window < _SHORT_WINDOW:
+            raise _UnfitError(f"its sliding window is of {config.sliding_window} position")
         config.sliding_window = _SHORT_WINDOW
     layers, num_rows = _idle(base), _SHORT_WINDOW + 3
     positions_1Q = torch.arange(num_rows, device=base.device)[None]
@@ -265,8 +269,10 @@ def _windowed_layers(base: Any) -> list[bool]:
             raise _UnfitError("its attention is neither causal nor causal with a sliding window")
         if kind not in (None, SLIDING if windowed[-1] else FULL):
             raise _UnfitError(f"it has layers of the type {kind!r}")
-    if has_window and not any(windowed) and getattr(base.config, "use_sliding_window", True) and SLIDING in types:
-        raise _UnfitError(f"where its sliding window of {base.config.sliding_window} positions applies cannot be told")
+    if has_window and not any(windowed) and types[0] is None and getattr(base.config, "use_sliding_window", True):
+        raise _UnfitError(
+            f"which layers its sliding window of {base.config.sliding_window} positions is for is not told"
+        )
     return windowed
 
 
