@@ -239,6 +239,7 @@ def _read_rows(path: Path, lm: "LanguageModel", check: Callable[[list[int]], Non
     FewstepError naming file and line of one that is damaged, or that does not pass the `check`.
     """
     from fewstep.models.rows import id_text, row_id, split_prompt_row
+    from fewstep.models.text import encode_completion
     from fewstep.train.examples import numbered_training_rows
     from fewstep.train.trajectories import PromptRow
 
@@ -253,7 +254,6 @@ def _read_rows(path: Path, lm: "LanguageModel", check: Callable[[list[int]], Non
             raise FewstepError(f"{where}: {error}") from None
         reference_ids = None
         if completion is not None:
-            tokenizer = lm.network.tokenizer
-            reference_ids = [*tokenizer.encode(completion, add_special_tokens=False), lm.network.eos_token_id]
+            reference_ids = encode_completion(lm.network.tokenizer, completion, lm.network.stop_token_ids)
         rows.append(PromptRow(id_text(row_id(row, line)), prompt_ids, reference_ids))
     return rows

@@ -157,7 +157,7 @@ class _Racer:
             self.lane.num_forwards = self.run.num_forwards
             self.lane.verdict = "· right" if self.run.right else "· wrong"
             return
-        is_end = event.token_id == self.contestant.lm.network.eos_token_id
+        is_end = event.token_id in self.contestant.lm.network.stop_token_ids
         self.lane.finalise(event.position, "" if is_end else event.text, event.step)
         self.lane.num_forwards = event.step
 

@@ -113,14 +113,14 @@ def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
 def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "tuple[Output, str]":
     """Answer one prompt, printing the answer as it grows in a terminal; with the output comes what is not printed."""
     stream = lm.stream(prompt, **settings)
-    num_printed = 0
+    printed = ""
     for _ in stream:
         if sys.stdout.isatty():
             text = stream.answer_text()
-            print(text[num_printed:], end="", flush=True)
-            num_printed = len(text)
+            print(text.removeprefix(printed), end="", flush=True)
+            printed = text
     assert stream.output is not None
-    return stream.output, stream.output.text[num_printed:]
+    return stream.output, stream.output.text.removeprefix(printed)
 
 
 def _complete_file(

@@ -161,6 +161,7 @@ class Data:
             source=str(self.data),
             max_prompt=self.max_prompt,
             max_completion=self.max_completion,
+            stop_token_ids=network.stop_token_ids,
         )
 
 

@@ -22,7 +22,7 @@ from fewstep.decode.decoder import Decoder, Drawing, open_canvas
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import GREEDY, Sampling, confidence
-from fewstep.decode.state import StateT, draw_tokens, finalise, scored_positions
+from fewstep.decode.state import StateT, draw_tokens, finalise, is_stop, scored_positions
 from fewstep.errors import FewstepError
 from fewstep.models.network import Scores
 from fewstep.models.roles import Role, RoleName
@@ -67,7 +67,7 @@ def accept_agreed(
     `agreed_RS`: whether the guess at the position is the token. None past an end-of-text, or from `end_R` on.
     """
     positions_RS = scored_positions(state, tokens_RS.shape[1])
-    goes_on_RS = agreed_RS & (tokens_RS != state.stop_token_R[:, None])
+    goes_on_RS = agreed_RS & ~is_stop(state, tokens_RS)
     reached_RS = torch.ones_like(goes_on_RS)
     reached_RS[:, 1:] = goes_on_RS[:, :-1].cumprod(1).bool()
     chosen_RS = reached_RS & ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]

@@ -131,7 +131,9 @@ def _bar(state: State, logits_RSV: Tensor) -> None:
     given_RL = (state.step_RL == 0) & (position_L < state.canvas_end_R[:, None])
     last_given_R = torch.where(given_RL, position_L, -1).amax(1)
     positions_RS = state.front_R[:, None] + torch.arange(logits_RSV.shape[1], device=logits_RSV.device)
-    barred_RS = (state.barred_R[:, None] != NEVER) & (positions_RS < last_given_R[:, None])
-    token_RS1 = state.barred_R.clamp_min(0)[:, None, None].expand(-1, logits_RSV.shape[1], 1)
-    kept_RS1 = logits_RSV.gather(-1, token_RS1).masked_fill(barred_RS[..., None], float("-inf"))
-    logits_RSV.scatter_(-1, token_RS1, kept_RS1)
+    before_given_RS1 = (positions_RS < last_given_R[:, None])[..., None]
+    for barred_R in state.barred_RE.unbind(1):
+        token_RS1 = barred_R.clamp_min(0)[:, None, None].expand(-1, logits_RSV.shape[1], 1)
+        barred_RS1 = before_given_RS1 & (barred_R != NEVER)[:, None, None]
+        kept_RS1 = logits_RSV.gather(-1, token_RS1).masked_fill(barred_RS1, float("-inf"))
+        logits_RSV.scatter_(-1, token_RS1, kept_RS1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.decode.decoder import Decoder, Shape, first_block_start, whole_blocks
 from fewstep.decode.requests import Canvas, Output, Request, TopK
-from fewstep.decode.state import NEVER, State, begin, free_slots
+from fewstep.decode.state import State, begin, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Plan, Scores, check_draft
@@ -236,7 +236,7 @@ class Loop:
             [ticket.canvas for ticket in tickets],
             self.length,
             pad_token_id=self.network.pad_token_id,
-            eos_token_id=self.network.eos_token_id,
+            stop_token_ids=self.network.stop_token_ids,
         )
 
     def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
@@ -279,7 +279,7 @@ class Loop:
         for row, slot in enumerate(slots_r.tolist()):
             ticket = self._live.pop(slot)
             self._free.append(slot)
-            output = _output(ticket, state, row, self.network.eos_token_id, finished_s)
+            output = _output(ticket, state, row, self.network.stop_token_ids, finished_s)
             if hidden_rLD is not None:
                 start = len(ticket.request.prompt_ids)
                 output = self._with_record(output, hidden_rLD[row, start : start + len(ticket.canvas.tokens)])
@@ -291,13 +291,13 @@ class Loop:
         top_k = None
         if self._record.top_k is not None:
             log_probs_GV = self.network.head(hidden_GD).log_softmax(-1)
-            best = log_probs_GV.topk(min(self._record.top_k, log_probs_GV.shape[-1]), dim=-1)
+            best = log_probs_GV.topk(min(self._record.top_k, self.network.most_recorded), dim=-1)
             tail_G = (1 - best.values.exp().sum(-1)).clamp(min=0)
             top_k = TopK(best.indices.cpu(), best.values.cpu(), tail_G.cpu())
         return replace(output, hidden_GD=hidden_GD.cpu() if self._record.hidden else None, top_k=top_k)
 
 
-def _output(ticket: _Ticket, state: State, row: int, eos_token_id: int, finished_s: float) -> Output:
+def _output(ticket: _Ticket, state: State, row: int, stop_token_ids: Sequence[int], finished_s: float) -> Output:
     start = len(ticket.request.prompt_ids)
     canvas = slice(start, start + len(ticket.canvas.tokens))
     canvas_ids_G = state.tokens_RL[row, canvas].clone()
@@ -305,19 +305,24 @@ def _output(ticket: _Ticket, state: State, row: int, eos_token_id: int, finished
     infilled = ticket.request.canvas is not None
     if not infilled:
         token_ids = token_ids[: ticket.request.max_new_tokens]
-        if eos_token_id in token_ids:
-            token_ids = token_ids[: token_ids.index(eos_token_id) + 1]
+        token_ids = through_first(token_ids, stop_token_ids)
     return Output(
         token_ids=token_ids,
         num_tokens=sum(ticket.canvas.open) if infilled else len(token_ids),
         num_forwards=int(state.num_forwards_R[row]),
         num_draft_forwards=int(state.num_draft_forwards_R[row]),
         seconds=finished_s - ticket.submitted_s,
-        finish_reason="stop" if not infilled and token_ids[-1] == eos_token_id else "length",
+        finish_reason="stop" if not infilled and token_ids[-1] in stop_token_ids else "length",
         canvas_ids_G=canvas_ids_G,
         step_G=state.step_RL[row, canvas].clone(),
         confidence_G=state.confidence_RL[row, canvas].clone(),
     )
+
+
+def through_first(token_ids: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """The ids up to and including the first that ends an answer; all of them if none does."""
+    ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
+    return list(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
 def decode(
@@ -358,21 +363,22 @@ def stream(
     while True:
         completed = loop.step()
         if request.canvas is None:
-            yield from _new_events(loop.state, request.max_new_tokens, network.eos_token_id)
+            yield from _new_events(loop.state, request.max_new_tokens, network.stop_token_ids)
         else:
-            yield from _new_events(loop.state, len(request.canvas), NEVER)
+            yield from _new_events(loop.state, len(request.canvas), ())
         if completed:
             return completed[0][1]
 
 
-def _new_events(state: State, limit: int, stop_token_id: int) -> Iterator[Event]:
+def _new_events(state: State, limit: int, stop_token_ids: Sequence[int]) -> Iterator[Event]:
     """What the last step of the only request finalised among its first `limit` positions."""
     start = int(state.context_length_R[0])
     answer = slice(start, start + limit)
     tokens_G, steps_G = state.tokens_RL[0, answer].cpu(), state.step_RL[0, answer].cpu()
     confidence_G = state.confidence_RL[0, answer].cpu()
     step = int(state.num_forwards_R[0])
+    stops_G = torch.isin(tokens_G, torch.tensor(stop_token_ids, dtype=tokens_G.dtype)) & (steps_G > 0)
     for position in (steps_G == step).nonzero()[:, 0].tolist():
-        if ((tokens_G[:position] == stop_token_id) & (steps_G[:position] > 0)).any():
+        if stops_G[:position].any():
             return
         yield Event(position, int(tokens_G[position]), step, float(confidence_G[position]))

@@ -61,7 +61,7 @@ class Medusa(Causal):
     @cached_property
     def _choices(self) -> tuple[tuple[int, ...], ...]:
         """For each guess which candidate of each head the path to it takes, best first."""
-        return _best_paths(len(self.heads), min(_MOST_CANDIDATES, self.heads.vocab_size), self.window)
+        return _best_paths(len(self.heads), min(_MOST_CANDIDATES, self.heads.num_drawable), self.window)
 
     @cached_property
     def tree(self) -> Tree:
@@ -118,7 +118,7 @@ class Medusa(Causal):
         width = followed.hidden_RSD.shape[-1]
         hidden_RD = followed.hidden_RSD.gather(1, depth_R[:, None, None].expand(-1, 1, width))[:, 0]
         count = 1 + max(path[-1] for path in self._choices)
-        candidates_RKC = self.heads(hidden_RD).topk(count, -1).indices
+        candidates_RKC = self.heads.score(hidden_RD).topk(count, -1).indices
         places = tuple((len(path) - 1) * count + path[-1] for path in self._choices)
         return candidates_RKC.flatten(1)[:, constant(places, hidden_RD.device)]
 

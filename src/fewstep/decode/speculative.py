@@ -64,13 +64,8 @@ class Speculative(Causal):
     def span(self) -> int:
         return 1 + self.window
 
-    @property
-    def _num_tokens(self) -> int:
-        """Tokens of the vocabulary that both share; the head of either may have more rows, which mean nothing."""
-        return min(len(self.draft.tokenizer), self.draft.vocab_size)
-
     def start(self, state: State) -> State:
-        num_requests, num_tokens = len(state.done_R), 0 if self.sampling.greedy else self._num_tokens
+        num_requests, num_tokens = len(state.done_R), 0 if self.sampling.greedy else self.draft.end_of_tokens
         return SpeculativeState(
             **vars(state),
             drafted_R=torch.zeros_like(state.front_R),
@@ -108,7 +103,9 @@ class Speculative(Causal):
     def _drafted(self, state: SpeculativeState, logits_R1V: Tensor) -> SpeculativeState:
         live_R = ~state.done_R
         position_R1 = (state.front_R + state.drafted_R)[:, None]
-        logits_R1V = logits_R1V[..., : self._num_tokens]
+        logits_R1V = logits_R1V[
+            ..., : self.draft.end_of_tokens
+        ]  # rows past these are no tokens, and the target may lack them
         probability_RCV = state.draft_probability_RCV
         if self.sampling.greedy:
             token_R1 = logits_R1V.argmax(-1)
@@ -132,7 +129,7 @@ class Speculative(Causal):
         positions_RS = scored_positions(state, self.window + 1)
         guesses_RC1 = state.tokens_RL.gather(1, positions_RS[:, :-1])[..., None]
         p_RSV = self._tempered(state, scores.logits_RSV).softmax(-1)
-        q_RCV = torch.nn.functional.pad(state.draft_probability_RCV, (0, p_RSV.shape[-1] - self._num_tokens))
+        q_RCV = torch.nn.functional.pad(state.draft_probability_RCV, (0, p_RSV.shape[-1] - self.draft.end_of_tokens))
         p_RCV = p_RSV[:, :-1]
         accept_keys_RC = noise_keys(state.seed_R ^ _ACCEPT_STREAM, positions_RS[:, :-1], state.num_forwards_R)
         share_RC1 = uniform(accept_keys_RC, 1)

@@ -1,6 +1,7 @@
 """The state that every decoder shares, and the one mechanism behind all of them.
 
-Axes: R = requests, L = positions (context, then canvas, then padding), S = positions scored in a step, V = vocabulary.
+Axes: R = requests, L = positions (context, then canvas, then padding), S = positions scored in a step, V = vocabulary,
+E = tokens that end an answer.
 
 A request's positions are, from the left: `[0, cached)` final tokens whose keys and values are in the cache; `[cached,
 front)` *pending*, final tokens that are not in it yet; `[front, front + block_size)` *active*, the block being
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from fewstep.decode.decoder import Decoder
 
 NEVER = -1
-"""The stop token of a request that does not stop early; the step of a position that is not final yet."""
+"""A stop token of a request that does not stop early; the step of a position that is not final yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class State:
     confidence_RL: Tensor  # untempered probability of the token when it was finalised; 1 = given
     context_length_R: Tensor
     end_R: Tensor  # the request is done when every position before this one is final
-    stop_token_R: Tensor  # ... or this token and every position before it
-    barred_R: Tensor  # a token that no position takes which something given follows; NEVER = none
+    stop_tokens_RE: Tensor  # ... or one of these tokens and every position before it; NEVER = none
+    barred_RE: Tensor  # tokens that no position takes which something given follows; NEVER = none
     canvas_end_R: Tensor
     front_R: Tensor
     cached_R: Tensor
@@ -95,7 +96,7 @@ def begin(
     length: int,
     *,
     pad_token_id: int,
-    eos_token_id: int,
+    stop_token_ids: Sequence[int],
 ) -> State:
     """The state, on the CPU, of requests before their first step. Each must fit in `length` positions."""
     R = len(requests)
@@ -109,6 +110,10 @@ def begin(
     def integers(values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.long)
 
+    def ends(applies: Iterable[bool]) -> Tensor:
+        rows = [stop_token_ids if applied else [NEVER] * len(stop_token_ids) for applied in applies]
+        return torch.tensor(rows, dtype=torch.long).view(R, len(stop_token_ids))
+
     context_length_R = integers(len(request.prompt_ids) for request in requests)
     zeros_R = torch.zeros(R, dtype=torch.long)
     sampling = decoder.sampling
@@ -119,8 +124,8 @@ def begin(
         confidence_RL=final_RL.float(),
         context_length_R=context_length_R,
         end_R=context_length_R + integers(canvas.limit for canvas in canvases),
-        stop_token_R=integers(eos_token_id if canvas.stops_early else NEVER for canvas in canvases),
-        barred_R=integers(NEVER if request.canvas is None else eos_token_id for request in requests),
+        stop_tokens_RE=ends(canvas.stops_early for canvas in canvases),
+        barred_RE=ends(request.canvas is not None for request in requests),
         canvas_end_R=context_length_R + integers(len(canvas.tokens) for canvas in canvases),
         front_R=zeros_R,
         cached_R=zeros_R,
@@ -156,6 +161,11 @@ def first_open(state: State) -> Tensor:
 def scored_positions(state: State, count: int) -> Tensor:
     """The `count` positions from the front on, [R, S]."""
     return state.front_R[:, None] + torch.arange(count, device=state.front_R.device)
+
+
+def is_stop(state: State, tokens_RS: Tensor) -> Tensor:
+    """Whether each token ends its request, [R, S]."""
+    return (tokens_RS[..., None] == state.stop_tokens_RE[:, None]).any(-1)
 
 
 def draw_tokens(sampling: Sampling, state: State, logits_RSV: Tensor, positions_RS: Tensor, step: Tensor) -> Tensor:
@@ -216,7 +226,7 @@ def _advance(decoder: "Decoder", state: StateT) -> StateT:
     """Stop requests that are finished; move the others to the block of their first open position."""
     first_open_R = first_open(state)
     position_L = torch.arange(state.tokens_RL.shape[1], device=state.tokens_RL.device)
-    stops_RL = state.final_RL & (state.tokens_RL == state.stop_token_R[:, None])
+    stops_RL = state.final_RL & is_stop(state, state.tokens_RL)
     stops_RL &= position_L >= state.context_length_R[:, None]
     stopped_R = (stops_RL & (position_L < first_open_R[:, None])).any(1)
     done_R = state.done_R | stopped_R | (first_open_R >= state.end_R)

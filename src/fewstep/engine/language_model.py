@@ -14,7 +14,7 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
 from fewstep.models.network import Network, check_draft
 from fewstep.models.roles import Role, RoleName
-from fewstep.models.text import Message, check_text, decode_text, encode_prompt
+from fewstep.models.text import GrowingText, Message, check_text, decode_text, encode_prompt
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation: messages of `role` and `content`."""
@@ -192,7 +192,9 @@ class LanguageModel:
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt. FewstepError if it is empty."""
         empty = not prompt if raw or not isinstance(prompt, str) else not prompt.strip()
-        ids = [] if empty else encode_prompt(self.network.tokenizer, prompt, raw=raw)
+        network = self.network
+        ends = network.stop_token_ids
+        ids = [] if empty else encode_prompt(network.tokenizer, prompt, raw=raw, stop_token_ids=ends)
         if not ids:
             raise FewstepError("the prompt is empty; give some text")
         return ids
@@ -226,14 +228,14 @@ class Stream:
     """Iterate over the events of one request as they happen; `output` is its Output once they are exhausted.
 
     An event's `text` is its token alone. `answer_text()` is the text of the tokens that have everything before them
-    final: it only grows, so it can be printed as it comes.
+    final, up to an end-of-text: it only grows, so it can be printed as it comes.
     """
 
     def __init__(self, model: LanguageModel, request: Request, decoder: Decoder) -> None:
         self.output: Output | None = None
         self._model = model
         self._tokens: dict[int, int] = {}
-        self._answer_ids: list[int] = []
+        self._answer = GrowingText(model.network.tokenizer)
         self._events = self._run(stream(model.network, request, decoder))
 
     def __iter__(self) -> Iterator[Event]:
@@ -241,10 +243,11 @@ class Stream:
 
     def answer_text(self) -> str:
         """Text of the contiguous final tokens; a character whose bytes have not all arrived is held back."""
-        return decode_text(self._model.network.tokenizer, self._answer_ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        return self._answer.text
 
     def _run(self, events: Generator[Event, None, Output]) -> Iterator[Event]:
-        tokenizer = self._model.network.tokenizer
+        tokenizer, stops = self._model.network.tokenizer, self._model.network.stop_token_ids
+        answer_ids = self._answer.ids
         while True:
             try:
                 event = next(events)
@@ -252,8 +255,9 @@ class Stream:
                 self.output = self._model._with_text(finished.value)
                 return
             self._tokens[event.position] = event.token_id
-            while len(self._answer_ids) in self._tokens:
-                self._answer_ids.append(self._tokens[len(self._answer_ids)])
+            # Behind an end-of-text stand tokens that were final before it; the answer is without them.
+            while len(answer_ids) in self._tokens and not (answer_ids and answer_ids[-1] in stops):
+                answer_ids.append(self._tokens[len(answer_ids)])
             yield replace(event, text=str(tokenizer.decode([event.token_id])))
 
 

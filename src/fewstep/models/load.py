@@ -43,6 +43,7 @@ from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import BUNDLED, bundled_names, local_folder
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
+from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 
 __all__ = ["BUNDLED", "bundled_names"]
 
@@ -124,7 +125,9 @@ def load_network(
     except FewstepError as error:
         raise FewstepError(f"{config_folder / CONFIG}: {error}") from error
     tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
+    ends = _end_tokens(checkpoint)
     module = _load_module(checkpoint, weights_dtype, target)
+    set_end_tokens(module, [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends])
     if role is not None:
         spec = spec.playing(role)
     if block_size is not None:
@@ -161,6 +164,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except FewstepError:
         name_damaged_json(folder)
         raise
+
+
+def _end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """What an adapter and its base name."""
+    of_base = [] if checkpoint.base is None else _end_tokens(checkpoint.base)
+    return [*of_base, *end_tokens_named(checkpoint.folder)]
 
 
 def _device(device: str) -> torch.device:

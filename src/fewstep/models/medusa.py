@@ -35,18 +35,22 @@ class MedusaHead(nn.Module):
 class MedusaHeads(nn.Module):
     """K heads on rows after the final norm; of the row that scores position t, head k (from 0) scores t + 1 + k."""
 
-    def __init__(self, num_heads: int, width: int, vocab_size: int) -> None:
+    def __init__(self, num_heads: int, width: int, vocab_size: int, never_drawn: Tensor | None = None) -> None:
+        """`never_drawn`: the ids that the network never draws, so that no head guesses them; by default none."""
         super().__init__()
         if num_heads < 1:
             raise FewstepError(f"medusa needs at least 1 head, got {num_heads}")
         self.width, self.vocab_size = width, vocab_size
+        self.never_drawn: Tensor
+        never_drawn = torch.zeros(0, dtype=torch.long) if never_drawn is None else never_drawn.clone()
+        self.register_buffer("never_drawn", never_drawn, persistent=False)
         self.heads = nn.ModuleList(MedusaHead(width, vocab_size) for _ in range(num_heads))
 
     @classmethod
     def of(cls, network: Network, num_heads: int) -> "MedusaHeads":
         """Heads that begin as the network's own, in its precision and on its device."""
         own = network.module.get_output_embeddings().weight
-        heads = cls(num_heads, own.shape[1], own.shape[0]).to(network.device, network.dtype)
+        heads = cls(num_heads, own.shape[1], own.shape[0], network.never_drawn).to(network.device, network.dtype)
         with torch.no_grad():
             for name, weight in heads.named_parameters():
                 if name.endswith("output.weight"):
@@ -59,6 +63,15 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits in float32, [..., D] -> [..., K, V]."""
         return torch.stack([head(hidden) for head in self.heads], -2).float()
+
+    @property
+    def num_drawable(self) -> int:
+        """Tokens that a head may guess."""
+        return self.vocab_size - len(self.never_drawn)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """As `forward`, with what is never drawn at -inf."""
+        return self(hidden).index_fill_(-1, self.never_drawn, float("-inf"))
 
 
 def save_heads(heads: MedusaHeads, folder: str | Path, network: Network) -> None:
@@ -104,7 +117,7 @@ def load_heads(folder: str | Path, network: Network) -> MedusaHeads:
                 f"the Medusa heads in {folder} were trained for other weights ({base}) than those of {network.name}; "
                 "load the model that they belong to, in float32 or bfloat16"
             )
-        heads = MedusaHeads(*sizes)
+        heads = MedusaHeads(sizes[0], sizes[1], sizes[2], network.never_drawn)
         heads.load_state_dict(load_file(folder / WEIGHTS))
     except FewstepError:
         raise

@@ -14,6 +14,7 @@ from fewstep.models.architectures import LongRope, adjust_logits, examine, withi
 from fewstep.models.cache import KVCache
 from fewstep.models.masks import cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
+from fewstep.models.vocabulary import end_tokens, ids_without_token
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Scores:
-    """`logits_RSV` in float32, the mask token at -inf; `hidden_RSD` the rows after the final norm that gave them.
+    """`logits_RSV` in float32, what is never drawn at -inf; `hidden_RSD` the rows after the final norm that gave them.
 
     `settled_RS` marks positions whose row does not see their own block, so that no later pass scores them differently;
     None if there are none. With shifted logits this is the first position of a block.
@@ -65,7 +66,12 @@ class Scores:
 
 
 class Network:
-    """Weights, role and tokenizer. Nothing here decides what to decode."""
+    """Weights, role and tokenizer. Nothing here decides what to decode.
+
+    `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
+    `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
+    all rows, or without those never drawn where some stand for no token.
+    """
 
     def __init__(
         self, module: PreTrainedModel, role: Role, tokenizer: PreTrainedTokenizerBase, *, name: str = "model"
@@ -77,6 +83,11 @@ class Network:
         self._check_tokens()
         self.architecture = examine(module, name)
         self._check_role()
+        without_token = ids_without_token(tokenizer, self.vocab_size)
+        masked = {role.mask_token_id} - {None}
+        self.never_drawn = torch.tensor(sorted(masked.union(without_token)), dtype=torch.long, device=self.device)
+        self.most_recorded = self.vocab_size - (len(self.never_drawn) if without_token else 0)
+        self.end_of_tokens = 1 + max(set(range(self.vocab_size)).difference(without_token), default=-1)
 
     def _check_tokens(self) -> None:
         mask, vocab_size = self.role.mask_token_id, self.vocab_size
@@ -141,6 +152,11 @@ class Network:
         return self.tokenizer.eos_token_id
 
     @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer: `eos_token_id`, then those that the module's generation settings name."""
+        return tuple(one for one in end_tokens(self.module, self.tokenizer) if one != self.role.mask_token_id)
+
+    @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.eos_token_id if pad is None else pad
@@ -190,14 +206,17 @@ class Network:
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; the mask token gets -inf."""
+        """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; what is never drawn gets -inf."""
         logits = self.module.get_output_embeddings()(hidden)
         if self.architecture.scales_logits:
             logits = adjust_logits(self.module, logits)
-        logits = logits.float()
-        if self.role.mask_token_id is not None:
-            logits[..., self.role.mask_token_id] = float("-inf")
-        return logits
+        return self._rule_out(logits.float())
+
+    def _rule_out(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.never_drawn.device != logits.device:  # the module was moved
+            self.never_drawn = self.never_drawn.to(logits.device)
+        return logits.index_fill_(-1, self.never_drawn, float("-inf"))
 
     def score(self, plan: Plan, cache: KVCache | None = None) -> Scores:
         """One forward: logits for the positions of `plan.scored_RS`.
@@ -217,9 +236,7 @@ class Network:
     def _guided(self, plan: Plan, guidance: Guidance) -> Scores:
         scores = self.score(_with_guidance(plan, guidance))
         with_RSV, without_RSV = scores.logits_RSV.chunk(2)
-        logits_RSV = without_RSV + (1 + guidance.scale) * (with_RSV - without_RSV)
-        if self.role.mask_token_id is not None:
-            logits_RSV[..., self.role.mask_token_id] = float("-inf")
+        logits_RSV = self._rule_out(without_RSV + (1 + guidance.scale) * (with_RSV - without_RSV))
         settled_RS = None if scores.settled_RS is None else scores.settled_RS.chunk(2)[0]
         return Scores(logits_RSV, scores.hidden_RSD.chunk(2)[0], settled_RS)
 
@@ -232,6 +249,12 @@ def check_draft(target: Network, draft: Network) -> None:
         raise FewstepError(
             f"the draft {draft.name} has another vocabulary than {target.name}; draft with a model that shares it"
         )
+    for one, other in ((draft, target), (target, draft)):
+        if one.end_of_tokens > other.vocab_size:
+            raise FewstepError(
+                f"{one.name} can draw {one.end_of_tokens} tokens, {other.name} has rows for {other.vocab_size} only; "
+                "draft with a model that has as many"
+            )
 
 
 def _lasting_blocks(plan: Plan) -> Tensor:

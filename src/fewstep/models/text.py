@@ -1,6 +1,7 @@
 """Prompts to token ids and back."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,22 +14,48 @@ Message = dict[str, str]
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], *, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    *,
+    raw: bool = False,
+    stop_token_ids: Sequence[int] = (),
 ) -> list[int]:
     """Token ids of a prompt: through the chat template, unless `raw` is set or the tokenizer has none.
 
-    A string stands for one user message; a list of messages has `role` and `content` each. FewstepError if it is
-    neither, or if the template refuses the messages.
+    A string stands for one user message; a list of messages has `role` and `content` each. Without a template the
+    tokenizer puts its begin-of-text before the text, if it has one and the text does not begin with it; an end-of-text
+    (the tokenizer's or one of `stop_token_ids`) that it puts behind the text is left out, since the answer follows.
+    FewstepError if the prompt is neither, or if the template refuses the messages.
     """
     if isinstance(prompt, str):
         check_text(prompt)
         if raw or not tokenizer.chat_template:
-            return tokenizer.encode(prompt)
+            return _encode_text(tokenizer, prompt, {tokenizer.eos_token_id, *stop_token_ids})
         prompt = [{"role": "user", "content": prompt}]
     _check_messages(prompt)
     if not tokenizer.chat_template:
         raise FewstepError("this model has no chat template for messages; give the prompt as text")
     return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=False)
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: set[int | None]) -> list[int]:
+    """With what the tokenizer adds before the text, unless it is there, and without the ends that it adds behind."""
+    plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    num_ends = _num_last(full, ends) - _num_last(plain, ends)
+    full = full[: len(full) - max(num_ends, 0)]
+    added = full[: len(full) - len(plain)]
+    return plain if added and plain[: len(added)] == added else full
+
+
+def _num_last(ids: Sequence[int], ends: set[int | None]) -> int:
+    """How many of the last ids are ends."""
+    return next((i for i, one in enumerate(reversed(ids)) if one not in ends), len(ids))
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, stop_token_ids: Sequence[int] = ()) -> list[int]:
+    """Token ids of what is to be learnt, with one end: the tokenizer's, unless the text ends with an end token."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids if ids and ids[-1] in (tokenizer.eos_token_id, *stop_token_ids) else [*ids, tokenizer.eos_token_id]
 
 
 def _check_messages(prompt: object) -> None:
@@ -49,6 +76,71 @@ def check_text(text: str) -> None:
         raise FewstepError("the text is not valid Unicode: some of its bytes are no UTF-8; convert it to UTF-8")
 
 
+# Back to text
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, special tokens left out."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Text of token ids, special tokens left out.
+
+    Bytes that are no UTF-8 become replacement characters, and those beside them stay what they are: tokenizers that
+    spell rare characters in tokens of a byte ("byte fallback") would give up all bytes that stand together.
+    """
+    return tokenizer.decode(_well_formed(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class GrowingText:
+    """The text of ids that arrive one by one. What it once was it begins with for ever: it can be printed as it comes.
+
+    A character whose bytes have not all arrived is held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.ids: list[int] = []
+        self._tokenizer = tokenizer
+        self._text = ""
+
+    @property
+    def text(self) -> str:
+        """Of the ids so far."""
+        text = decode_text(self._tokenizer, self.ids).rstrip(_UNKNOWN)
+        if text.startswith(
+            self._text
+        ):  # always, but for a tokenizer whose later tokens change the text of earlier ones
+            self._text = text
+        return self._text
+
+
+def _well_formed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The ids with bytes that are no UTF-8 replaced by those of the replacement character."""
+    byte_of = _bytes_spelt(tokenizer)
+    if byte_of.keys().isdisjoint(ids):
+        return list(ids)
+    id_of = {byte: one for one, byte in byte_of.items()}
+    special = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
+    fixed: list[int] = []
+    together = bytearray()
+
+    def close() -> None:
+        fixed.extend(id_of[byte] for byte in together.decode(errors="replace").encode())
+        together.clear()
+
+    for one in ids:
+        if one in byte_of:
+            together.append(byte_of[one])
+        elif one not in special:  # those are left out, so bytes on both sides of them stand together
+            close()
+            fixed.append(one)
+    close()
+    return fixed
+
+
+@lru_cache(maxsize=8)
+def _bytes_spelt(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Ids of the tokens <0x00> to <0xFF> and the bytes that they stand for; empty unless the tokenizer joins them."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = tokenizer.get_vocab()
+    if not all(name in vocabulary for name in names) or tokenizer.decode([vocabulary[names[ord("A")]]]) != "A":
+        return {}
+    return {vocabulary[name]: byte for byte, name in enumerate(names)}

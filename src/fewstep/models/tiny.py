@@ -65,6 +65,7 @@ def tiny_network(
                 bos_token_id=3,
             )
         )
+    module.generation_config.eos_token_id = None  # the tokenizer alone says what ends an answer
     with torch.no_grad():
         module.get_output_embeddings().weight.mul_(head_scale)
     mask_token_id = None if role == "autoregressive" else 2

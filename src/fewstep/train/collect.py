@@ -57,7 +57,7 @@ def distribution_of(network: Network, kind: Literal["top_k", "hidden"] = "top_k"
     if kind == "hidden":
         dtype: Literal["float16", "bfloat16"] = "bfloat16" if network.dtype == torch.bfloat16 else "float16"
         return Distribution(kind=kind, width=network.module.config.hidden_size, dtype=dtype)
-    return Distribution(kind=kind, width=min(top_k, network.vocab_size))
+    return Distribution(kind=kind, width=min(top_k, network.most_recorded))
 
 
 def decode_with(

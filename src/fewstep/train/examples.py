@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fewstep.errors import FewstepError
 from fewstep.files import numbered_rows
 from fewstep.models.rows import split_row
-from fewstep.models.text import encode_prompt
+from fewstep.models.text import encode_completion, encode_prompt
 
 
 def ragged(sequences: Sequence[Sequence[int]], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
@@ -129,8 +129,11 @@ def encode_rows(
     source: str = "rows",
     max_prompt: int | None = None,
     max_completion: int | None = None,
+    stop_token_ids: Sequence[int] = (),
 ) -> Examples:
     """Tokenize rows that come with their line numbers; those over a limit are left out.
+
+    A completion ends with the tokenizer's end-of-text, unless its text ends with that or one of `stop_token_ids`.
 
     FewstepError if none is left, or naming `source` and line for a row that cannot be encoded.
     """
@@ -139,10 +142,14 @@ def encode_rows(
         where = f"{source} line {line}"
         prompt, completion = split_row(row, where)
         try:
-            prompt_ids = encode_prompt(tokenizer, prompt) if prompt else [_begin(tokenizer)]
+            prompt_ids = (
+                encode_prompt(tokenizer, prompt, stop_token_ids=stop_token_ids) if prompt else [_begin(tokenizer)]
+            )
         except FewstepError as error:
             raise FewstepError(f"{where}: {error}") from None
-        completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
+        completion_ids = encode_completion(tokenizer, completion, stop_token_ids)
+        if not prompt and completion_ids[:1] == prompt_ids and len(completion_ids) > 1:
+            completion_ids = completion_ids[1:]  # a text that begins with its begin-of-text
         if _exceeds(prompt_ids, max_prompt) or _exceeds(completion_ids, max_completion):
             continue
         prompts.append(prompt_ids)

@@ -63,7 +63,7 @@ class Samples:
         outputs = LanguageModel(network).generate(prompts, batch_size=self._batch_size, **self._settings)
         if self._file is not None:
             self._write(self._file, outputs, step)
-        health = measure_health([output.token_ids for output in outputs], ignored_ids=[network.eos_token_id])
+        health = measure_health([output.token_ids for output in outputs], ignored_ids=network.stop_token_ids)
         if self._monitor is not None:
             self._monitor.observe_health(health, step=step)
         num_tokens, num_forwards = (

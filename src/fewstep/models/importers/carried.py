@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,14 @@ _PROBE = "The 1st: it's 12,345.67  (x\u00b2)\n\n  2. na\u00efve \u4f60\u597d \U0
 
 
 def complete_tokens(
-    tokenizer: PreTrainedTokenizerBase, *, source: Path, mask_token_id: int | None, eos_token_id: Any
+    tokenizer: PreTrainedTokenizerBase, *, source: Path, mask_token_id: int | None, end_tokens: Sequence[int]
 ) -> None:
     """Name the mask and end-of-text tokens to the tokenizer, where only the checkpoint's configs say which they are.
 
     FewstepError if one of them is not in the vocabulary, or the tokenizer names another mask token.
     """
     if tokenizer.eos_token_id is None:
-        eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-        tokenizer.eos_token = _token(tokenizer, source, "eos_token_id", eos_token_id)
+        tokenizer.eos_token = _token(tokenizer, source, "eos_token_id", end_tokens[0] if end_tokens else None)
     if mask_token_id is None or tokenizer.mask_token_id == mask_token_id:
         return
     if tokenizer.mask_token_id is not None:

@@ -16,8 +16,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole
-from fewstep.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, check_files, read_object, reading
+from fewstep.files import write_folder_whole, write_json_whole
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_files, read_object, reading
 from fewstep.models.importers import causal, gguf_files
 from fewstep.models.importers.carried import (
     complete_tokens,
@@ -34,6 +34,7 @@ from fewstep.models.importers.sdar import SDAR
 from fewstep.models.importers.weight_files import Place, check_fit, copied, read_places, write_shards
 from fewstep.models.network import Network, Plan
 from fewstep.models.roles import Role
+from fewstep.models.vocabulary import end_tokens_named
 
 FAMILIES = {family.model_type: family for family in (DREAM, LLADA, SDAR, *causal.FAMILIES)}
 
@@ -153,7 +154,9 @@ def _convert_folder(source: Path, block_size: int | None, mask_token: str | None
     if mask_token is not None:
         name_mask_token(tokenizer, mask_token, vocab_size=stock.vocab_size)
     mask = mask_token_id(source, config, tokenizer)
-    complete_tokens(tokenizer, source=source, mask_token_id=mask, eos_token_id=config.get("eos_token_id"))
+    ends = end_tokens_named(source)
+    complete_tokens(tokenizer, source=source, mask_token_id=mask, end_tokens=ends)
+    stock.eos_token_id = config.get("eos_token_id") or tokenizer.eos_token_id  # in place of the class's default
     role = _role(family, config, mask, source)
     dtype = max(matched.values(), key=lambda place: place.num_bytes).dtype
 
@@ -194,6 +197,7 @@ def _convert_gguf(source: Path, mask_token: str | None) -> _Conversion:
         gguf_files.write_weights(source, folder)
         write_config(model.config, role, "float32", folder)
         save_tokenizer(model.tokenizer, folder)
+        write_json_whole(folder / GENERATION_CONFIG, {"eos_token_id": model.end_tokens})
 
     return _Conversion(
         family=f"gguf {model.config.model_type}",

@@ -37,6 +37,7 @@ class GGUFModel:
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    end_tokens: list[int]
     num_parameters: int
 
 
@@ -91,13 +92,23 @@ def read(path: Path) -> GGUFModel:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    ends = _end_tokens(fields, len(tokenizer))
+    if tokenizer.eos_token_id is None and ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.eos_token_id is None:
         raise FewstepError(f"{path} names no end-of-text token (tokenizer.ggml.eos_token_id)")
     return GGUFModel(
         config=config,
         tokenizer=tokenizer,
+        end_tokens=list(dict.fromkeys([tokenizer.eos_token_id, *ends])),
         num_parameters=sum(torch.Size(tensor.shape.tolist()).numel() for tensor in tensors.values()),
     )
+
+
+def _end_tokens(fields: Mapping[str, Any], num_tokens: int) -> list[int]:
+    """Ends of the text, of a turn and of a message, each of which ends an answer."""
+    named = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return [int(token_id) for token_id in named if token_id is not None and 0 <= token_id < num_tokens]
 
 
 def _known(name: str, num_layers: int) -> bool:
