@@ -36,7 +36,7 @@ def answers_made_by(
     lm: LanguageModel, prompts: Sequence[Prompt], *, raw: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Everything that the answers to these prompts depend on, as a JSON object: besides `made_by` the role,
-    the settings in effect, whatever helps to draft, and the prompts.
+    the end tokens, the settings in effect, whatever helps to draft, and the prompts.
     """
     decoder = lm.decoder(**settings)
     chosen = {
@@ -49,6 +49,7 @@ def answers_made_by(
     return {
         **made_by(lm),
         "role": lm.role.to_config(),
+        "stop_token_ids": list(lm.network.stop_token_ids),
         **chosen,
         **threshold_rule(decoder),
         "decoder": decoder.name,
