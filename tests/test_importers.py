@@ -976,7 +976,13 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(
 
 
 def write_gguf(
-    path: Path, architecture: str, *, quantisation: str = "F32", extra: str | None = None, scaling: str | None = None
+    path: Path,
+    architecture: str,
+    *,
+    quantisation: str = "F32",
+    extra: str | None = None,
+    scaling: str | None = None,
+    ends: dict[str, int] | None = None,
 ) -> Path:
     """A tiny causal model as llama.cpp writes it: its names, and for llama its order of query and key rows."""
     gguf = pytest.importorskip("gguf")
@@ -1004,6 +1010,8 @@ def write_gguf(
     writer.add_token_types([3, 3, *[1] * (VOCABULARY - 2)])
     writer.add_token_merges(["0 1"])
     writer.add_eos_token_id(EOS)
+    for name, token_id in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     writer.add_pad_token_id(0)
     kind = gguf.GGMLQuantizationType[quantisation]
 
@@ -1052,6 +1060,12 @@ def test_a_gguf_file_becomes_a_causal_folder(architecture: str, quantisation: st
     output = decode(lm.network, [Request(prompt_ids=PROMPT, max_new_tokens=8)], lm.decoder())[0]
     stock = lm.network.module.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=EOS)
     assert output.token_ids == stock[0, len(PROMPT) :].tolist()
+
+
+def test_a_gguf_file_may_name_several_end_tokens(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", ends={"eot": 7, "eom": 9, "unknown": 11})
+    import_checkpoint(path, tmp_path / "target")
+    assert load(tmp_path / "target").network.stop_token_ids == (EOS, 7, 9)
 
 
 @pytest.mark.parametrize(
