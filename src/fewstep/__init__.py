@@ -4,6 +4,8 @@
 neither.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +13,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "__version__", "load"]
+
+# OpenMP's threads spin while they wait for each other, which takes the cores from those they wait for when the machine
+# is busy. OpenMP reads its environment when torch is loaded, so this is said before; what a user has set stands.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from fewstep.decode.state import State, begin, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Plan, Scores, check_draft
+from fewstep.models.threads import sparing_threads
 
 REACH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
@@ -161,6 +162,7 @@ class Loop:
         self._caches = {
             name: each.new_cache(num_slots, length) for name, each in self._networks.items() if decoder.cached
         }
+        self._num_parameters = network.num_parameters
         self._record = record
         self._hidden_RLD = self._new_hidden_rows(num_slots) if record else None
         self._listeners = list(listeners)
@@ -194,7 +196,9 @@ class Loop:
     @torch.no_grad()
     def step(self) -> list[tuple[int, Output]]:
         """One round: admit what is queued, give every live request one step; returns those that it completed."""
-        return self._collect(self._round())
+        num_requests = min(len(self._live) + len(self._queue), len(self._pending_R))
+        with sparing_threads(self.network.device, self._num_parameters, num_requests):
+            return self._collect(self._round())
 
     @torch.inference_mode()  # a tenth of a small pass on a CPU; outputs are made outside it, since training uses them
     def _round(self) -> Tensor:
