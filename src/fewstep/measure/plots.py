@@ -11,6 +11,7 @@ _MARKERS = "osD^vP*X"
 _FORMATS = ("png", "svg")
 _NUM_COLOURS = 10  # of matplotlib's cycle
 _MOST_INSIDE = 5  # curves whose legend finds room among them
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small"}
 _LONG_NAME = 40  # characters from which two names do not fit side by side
 
 
@@ -52,6 +53,9 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
             capsize=2.5,
             elinewidth=0.8,
         )
+        for report, height in zip(points, accuracy, strict=True):
+            if len(points) > 1:
+                axes.annotate(_swept(report), (report["tokens_per_forward"], height), (4, 4), **_BESIDE)
     axes.set_xlabel("tokens per forward")
     axes.set_ylabel("problems solved, % (95 % interval)")
     axes.set_title(title)
@@ -62,6 +66,12 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
     else:
         axes.legend(frameon=False)
     return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+def _swept(report: Mapping[str, Any]) -> str:
+    """What tells a point of a sweep from the others: its threshold, or its steps."""
+    value = report.get("threshold") if report.get("steps") is None else report["steps"]
+    return "" if value is None else f"{value:g}"
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -65,7 +65,8 @@ class Role:
             )
         if self.name != "autoregressive" and self.mask_token_id is None:
             raise FewstepError(
-                f"the role {self.name} needs a mask token; set mask_token_id in the checkpoint's config.json"
+                f"the role {self.name} needs a mask token, which the checkpoint does not name; "
+                "give one with fewstep import --mask-token"
             )
 
     @property
