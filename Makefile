@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test fuzz lint format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fewstep demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Every field of every file of a checkpoint, of which `make test` draws some.
+fuzz: $(VENV)/.installed-dev
+	FEWSTEP_FUZZ=all $(BIN)/python -m pytest tests/test_damaged_checkpoints.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

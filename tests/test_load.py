@@ -1,6 +1,8 @@
 """Loading: damaged or incomplete folders get one sentence, and a model has one hash in every precision."""
 
+import json
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models import load
 from fewstep.models.importers.weight_files import Place
@@ -176,3 +179,135 @@ def test_other_devices_are_refused_also_where_they_exist(device, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     with pytest.raises(FewstepError, match=f"the device '{device}' is not supported: .* run on cpu and cuda"):
         load_network("gsm-ar", device=device)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("right_shift_logits", "false"),
+        ("right_shift_logits", 1),
+        ("block_size", 2.5),
+        ("block_size", "4"),
+        ("block_size", True),
+        ("mask_token_id", "2"),
+        ("mask_token_id", 2.0),
+        ("threshold", "0.9"),
+        ("gaps", float("nan")),
+        ("gaps", 2**63),
+        ("role", 5),
+        ("role", "student"),
+        ("context_attention", "full"),
+        ("jacobi_window", []),
+    ],
+)
+def test_keys_of_the_role_are_checked_by_type(key: str, value: Any, tmp_path: Path) -> None:
+    save_network(tiny_network(), tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(FewstepError, match=rf"config\.json.*{key}"):
+        load_network(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "choice", ["flex_attention", "flash_attention_2", "paged|eager", "some/kernel", 5, {"": "eager"}]
+)
+def test_a_config_never_chooses_the_attention_back_end(choice: Any, tmp_path: Path) -> None:
+    save_network(tiny_network(), tmp_path / "model")
+    usual = load_network(tmp_path / "model", device="cpu").module.config._attn_implementation
+    config = tmp_path / "model/config.json"
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: choice}))
+    assert load_network(tmp_path / "model", device="cpu").module.config._attn_implementation == usual == "sdpa"
+
+
+def test_a_network_of_absurd_sizes_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    save_network(tiny_network(), tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    whole = json.loads(config.read_text())
+    for key in ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size"):
+        config.write_text(json.dumps({**whole, key: 10**9}))
+        started = time.monotonic()
+        with pytest.raises(FewstepError, match=r"config\.json"):
+            load_network(tmp_path / "model", device="cpu")
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/stu dent", "a/b/c", "../x", "x--y/z", "org/", "/org/name", "a" * 5000, "a\0/b", "~/m"]
+)
+def test_what_cannot_be_a_hub_id_is_told_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "hub_folder", lambda name: pytest.fail("the hub was asked"))
+    with pytest.raises(FewstepError, match="no model"):
+        load_network(name)
+
+
+def test_a_mistyped_folder_is_told_with_the_closest_one_where_the_hub_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def silent(name: str, **options: Any) -> Path:
+        asked.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", silent)
+    monkeypatch.chdir(tmp_path)
+    save_network(tiny_network(), "runs/student")
+    with pytest.raises(FewstepError, match="the hub does not answer; did you mean 'runs/student'"):
+        load_network("runs/stdent")
+    assert asked["etag_timeout"] <= 5
+
+
+def test_a_hub_id_is_fetched_into_a_folder_and_loaded_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_network(tiny_network(), tmp_path / "there")
+    fetched: list[str] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        for pattern in allow_patterns:
+            for file in (tmp_path / "there").glob(pattern):
+                fetched.append(file.name)
+                (tmp_path / "here").mkdir(exist_ok=True)
+                shutil.copy(file, tmp_path / "here")
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load_network("some/model", device="cpu").name == "some/model"
+    assert sorted(fetched) == ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+                               "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+def with_tokenizer(folder: Path, **changes: Any) -> Path:
+    network = tiny_network("bidirectional")
+    for name, value in changes.items():
+        if name == "words":
+            network.tokenizer.add_tokens(value)
+        else:
+            network.tokenizer.add_special_tokens({name: value})
+    network.module.save_pretrained(folder)
+    for key, value in network.role.to_config().items():
+        setattr(network.module.config, key, value)
+    network.module.config.save_pretrained(folder)
+    network.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_without_a_row_in_the_embeddings_is_told_by_name_and_sizes(tmp_path: Path) -> None:
+    model = LanguageModel(load_network(with_tokenizer(tmp_path / "word", words=["hello"]), device="cpu"))
+    assert model.generate("fine", max_new_tokens=4).num_tokens
+    sentence = r"embeddings for 64 tokens, and none for the token 'hello' with the id 64 of its tokenizer, which has 65"
+    with pytest.raises(FewstepError, match=sentence):
+        model.generate("hello", max_new_tokens=4)
+    with pytest.raises(FewstepError, match="'hello' with the id 64"):
+        model.infill("hello", num_tokens=4)
+    with pytest.raises(FewstepError, match="none for the token '<end>' with the id 64"):
+        load_network(with_tokenizer(tmp_path / "end", eos_token="<end>"), device="cpu")
+
+
+def test_a_pad_token_without_a_row_is_not_needed(tmp_path: Path) -> None:
+    added = LanguageModel(load_network(with_tokenizer(tmp_path / "pad", pad_token="[PAD]"), device="cpu"))
+    usual = LanguageModel(load_network(with_tokenizer(tmp_path / "usual"), device="cpu"))
+    prompts = ["hi", "a longer prompt than the other"]
+    for one, other in zip(*(m.generate(prompts, max_new_tokens=8) for m in (added, usual)), strict=True):
+        assert one.token_ids == other.token_ids

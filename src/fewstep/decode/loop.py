@@ -97,6 +97,7 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
     # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
     asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
     for each in (network, *decoder.companions.values()):
+        each.check_ids([*request.prompt_ids, *canvas.tokens])
         _check_room(each, decoder, request, asked)
     return canvas
 

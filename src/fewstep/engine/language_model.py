@@ -14,7 +14,7 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
 from fewstep.models.network import Network, check_draft
 from fewstep.models.roles import Role, RoleName
-from fewstep.models.text import GrowingText, Message, check_text, decode_text, encode_prompt
+from fewstep.models.text import GrowingText, Message, check_text, decode_text, encode_plain, encode_prompt
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation: messages of `role` and `content`."""
@@ -218,7 +218,7 @@ class LanguageModel:
 
     def _plain_ids(self, text: str) -> list[int]:
         check_text(text)
-        return self.network.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return encode_plain(self.network.tokenizer, text) if text else []
 
     def _with_text(self, output: Output) -> Output:
         return replace(output, text=decode_text(self.network.tokenizer, output.token_ids))

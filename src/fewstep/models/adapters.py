@@ -127,6 +127,8 @@ def _replace_patterns(settings: dict[str, Any], modules: list[str], path: Path) 
         found = []
         try:
             for module in modules:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 if regex.fullmatch(pattern, module, timeout=max(0.001, deadline - time.monotonic())):
                     found.append(module)
         except TimeoutError:

@@ -71,6 +71,16 @@ def check_files(folder: Path) -> None:
                 raise FewstepError(f"{file} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`")
 
 
+def check_generation_config(folder: Path) -> None:
+    """FewstepError naming the folder's generation settings if there are some, and they are none."""
+    from transformers import GenerationConfig
+
+    if (folder / GENERATION_CONFIG).exists():
+        read_object(folder / GENERATION_CONFIG)
+        with reading(folder / GENERATION_CONFIG):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
 def name_damaged_json(folder: Path) -> None:
     """FewstepError naming the first of a tokenizer's files that is no JSON object, or no tokenizer."""
     from tokenizers import Tokenizer

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,10 +28,10 @@ from fewstep.models.adapters import base_name, merge
 from fewstep.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
-    GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     VOCABULARIES,
     check_files,
+    check_generation_config,
     hub_folder,
     name_damaged_json,
     read_object,
@@ -160,7 +159,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise FewstepError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES[:3])} is there")
     try:
         with reading(f"the tokenizer in {folder} ({TOKENIZER_CONFIG})"):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer.encode("")  # settings of a wrong type are found by what uses them
+            return tokenizer
     except FewstepError:
         name_damaged_json(folder)
         raise
@@ -195,10 +196,7 @@ def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     config = read_config(folder)
     _check_memory(folder, dtype, device)
     _check_sizes(folder, config)
-    if (folder / GENERATION_CONFIG).exists():
-        read_object(folder / GENERATION_CONFIG)
-        with reading(folder / GENERATION_CONFIG):
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    check_generation_config(folder)
     with reading(f"the network in {folder} ({CONFIG} and weights)"):
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -45,7 +45,7 @@ def not_found(name: str, reason: str) -> FewstepError:
 def _similar(path: Path) -> str | None:
     try:
         folders = [str(inside) for inside in path.parent.iterdir() if inside.is_dir()]
-    except OSError:
+    except (OSError, ValueError):
         return None
     hint = suggestion(str(path), folders) if folders else ""
     return hint if hint.startswith("did you mean") else None

@@ -3,6 +3,7 @@
 Axes: R = requests, Q = rows of a forward, S = scored rows, D = hidden width, V = vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +98,17 @@ class Network:
             raise FewstepError(
                 f"{self.name}: the tokenizer has no end-of-text token; set eos_token in its configuration"
             )
+        self.check_ids([self.tokenizer.eos_token_id])
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """FewstepError naming the first token that has no row in the network's embeddings."""
+        outside = next((one for one in ids if not 0 <= one < self.vocab_size), None)
+        if outside is not None:
+            raise FewstepError(
+                f"{self.name} has embeddings for {self.vocab_size} tokens, and none for the token "
+                f"{self.tokenizer.convert_ids_to_tokens(outside)!r} with the id {outside} of its tokenizer, which has "
+                f"{len(self.tokenizer)} tokens; load the tokenizer that the weights were trained with, or resize them"
+            )
 
     def _check_role(self) -> None:
         """FewstepError if the module has something that is defined for causal attention alone."""
@@ -159,7 +171,8 @@ class Network:
     @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return self.eos_token_id if pad is None else pad
+        # A pad token that was added has no row; what stands in its place is never looked at.
+        return self.eos_token_id if pad is None or not 0 <= pad < self.vocab_size else pad
 
     @property
     def num_parameters(self) -> int:

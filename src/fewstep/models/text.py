@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
 from fewstep.files import is_unicode
+from fewstep.models.checkpoint_files import reading
 from fewstep.models.templates import render
 from fewstep.values import shown
 
@@ -35,12 +36,20 @@ def encode_prompt(
     _check_messages(prompt)
     if not tokenizer.chat_template:
         raise FewstepError("this model has no chat template for messages; give the prompt as text")
-    return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=False)
+    return encode_plain(tokenizer, render(tokenizer, prompt))
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text with nothing added. FewstepError if the tokenizer cannot read it: one with no token for a
+    character fails on it.
+    """
+    with reading("this text", advice="the model's tokenizer has no tokens for it, or is damaged"):
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: set[int | None]) -> list[int]:
     """With what the tokenizer adds before the text, unless it is there, and without the ends that it adds behind."""
-    plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    plain, full = encode_plain(tokenizer, text), tokenizer.encode(text)
     num_ends = _num_last(full, ends) - _num_last(plain, ends)
     full = full[: len(full) - max(num_ends, 0)]
     added = full[: len(full) - len(plain)]
@@ -54,7 +63,7 @@ def _num_last(ids: Sequence[int], ends: set[int | None]) -> int:
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, stop_token_ids: Sequence[int] = ()) -> list[int]:
     """Token ids of what is to be learnt, with one end: the tokenizer's, unless the text ends with an end token."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = encode_plain(tokenizer, text)
     return ids if ids and ids[-1] in (tokenizer.eos_token_id, *stop_token_ids) else [*ids, tokenizer.eos_token_id]
 
 
@@ -87,7 +96,10 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     Bytes that are no UTF-8 become replacement characters, and those beside them stay what they are: tokenizers that
     spell rare characters in tokens of a byte ("byte fallback") would give up all bytes that stand together.
     """
-    return tokenizer.decode(_well_formed(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with reading("the tokens of the answer", advice="the model's tokenizer is damaged"):
+        return tokenizer.decode(
+            _well_formed(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 class GrowingText:

@@ -17,7 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
 from fewstep.files import write_folder_whole, write_json_whole
-from fewstep.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_files, read_object, reading
+from fewstep.models.checkpoint_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    check_files,
+    check_generation_config,
+    read_object,
+    reading,
+)
 from fewstep.models.importers import causal, gguf_files
 from fewstep.models.importers.carried import (
     complete_tokens,
@@ -137,6 +145,7 @@ def _convert_folder(source: Path, block_size: int | None, mask_token: str | None
     if block_size is not None:
         config = {**config, "block_size": block_size}
     family = FAMILIES[config["model_type"]]
+    check_generation_config(source)
     with reading(source / CONFIG):
         try:
             stock = family.stock_config(config)
