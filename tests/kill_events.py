@@ -173,9 +173,9 @@ def _contents(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, s
             continue
         data = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
-            text = data.decode()
-            values = [json.loads(text)] if path.suffix == ".json" else [json.loads(one) for one in text.splitlines()]
-            data = json.dumps(_steady(values), sort_keys=True).encode()
+            lines = [data] if path.suffix == ".json" else data.splitlines()
+            with contextlib.suppress(ValueError):  # a temporary file that a kill cut off
+                data = json.dumps(_steady([json.loads(one) for one in lines]), sort_keys=True).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 

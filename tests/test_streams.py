@@ -1,5 +1,6 @@
 """Closed, full and broken standard streams, and signals: what a command leaves behind, and how it ends."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.cli.generate import _read_prompt
 from fewstep.cli.interruption import Termination, one_voice
 from fewstep.errors import FewstepError
 
@@ -119,3 +121,9 @@ def test_of_several_processes_only_the_first_speaks_at_once(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(KeyboardInterrupt), one_voice(patience_s=0):
         raise KeyboardInterrupt
+
+
+def test_a_prompt_is_the_same_however_its_lines_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("a\nb\n", "a\r\nb\r\n", "\ufeffa\r\nb\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text, newline=""))
+        assert _read_prompt(None) == "a\nb"

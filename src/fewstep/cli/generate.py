@@ -85,7 +85,8 @@ def _read_prompt(prompt: str | None) -> str:
         text = sys.stdin.read()
     except UnicodeDecodeError:
         raise FewstepError("standard input is not UTF-8 text; convert it first, for example with iconv") from None
-    return text.removeprefix("\ufeff").rstrip("\n")  # some editors begin a file with a byte order mark
+    # Some editors begin a file with a byte order mark, or end lines as Windows does.
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").rstrip("\n")
 
 
 def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
