@@ -30,10 +30,10 @@ from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_folder_whole, write_json_whole, write_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.gsm_symbolic import problems
 from fewstep.measure.timing import this_command
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
+from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.cllm import CLLMObjective, CLLMSettings, Labels, Noise
 from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
 from fewstep.train.lora import LoRASettings

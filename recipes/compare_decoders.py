@@ -24,12 +24,12 @@ from fewstep.engine.made_by import check_made_by, made_by
 from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole, write_whole
 from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.load import bundled_names
+from fewstep.tasks.gsm_symbolic import Problem, problems
 
 app = typer.Typer(pretty_exceptions_enable=False)
 

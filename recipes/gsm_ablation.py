@@ -27,11 +27,11 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import Report, sweep
-from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
+from fewstep.tasks.gsm_symbolic import Problem, problems
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption

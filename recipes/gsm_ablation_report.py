@@ -10,10 +10,10 @@ from gsm_ablation import ALL_THREE, OWN_SEED, VARIANTS
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_whole
-from fewstep.measure.gsm_symbolic import problems
 from fewstep.measure.metrics import Interval, crossed_interval
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.seeds import Setting, at_speed, difference, settings_of
+from fewstep.tasks.gsm_symbolic import problems
 
 OTHERS = ("untrained", "teacher-threshold", "teacher-steps")
 

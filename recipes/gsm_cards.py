@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gsm_tokenizer import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 
 from fewstep.files import read_json
-from fewstep.measure.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
+from fewstep.tasks.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
 
 Kind = Literal["ar", "teacher", "student", "cllm"]
 LOSS_ROWS = 12

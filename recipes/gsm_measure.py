@@ -25,15 +25,6 @@ from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.gsm_symbolic import (
-    BUNDLED_COUNTS,
-    Problem,
-    Split,
-    make_problems,
-    problems,
-    read_problems,
-    write_problem_file,
-)
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import (
     agreement,
@@ -45,6 +36,15 @@ from fewstep.measure.reports import (
 from fewstep.measure.timing import Timing, describe_machine, speed_factors, this_command, time_interleaved
 from fewstep.models.load import BUNDLED
 from fewstep.models.roles import RoleName
+from fewstep.tasks.gsm_symbolic import (
+    BUNDLED_COUNTS,
+    Problem,
+    Split,
+    make_problems,
+    problems,
+    read_problems,
+    write_problem_file,
+)
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]

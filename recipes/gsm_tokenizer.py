@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fewstep.measure.gsm_symbolic import INSTRUCTION, make_problems, training_rows
+from fewstep.tasks.gsm_symbolic import INSTRUCTION, make_problems, training_rows
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<mask>", "<bos>", "<answer>")  # ids 0 to 4
 VOCAB_SIZE = 2048

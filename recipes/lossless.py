@@ -18,9 +18,9 @@ import typer
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.files import write_json_whole
-from fewstep.measure.gsm_symbolic import problems
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.medusa import MedusaHeads, save_heads
+from fewstep.tasks.gsm_symbolic import problems
 
 MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher")
 

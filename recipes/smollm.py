@@ -60,7 +60,6 @@ from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.gsm_symbolic import Problem, problems
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import describe_machine, this_command, time_interleaved
@@ -68,6 +67,7 @@ from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
 from fewstep.models.roles import ContextAttention, RoleName
+from fewstep.tasks.gsm_symbolic import Problem, problems
 from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
 from fewstep.files import read_rows, write_whole
-from fewstep.measure.gsm_solutions import extract_answer
-from fewstep.measure.gsm_symbolic import Problem, training_rows
 from fewstep.models.text import decode_text, encode_prompt
+from fewstep.tasks.gsm_solutions import extract_answer
+from fewstep.tasks.gsm_symbolic import Problem, training_rows
 from fewstep.train.examples import Examples, encode_rows
 from fewstep.train.trajectories import PromptRow
 

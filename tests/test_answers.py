@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from fewstep.measure.answers import extract_answer, is_correct
+from fewstep.tasks.answers import extract_answer, is_correct
 
 
 @pytest.mark.parametrize(

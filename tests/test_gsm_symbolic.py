@@ -7,10 +7,10 @@ from random import Random
 import pytest
 
 from fewstep.errors import FewstepError
-from fewstep.measure import gsm_symbolic as task
-from fewstep.measure.answers import is_correct
-from fewstep.measure.gsm_solutions import STYLES, Equation, read_solution, render
-from fewstep.measure.worked_arithmetic import evaluate, worked
+from fewstep.tasks import gsm_symbolic as task
+from fewstep.tasks.answers import is_correct
+from fewstep.tasks.gsm_solutions import STYLES, Equation, read_solution, render
+from fewstep.tasks.worked_arithmetic import evaluate, worked
 
 # --- answers --------------------------------------------------------------------------------------
 

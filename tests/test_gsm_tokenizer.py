@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fewstep.measure.gsm_symbolic import INSTRUCTION, problems, training_rows
+from fewstep.tasks.gsm_symbolic import INSTRUCTION, problems, training_rows
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.kept import kept_path, kept_results
 from fewstep.measure.evaluate import evaluate, sweep
-from fewstep.measure.gsm_symbolic import Problem
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
+from fewstep.tasks.gsm_symbolic import Problem
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16}
 

@@ -14,10 +14,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fewstep.errors import FewstepError
-from fewstep.measure.gsm_symbolic import training_rows
 from fewstep.models.load import BUNDLED, load_network
 from fewstep.models.medusa import load_heads
 from fewstep.models.network import check_draft
+from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.trajectories import TrajectoryStore
 
 SMALL: dict[str, Any] = {"steps": 2, "rows": 2, "row_length": 1024, "dev": 2}

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from fewstep.measure.worked_arithmetic import NotWorkableError, evaluate, format_number, worked
+from fewstep.tasks.worked_arithmetic import NotWorkableError, evaluate, format_number, worked
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from fewstep.cli.sources import Touches
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
-    from fewstep.measure.gsm_symbolic import Problem
     from fewstep.measure.timing import Timing
+    from fewstep.tasks.gsm_symbolic import Problem
 
 CANVAS_LENGTH = 256
 SECONDS_PER_FRAME = 0.05
@@ -52,7 +52,7 @@ class Contestant:
 
     def judge(self, problem: "Problem", output: Any, seconds: float) -> Run:
         """The run that `output` makes."""
-        from fewstep.measure.gsm_solutions import is_correct
+        from fewstep.tasks.gsm_solutions import is_correct
 
         return Run(
             problem=problem.id,
@@ -92,9 +92,9 @@ def demo(
     """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""
     for name in (teacher, student, *([] if causal is None else [causal])):
         check_model_name(name)
-    from fewstep.measure.gsm_symbolic import problems
     from fewstep.measure.timing import speed_factors
     from fewstep.models.load import bundled_names
+    from fewstep.tasks.gsm_symbolic import problems
 
     chosen = problems("test", num_problems)
     if causal is None and "gsm-ar" in bundled_names():

@@ -18,8 +18,8 @@ from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
-    from fewstep.measure.gsm_symbolic import Problem
     from fewstep.models.roles import RoleName
+    from fewstep.tasks.gsm_symbolic import Problem
 
 _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
 
@@ -117,7 +117,7 @@ class ProblemOptions:
 
     def read(self) -> "list[Problem]":
         """FewstepError for a damaged file, or for more problems than are bundled."""
-        from fewstep.measure.gsm_symbolic import problems, read_problems
+        from fewstep.tasks.gsm_symbolic import problems, read_problems
 
         return problems(self.split, self.limit) if self.data is None else read_problems(self.data)[: self.limit]
 

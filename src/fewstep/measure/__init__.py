@@ -1,1 +1,1 @@
-"""Measuring: tasks and their data, accuracy with intervals, timing, comparisons and plots."""
+"""Measuring: accuracy with intervals, timing, comparisons and plots."""

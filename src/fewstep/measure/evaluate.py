@@ -10,9 +10,9 @@ from fewstep.engine.answers import Answer, answer_all, check_prompts
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
-from fewstep.measure.gsm_solutions import is_correct
-from fewstep.measure.gsm_symbolic import Problem
 from fewstep.measure.metrics import wilson_interval
+from fewstep.tasks.gsm_solutions import is_correct
+from fewstep.tasks.gsm_symbolic import Problem
 
 PLAIN_ENGINE = "off"  # no captured steps
 _WARM_UP_TOKENS = 32

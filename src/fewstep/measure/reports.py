@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.measure.evaluate import Record, Report
-from fewstep.measure.gsm_symbolic import Problem
+from fewstep.tasks.gsm_symbolic import Problem
 
 
 def report_columns(report: Report, *, texts: bool = False) -> dict[str, Any]:

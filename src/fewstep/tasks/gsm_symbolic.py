@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from fewstep.errors import FewstepError
 from fewstep.files import numbered_rows, write_rows_whole
-from fewstep.measure.gsm_solutions import STYLES, Equation, Line, Style, read_solution, render
-from fewstep.measure.worked_arithmetic import NotWorkableError, evaluate, format_number
 from fewstep.models.rows import id_text, messages_of, present, row_id, text_of
 from fewstep.models.text import Message
+from fewstep.tasks.gsm_solutions import STYLES, Equation, Line, Style, read_solution, render
+from fewstep.tasks.worked_arithmetic import NotWorkableError, evaluate, format_number
 from fewstep.values import fitted, shown
 
 Split = Literal["dev", "test", "heldout"]

@@ -19,7 +19,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
-from fewstep.measure.worked_arithmetic import NotWorkableError, evaluate
+from fewstep.tasks.worked_arithmetic import NotWorkableError, evaluate
 
 _MINUS = dict.fromkeys(map(ord, "−﹣－"), "-")
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8", "⅙": "1/6"}

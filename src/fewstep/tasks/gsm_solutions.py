@@ -19,9 +19,9 @@ from random import Random
 from typing import Any
 
 # Solutions are judged where they are known: most who import one of these import the others too.
-from fewstep.measure.answers import extract_answer as extract_answer
-from fewstep.measure.answers import is_correct as is_correct
-from fewstep.measure.worked_arithmetic import NUMBER, agrees, worked
+from fewstep.tasks.answers import extract_answer as extract_answer
+from fewstep.tasks.answers import is_correct as is_correct
+from fewstep.tasks.worked_arithmetic import NUMBER, agrees, worked
 
 
 @dataclass(frozen=True, kw_only=True)
