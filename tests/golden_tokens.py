@@ -23,10 +23,10 @@ import fewstep
 from fewstep.decode.policies import EntropyBelow, Factor, FixedCount, Margin
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
-from fewstep.measure.gsm_symbolic import problems
 from fewstep.models.medusa import MedusaHeads, save_heads
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
+from fewstep.tasks.gsm_symbolic import problems
 
 RECORD = Path(__file__).with_suffix(".json")
 PROMPTS = ["what is 2+2?", "a", "how many of them are left in the box, and how many not?", "x=1, y=2", "say it again"]
