@@ -16,6 +16,7 @@ from fewstep.cli.report import note, write_report
 from fewstep.cli.run_settings import Built, Groups, settings_of, with_settings
 from fewstep.cli.sources import Touches
 from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
@@ -26,8 +27,9 @@ from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.documents import CanvasLengths
+from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
-from fewstep.train.lora import LoRASettings
+from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
@@ -132,6 +134,19 @@ class CausalStart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrafterStart:
+    """The causal model that the adapter drafts for, which stays as it is, and its own texts."""
+
+    texts: Annotated[Path, "What `fewstep collect --decoder autoregressive` wrote."]
+    output: Annotated[Path, "A new folder for the adapter, its report and its logs."]
+    model: Annotated[str, "The model that wrote them: a bundled name, a folder, or a hub id."] = "gsm-ar"
+    mask_token_id: Annotated[
+        int | None, "An id that no text holds; by default that of the tokenizer's mask token."
+    ] = None
+    device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadsStart:
     """The causal model that the heads are for; it stays as it is."""
 
@@ -223,7 +238,7 @@ def diffusion(built: Built, json: Path | None) -> None:
         corruption=built[Corruption],
         canvas=CanvasLengths(block_size=network.role.block_size, weights=built[Canvas].weights),
     )
-    _run(network, objective, built, json)
+    _run_outcome(network, objective, built, json)
 
 
 def cdlm(built: Built, json: Path | None) -> None:
@@ -252,7 +267,7 @@ def cdlm(built: Built, json: Path | None) -> None:
         settings=built[CDLMSettings],
         corruption=built[BlockCorruption],
     )
-    _run(network, objective, built, json)
+    _run_outcome(network, objective, built, json)
 
 
 def sft(built: Built, json: Path | None) -> None:
@@ -266,7 +281,7 @@ def sft(built: Built, json: Path | None) -> None:
         objective = CausalObjective(network.role, examples, network.eos_token_id)
     else:
         objective = MaskedDiffusionObjective(network.role, examples, network.eos_token_id)
-    _run(network, objective, built, json)
+    _run_outcome(network, objective, built, json)
 
 
 def cllm(built: Built, json: Path | None) -> None:
@@ -283,7 +298,24 @@ def cllm(built: Built, json: Path | None) -> None:
     objective = CLLMObjective(
         network.role, table, network.eos_token_id, references=references, settings=built[CLLMSettings]
     )
-    _run(network, objective, built, json, decoder=Jacobi.name, window=table.window)
+    _run_outcome(network, objective, built, json, decoder=Jacobi.name, window=table.window)
+
+
+def draft(built: Built, json: Path | None) -> None:
+    """A gated adapter with which a causal model drafts its own text in blocks, and verifies it without."""
+    start: DrafterStart = built[DrafterStart]
+    _require_extra()
+    _refuse_unwatched(built)
+    from fewstep.train.texts import read_texts
+
+    network = NetworkSettings(device=start.device).load(start.model)
+    examples = read_texts(start.texts, network)
+    settings = built[DraftSettings]
+    network = add_gated_lora(
+        network, built[LoRASettings], mask_token_id=start.mask_token_id, block_size=settings.block_size
+    )
+    objective = DraftObjective(network, examples, settings=settings)
+    _run(network, objective, built, json, start.output, decoder=SelfSpeculative.name)
 
 
 def medusa(built: Built, json: Path | None) -> None:
@@ -308,6 +340,11 @@ app.command("diffusion")(
 app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: "", BlockCorruption: "reference_"}))
 app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
+app.command("draft")(
+    with_settings(
+        draft, {DrafterStart: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_", DraftSettings: ""}
+    )
+)
 app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))
 
 
@@ -319,6 +356,11 @@ def _refuse_unused(built: Built) -> None:
     _require_extra()
     if not built[Outcome].lora:
         built.refuse(settings_of({LoRASettings: "lora_"}), "without --lora")
+    _refuse_unwatched(built)
+
+
+def _refuse_unwatched(built: Built) -> None:
+    """FewstepError for an option about evaluations that would not take place."""
     if built[Watch].data is None:
         built.refuse(settings_of({Watch: "watch_"}), "without --watch-data")
     if built[TrainSettings].evaluate_every is None:
@@ -337,19 +379,34 @@ def _require_extra() -> None:
         require(module)
 
 
-def _run(network: Network, objective: Objective, built: Built, json: Path | None, **decoding: Any) -> None:
+def _run_outcome(network: Network, objective: Objective, built: Built, json: Path | None, **decoding: Any) -> None:
+    """`_run` into what Outcome says."""
+    outcome: Outcome = built[Outcome]
+    lora = built[LoRASettings] if outcome.lora else None
+    _run(network, objective, built, json, outcome.output, lora=lora, **decoding)
+
+
+def _run(
+    network: Network,
+    objective: Objective,
+    built: Built,
+    json: Path | None,
+    output: Path,
+    *,
+    lora: LoRASettings | None = None,
+    **decoding: Any,
+) -> None:
     """Train; `decoding`: settings of the answers to held-out prompts."""
     from fewstep.train.trainer import train
 
-    outcome: Outcome = built[Outcome]
     monitor = CollapseMonitor(built[CollapseLimits])
     result = train(
         network,
         objective,
         built[TrainSettings],
-        outcome.output,
-        lora=built[LoRASettings] if outcome.lora else None,
-        evaluate=_samples(network, built[Watch], outcome.output / "samples.jsonl", monitor, decoding),
+        output,
+        lora=lora,
+        evaluate=_samples(network, built[Watch], output / "samples.jsonl", monitor, decoding),
         monitor=monitor,
     )
     _told(result, json)

@@ -61,7 +61,7 @@ class LanguageModel:
         """A draft or heads are loaded once, in the numbers and on the device of the model."""
         draft = self._draft(settings.draft) if settings.decoder == "speculative" and settings.draft else None
         heads = self._medusa_heads(settings.heads) if settings.decoder == "medusa" and settings.heads else None
-        return settings.decoder_for(self.role, draft=draft, heads=heads)
+        return settings.decoder_for(self.role, draft=draft, heads=heads, adapter=self.network.adapter)
 
     def _draft(self, name: str) -> Network:
         if name not in self._drafts:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from annotated_types import Ge, Le
 
@@ -27,12 +27,16 @@ from fewstep.decode.policies import (
 )
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.sampling import Sampling, TopK
+from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.speculative import Speculative
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.models.roles import Gaps, Role, RoleName
 from fewstep.values import Count, Temperature, check_fields, shown
+
+if TYPE_CHECKING:
+    from fewstep.models.gated import GatedAdapter
 
 DEFAULT_DECODER: dict[RoleName, str] = {
     "autoregressive": "autoregressive",
@@ -64,11 +68,12 @@ _SPECIAL_SETTINGS = {
     "jacobi": {"window", "ngram", "fixed_windows"},
     "lookahead": {"window", "ngram"},
     "speculative": {"draft", "window"},
+    "self-speculative": {"window"},
     "prompt-lookup": {"window", "ngram"},
     "medusa": {"heads", "window", "typical"},
 }
 
-_CAUSAL = {"autoregressive", "jacobi", "lookahead", "speculative", "prompt-lookup", "medusa"}
+_CAUSAL = {"autoregressive", "jacobi", "lookahead", "speculative", "self-speculative", "prompt-lookup", "medusa"}
 """The decoders of causal networks, and the only ones that those take."""
 
 
@@ -89,7 +94,7 @@ class GenerationSettings:
 
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
     `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
-    drafted (speculative, 4; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram
+    drafted (speculative, 4; self-speculative, 16; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram
     (lookahead, 4), the longest match (prompt-lookup, 3; jacobi, whose new guesses are random tokens without it).
     `fixed_windows` (jacobi): windows one after the other, as published, in place of one that slides. `typical`: see
     `Medusa`.
@@ -164,12 +169,20 @@ class GenerationSettings:
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
-    def decoder_for(self, role: Role, *, draft: Network | None = None, heads: MedusaHeads | None = None) -> Decoder:
-        """The decoder for a network of this role; `draft` and `heads` as loaded from what the settings name.
+    def decoder_for(
+        self,
+        role: Role,
+        *,
+        draft: Network | None = None,
+        heads: MedusaHeads | None = None,
+        adapter: "GatedAdapter | None" = None,
+    ) -> Decoder:
+        """The decoder for a network of this role; `draft` and `heads` as loaded from what the settings name, `adapter`
+        the network's own.
 
         FewstepError if a setting is not one of that decoder's.
         """
-        name = self.decoder or self._default_decoder(role)
+        name = self.decoder or ("self-speculative" if adapter is not None else self._default_decoder(role))
         for field in fields(self):
             special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
             if special and field.name not in _SPECIAL_SETTINGS[name] and getattr(self, field.name) != field.default:
@@ -179,7 +192,7 @@ class GenerationSettings:
         if name not in _CAUSAL and role.name == "autoregressive":
             raise FewstepError(f"a causal model cannot run the {name} decoder; leave it out, or load another model")
         if name in _CAUSAL:
-            return self._causal_decoder(name, role, draft, heads)
+            return self._causal_decoder(name, role, draft, heads, adapter)
         if role.name == "block_causal" and self.block_size is not None:
             role = replace(role, block_size=self.block_size)
         if name == "block":
@@ -208,7 +221,14 @@ class GenerationSettings:
         windows = self.window is not None or self.ngram is not None or self.fixed_windows
         return "jacobi" if role.jacobi_window and (self.sampling.greedy or windows) else DEFAULT_DECODER[role.name]
 
-    def _causal_decoder(self, name: str, role: Role, draft: Network | None, heads: MedusaHeads | None) -> Decoder:
+    def _causal_decoder(
+        self,
+        name: str,
+        role: Role,
+        draft: Network | None,
+        heads: MedusaHeads | None,
+        adapter: "GatedAdapter | None",
+    ) -> Decoder:
         shared: dict[str, Any] = {"role": role, "sampling": self.sampling, "early_stop": self.early_stop}
         counts = {"window": self.window, "ngram": self.ngram}
         given: dict[str, Any] = {key: value for key, value in counts.items() if value is not None}
@@ -228,6 +248,12 @@ class GenerationSettings:
                         "the speculative decoder needs a draft (--draft): name a small model of the same vocabulary"
                     )
                 return Speculative(**shared, **given, draft=draft)
+            case "self-speculative":
+                if adapter is None:
+                    raise FewstepError(
+                        "the self-speculative decoder needs a model with a gated adapter; train one with fewstep train draft"
+                    )
+                return SelfSpeculative(**shared, **given, adapter=adapter)
             case _:
                 if heads is None:
                     raise FewstepError("the medusa decoder needs heads (--heads): name the folder that holds them")

@@ -46,6 +46,9 @@ from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 
 __all__ = ["BUNDLED", "bundled_names"]
 
+GATED = "gated_adapter"
+"""The key of a checkpoint's config.json that describes a gated adapter."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 

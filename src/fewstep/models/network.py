@@ -5,6 +5,7 @@ Axes: R = requests, Q = rows of a forward, S = scored rows, D = hidden width, V 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from fewstep.models.cache import KVCache
 from fewstep.models.masks import cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.vocabulary import end_tokens, ids_without_token
+
+if TYPE_CHECKING:
+    from fewstep.models.gated import GatedAdapter
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
     `guidance`: for uncached forwards only; its rows join the same forward. `tree_TT`, boolean: the last T rows of a
     cached forward are guesses that branch, and row t also sees the rows marked in its line. No other row sees them, nor
     does a later forward. `network`: whose forward it is, "target" or "draft". `context_length_R`: of cached forwards.
+    `adapted_RQ`, boolean: the rows to which the network's gated adapter applies; None for a forward of the base alone.
     """
 
     kind: str
@@ -51,6 +56,7 @@ class Plan:
     guidance: Guidance | None = None
     tree_TT: Tensor | None = None
     context_length_R: Tensor | None = None
+    adapted_RQ: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Scores:
 
 
 class Network:
-    """Weights, role and tokenizer. Nothing here decides what to decode.
+    """Weights, role and tokenizer, perhaps with a gated `adapter` in the weights. Nothing here decides what to decode.
 
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
@@ -75,12 +81,19 @@ class Network:
     """
 
     def __init__(
-        self, module: PreTrainedModel, role: Role, tokenizer: PreTrainedTokenizerBase, *, name: str = "model"
+        self,
+        module: PreTrainedModel,
+        role: Role,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        adapter: "GatedAdapter | None" = None,
     ) -> None:
         self.module = module.eval()
         self.role = role
         self.tokenizer = tokenizer
         self.name = name
+        self.adapter = adapter
         self._check_tokens()
         self.architecture = examine(module, name)
         self._check_role()
@@ -141,7 +154,7 @@ class Network:
 
     def with_role(self, role: Role) -> "Network":
         """The same weights and tokenizer in another role."""
-        return Network(self.module, role, self.tokenizer, name=self.name)
+        return Network(self.module, role, self.tokenizer, name=self.name, adapter=self.adapter)
 
     @property
     def device(self) -> torch.device:
@@ -193,13 +206,19 @@ class Network:
         rotary = self.module.base_model.rotary_emb
         if isinstance(rotary, LongRope):
             rotary.context_length_R = plan.context_length_R
-        return self.module.base_model(
-            input_ids=plan.tokens_RQ,
-            attention_mask=self.architecture.attention_mask(whole, windowed),
-            position_ids=plan.positions_RQ,
-            past_key_values=cache if plan.slots_RQ is not None else None,
-            use_cache=plan.slots_RQ is not None,
-        ).last_hidden_state
+        rows = {
+            "attention_mask": self.architecture.attention_mask(whole, windowed),
+            "position_ids": plan.positions_RQ,
+            "past_key_values": cache if plan.slots_RQ is not None else None,
+            "use_cache": plan.slots_RQ is not None,
+        }
+        if plan.adapted_RQ is None:
+            return self.module.base_model(input_ids=plan.tokens_RQ, **rows).last_hidden_state
+        if self.adapter is None:
+            raise ValueError(f"a plan of kind {plan.kind!r} has adapted rows, and {self.name} has no gated adapter")
+        embedded_RQD = self.adapter.embed(plan.tokens_RQ, plan.adapted_RQ)
+        with self.adapter.open_for(plan.adapted_RQ):
+            return self.module.base_model(inputs_embeds=embedded_RQD, **rows).last_hidden_state
 
     def _mask(self, plan: Plan, cache: KVCache | None, window: int | None) -> Tensor:
         """What attention adds to its scores, [R, 1, Q, K]: given as numbers, it is not converted in every layer."""

@@ -36,19 +36,30 @@ class Batch:
 
 
 class Inputs(NamedTuple):
-    """What a forward takes: tokens and positions [R, T], their layout, and the flat rows [S] to score."""
+    """What a forward takes: tokens and positions [R, T], their layout, and the flat rows [S] to score.
+
+    `adapted_RT`, boolean: the rows to which a gated adapter applies; None for a network without one.
+    """
 
     tokens_RT: Tensor
     positions_RT: Tensor
     layout: Layout
     rows_S: Tensor
+    adapted_RT: Tensor | None = None
 
 
 class Forward(Protocol):
     """The network as objectives see it: logits [S, V] of flat scored rows, with or without gradient."""
 
     def __call__(
-        self, tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True
+        self,
+        tokens_RT: Tensor,
+        positions_RT: Tensor,
+        layout: Layout,
+        rows_S: Tensor,
+        adapted_RT: Tensor | None = None,
+        *,
+        gradient: bool = True,
     ) -> Tensor: ...
 
 

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import adjust_logits
 from fewstep.models.attention import check_trainable, compile_layers, prepare_attention, training_mask
+from fewstep.models.gated import GatedAdapter
 from fewstep.models.load import DTYPES
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads
@@ -28,6 +29,7 @@ class _PackedForward(nn.Module):
     """Backbone and head in one module, so that a distributed wrapper sees one forward: logits [S, V] of flat rows.
 
     With Medusa `heads` in place of the network's own they are [S, K, V]. `scales_logits`: of the architecture.
+    `module`: the network's, a PEFT model around it, or a gated adapter in it, which applies to the rows `adapted_RT`.
     """
 
     def __init__(self, module: nn.Module, heads: MedusaHeads | None, *, scales_logits: bool) -> None:
@@ -36,14 +38,23 @@ class _PackedForward(nn.Module):
         self.heads = heads
         self.scales_logits = scales_logits
 
-    def forward(self, tokens_RT: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
+    def forward(
+        self, tokens_RT: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor, adapted_RT: Tensor | None = None
+    ) -> Tensor:
         module: Any = self.module
+        if isinstance(module, GatedAdapter):
+            assert adapted_RT is not None, "a gated adapter is trained on the rows that it applies to"
+            with module.open_for(adapted_RT):
+                embedded_RTD = module.embed(tokens_RT, adapted_RT)
+                return self._logits(module.model.get_base_model(), embedded_RTD, positions_RT, mask, rows_S)
         causal_lm = module.get_base_model() if hasattr(module, "get_base_model") else module
-        embedded_RTD = causal_lm.get_input_embeddings()(tokens_RT)
-        if torch.is_autocast_enabled(tokens_RT.device.type):
+        return self._logits(causal_lm, causal_lm.get_input_embeddings()(tokens_RT), positions_RT, mask, rows_S)
+
+    def _logits(self, causal_lm: Any, embedded_RTD: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(embedded_RTD.device.type):
             # The residual stream, the rotary tables and with them queries and keys take the precision of this, which
             # autocast leaves in float32.
-            embedded_RTD = embedded_RTD.to(torch.get_autocast_dtype(tokens_RT.device.type))
+            embedded_RTD = embedded_RTD.to(torch.get_autocast_dtype(embedded_RTD.device.type))
         hidden = causal_lm.base_model(
             inputs_embeds=embedded_RTD, attention_mask=mask, position_ids=positions_RT, use_cache=False
         ).last_hidden_state
@@ -53,7 +64,10 @@ class _PackedForward(nn.Module):
 
 
 class Learner:
-    """Changes `network` in place. `trained` is its module, the PEFT model around it, or heads on the frozen network."""
+    """Changes `network` in place.
+
+    `trained` is its module, the PEFT model around it, the gated adapter in it, or heads on the frozen network.
+    """
 
     def __init__(
         self,
@@ -76,7 +90,11 @@ class Learner:
                 "another checkpoint"
             )
         prepare_attention(network.module, compiled=settings.compiled)
-        body: nn.Module = add_lora(network, lora) if lora else network.module
+        body: nn.Module = network.module
+        if network.adapter is not None:
+            body = network.adapter.float()
+        elif lora:
+            body = add_lora(network, lora)
         self.trained: nn.Module = body
         if heads is not None:
             network.module.requires_grad_(False)
@@ -191,13 +209,20 @@ class Learner:
         return parts
 
     def _forward(
-        self, tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True
+        self,
+        tokens_RT: Tensor,
+        positions_RT: Tensor,
+        layout: Layout,
+        rows_S: Tensor,
+        adapted_RT: Tensor | None = None,
+        *,
+        gradient: bool = True,
     ) -> Tensor:
         mask = training_mask(self._network, layout, positions_RT, compiled=self._settings.compiled)
         if gradient:
-            return self._model(tokens_RT, positions_RT, mask, rows_S)
+            return self._model(tokens_RT, positions_RT, mask, rows_S, adapted_RT)
         with torch.no_grad():
-            return self._packed(tokens_RT, positions_RT, mask, rows_S)
+            return self._packed(tokens_RT, positions_RT, mask, rows_S, adapted_RT)
 
 
 def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

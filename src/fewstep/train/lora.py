@@ -1,7 +1,7 @@
 """LoRA through PEFT, and the folders that trained models are saved to."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoRALinear
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.files import read_json, write_json_whole
+from fewstep.models.gated import MASK_EMBEDDING, GatedAdapter, new_gated_adapter
+from fewstep.models.load import GATED, weights_hash
 from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
 from fewstep.models.network import Network
 from fewstep.values import check_fields
@@ -77,11 +80,50 @@ def add_lora(network: Network, settings: LoRASettings) -> PeftModel:
     return model
 
 
+def add_gated_lora(
+    network: Network, settings: LoRASettings, *, mask_token_id: int | None = None, block_size: int = 32
+) -> Network:
+    """The network, frozen, with a trainable gated adapter in its layers; in place.
+
+    FewstepError if neither an id nor the tokenizer names a mask token, or for a network that is not causal.
+    """
+    if network.role.name != "autoregressive":
+        raise FewstepError(f"a gated adapter drafts for a causal network, not for one of the role {network.role.name}")
+    mask = network.tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    if mask is None:
+        raise FewstepError(
+            f"the tokenizer of {network.name} has no mask token; name an id that no text holds with mask_token_id"
+        )
+    adapter = new_gated_adapter(
+        network.module,
+        **asdict(settings),
+        mask_token_id=mask,
+        block_size=block_size,
+        base_hash=weights_hash(network),
+    )
+    return Network(network.module, network.role, network.tokenizer, name=network.name, adapter=adapter)
+
+
+def write_adapter(adapter: PeftModel | GatedAdapter, state: dict[str, Tensor], folder: Path, *, base: str) -> None:
+    """Write what PEFT reads, from the `state_dict` of a PEFT model or a gated adapter. `base`: what it names."""
+    if isinstance(adapter, GatedAdapter):
+        embedding = state.pop(MASK_EMBEDDING)
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        write_adapter(adapter.model, state, folder, base=base)
+        weights = folder / "adapter_model.safetensors"
+        save_file({**load_file(weights), MASK_EMBEDDING: embedding}, weights, metadata={"format": "pt"})
+        return
+    adapter.peft_config["default"].base_model_name_or_path = base
+    # The embeddings are never trained; asking whether they were would look for the base on the hub.
+    adapter.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+
+
 def save_trained(
     network: Network, trained: nn.Module, folder: Path, *, dtype: torch.dtype, base: str, home: Path
 ) -> None:
     """Write into `folder`, in `dtype`, a plain model, or the adapter if `trained` is a PEFT model; its weights stay as
-    they are. If it is Medusa heads, these are written, in bfloat16, with the name of the network they belong to.
+    they are. If it is Medusa heads, these are written, in bfloat16, with the name of the network they belong to; if it
+    is a gated adapter, an adapter whose config.json says so.
 
     An adapter's folder also holds config.json with the role, and the tokenizer, so that it is complete beside its
     `base`: a folder, which it names relative to `home`, where the files will lie in the end, or a bundled name or hub
@@ -98,15 +140,15 @@ def save_trained(
     config = network.module.config
     for key, value in {**network.role.to_config(), "use_cache": True}.items():
         setattr(config, key, value)
-    if isinstance(trained, PeftModel):
+    if isinstance(trained, PeftModel | GatedAdapter):
         beside = os.path.relpath(Path(base).resolve(), home.resolve())
-        trained.peft_config["default"].base_model_name_or_path = beside if Path(base).is_dir() else base
-        # The embeddings are never trained; asking whether they were would look for the base on the hub.
-        trained.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        write_adapter(trained, state, folder, base=beside if Path(base).is_dir() else base)
         config.save_pretrained(folder)
     else:
         network.module.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     # transformers writes the type of the module in training.
-    stored = read_json(folder / "config.json")
-    write_json_whole(folder / "config.json", {**stored, "dtype": str(dtype).removeprefix("torch.")})
+    stored = {**read_json(folder / "config.json"), "dtype": str(dtype).removeprefix("torch.")}
+    if isinstance(trained, GatedAdapter):
+        stored[GATED] = trained.description()
+    write_json_whole(folder / "config.json", stored)
     network.tokenizer.save_pretrained(folder)

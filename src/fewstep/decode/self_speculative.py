@@ -1,0 +1,91 @@
+"""Self-speculative decoding: one set of weights drafts a block with a gated adapter and verifies it without.
+
+Axes: R = requests, Q = rows of a forward, C = guesses, S = positions scored (C + 1), T = draft rows.
+
+A cycle takes two passes. The first computes the pending tokens, whose last row says what comes next as in autoregressive
+decoding, and masks behind it, on base + adapter, of which the one at position p guesses token p + 1. The second pass
+verifies the guesses on the base alone. So the tokens are those of autoregressive decoding, at any temperature: guesses
+are drawn with the noise of their positions, and right are those that equal the base's own draw. The masks' keys and
+values stand in slots that no later forward sees.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.causal import Causal, accept_agreed, check_count, verify
+from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
+from fewstep.decode.state import State, draw_tokens, scored_positions, write
+from fewstep.decode.tree import constant
+from fewstep.models.network import Plan, Scores
+from fewstep.models.roles import INVISIBLE
+
+if TYPE_CHECKING:
+    from fewstep.models.gated import GatedAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculative(Causal):
+    """`window` guesses a cycle.
+
+    Plan shapes: `draft` (W pending rows and `window` masks; W = 1, or more for requests that begin) and `verify` (1 +
+    window rows).
+    """
+
+    name: ClassVar[str] = "self-speculative"
+    branching: ClassVar[bool] = True
+
+    adapter: "GatedAdapter"
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        check_count("the window of self-speculative", self.window, 1)
+
+    @property
+    def num_guessed(self) -> int:
+        return self.window + 1
+
+    @property
+    def span(self) -> int:
+        return 1 + self.window
+
+    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
+            yield members, [Shape("draft", width), Shape("verify", 1)]
+
+    def plan(self, state: State, shape: Shape) -> Plan:
+        if shape.kind == "verify":
+            return cached_plan(shape.kind, state, self.role, width=1, active=self.window)
+        trunk = cached_plan(shape.kind, state, self.role, width=shape.width, active=0)
+        assert trunk.slots_RQ is not None
+        device, length = state.tokens_RL.device, state.tokens_RL.shape[1]
+        done_R1 = state.done_R[:, None]
+        places_RT = scored_positions(state, self.window)
+        # What follows the end of the canvas is never used; its rows stay within the positions that the network knows.
+        positions_RT = places_RT.minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
+        blocks_RT = torch.where(done_R1, INVISIBLE, state.front_R[:, None] - 1).expand_as(places_RT)
+        is_mask_Q = torch.arange(shape.width + self.window, device=device) >= shape.width
+        return replace(
+            trunk,
+            tokens_RQ=torch.cat([trunk.tokens_RQ, torch.full_like(places_RT, self.adapter.mask_token_id)], 1),
+            positions_RQ=torch.cat([trunk.positions_RQ, positions_RT], 1),
+            blocks_RQ=torch.cat([trunk.blocks_RQ, blocks_RT], 1),
+            slots_RQ=torch.cat([trunk.slots_RQ, torch.where(done_R1, length, places_RT)], 1),
+            scored_RS=(shape.width - 1 + torch.arange(self.window + 1, device=device)).expand(len(places_RT), -1),
+            tree_TT=torch.ones((self.window, self.window), dtype=torch.bool, device=device),
+            adapted_RQ=is_mask_Q.expand(len(places_RT), -1),
+        )
+
+    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+        if shape.kind == "verify":
+            return verify(self, state, scores)[0]
+        positions_RS = scored_positions(state, self.window + 1)
+        turn_RS = positions_RS - state.context_length_R[:, None] + 1
+        tokens_RS = draw_tokens(self.sampling, state, scores.logits_RSV, positions_RS, turn_RS)
+        open_RS = ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]
+        guessed = replace(state, tokens_RL=write(state.tokens_RL, positions_RS, open_RS, tokens_RS))
+        agreed_RS = constant((0,) * (self.window + 1), state.tokens_RL.device).bool().expand_as(open_RS)
+        return accept_agreed(self, guessed, tokens_RS, agreed_RS, scores)
