@@ -4,8 +4,11 @@
     torchrun --nproc-per-node 4 recipes/draft.py STAGE              on four
 
 Stages, in order: `questions` (training problems), `texts` (what the model itself answers, greedily), `train` (the
-adapter), `measure` (texts identical to the model's own, tokens per pass) and `bundle`. Each writes under --runs; what is
-there is left alone, and training that was interrupted resumes.
+adapter), `measure` (texts identical to the model's own, tokens per pass) and `bundle`. Each writes under --runs; what
+is there is left alone, and training that was interrupted resumes.
+
+Drafts begin where others failed, so a second round pays: `texts --model runs/draft/first --name visited` tells where
+the first adapter's drafts began, and `train --begin first --texts visited` goes on from there.
 
 Any causal model can be the base: `--base runs/smollm/ar --mask-token-id 0 --runs runs/smollm-draft`.
 """
@@ -83,7 +86,7 @@ def texts(
         requests = [Request(prompt_ids=ids, max_new_tokens=MAX_ANSWER) for ids in prompts]
         outputs = decode(network, requests, decoder, batch_size=batch_size)
         ended = [(ids, o) for ids, o in zip(prompts, outputs, strict=True) if o.finish_reason == "stop"]
-        table = vars(Examples.from_ids([ids for ids, _ in ended], [o.token_ids for _, o in ended]))
+        table = Examples.from_ids([ids for ids, _ in ended], [o.token_ids for _, o in ended]).tensors()
         if adapter is not None:
             # Drafts are made in a request's first, third, fifth ... pass, which finalises the token they begin at.
             table = {**table, "visited": torch.cat([o.step_G[: o.num_tokens] % 2 == 1 for _, o in ended])}
@@ -100,7 +103,7 @@ def own_texts(folder: Path) -> tuple[Examples, torch.Tensor | None]:
     if not parts:
         raise FewstepError(f"{folder} holds no texts; make them with the stage `texts`")
     visited = torch.cat([part.pop("visited") for part in parts]) if "visited" in parts[0] else None
-    return Examples.joined([Examples(**part) for part in parts]), visited
+    return Examples.joined([Examples(**part, origins=()) for part in parts]), visited
 
 
 @app.command("train")
@@ -136,8 +139,7 @@ def train_adapter(
         network = add_gated_lora(
             network, LoRASettings(rank=rank, alpha=rank), mask_token_id=mask_token_id, block_size=block_size
         )
-    else:
-        network.adapter.requires_grad_(True)
+    network.name = base
     if warm is not None:
         other = load_network(warm, dtype="float32", device=device())
         assert network.adapter is not None and other.role.mask_token_id is not None

@@ -103,6 +103,7 @@ def count_work(
             positions_RT: Tensor,
             layout: Layout,
             rows_S: Tensor,
+            adapted_RT: Tensor | None = None,
             *,
             gradient: bool = True,
             batch: Any = batch,

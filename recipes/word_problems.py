@@ -76,7 +76,7 @@ class Part:
                 max_completion=MAX_ANSWER,
             )
             with write_whole(self.path) as file:
-                save_file(vars(examples), file)
+                save_file(examples.tensors(), file)
         return self.path
 
     def _rows(self) -> Iterator[dict[str, str]]:

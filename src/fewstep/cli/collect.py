@@ -59,8 +59,8 @@ def collect(
     ] = "0/1",
     json: Json = None,
 ) -> None:
-    """Records a teacher's decoding trajectories (or a student's with the teacher's labels), or the states of a causal
-    model's Jacobi windows, as shards that resume.
+    """Records a teacher's decoding trajectories (or a student's with the teacher's labels), the states of a causal
+    model's Jacobi windows, or with --decoder autoregressive its own texts, as shards that resume.
     """
     worker_of = _parse_worker(worker)
     if top is not None and distribution == "hidden":
@@ -77,7 +77,7 @@ def collect(
     if is_causal:
         if student is not None or top is not None or distribution != "top_k":
             raise FewstepError(
-                "a causal model's Jacobi trajectories hold tokens only; leave out --student, --distribution and --top"
+                "what is kept of a causal model are tokens only; leave out --student, --distribution and --top"
             )
     elif most_repetition is not None:
         raise FewstepError("--most-repetition has no effect with a diffusion teacher; leave it out")
@@ -100,7 +100,7 @@ def collect(
             shards={"seed": settings.seed, "shard_size": shard_size, "worker": worker_of, "on_shard": skip},
         )
         if is_causal:
-            report = run.jacobi(lm, decoding.given(), most_repetition)
+            report = run.causal(lm, decoding.given(), most_repetition)
         else:
             kept = TOP if top is None else top
             report = run.diffusion(teacher, lm, decoding.given(), distribution, kept)
@@ -122,29 +122,27 @@ class _Run:
     on_output: Callable[[], None]
     shards: dict[str, Any]
 
-    def jacobi(self, lm: "LanguageModel", given: dict[str, Any], most_repetition: float | None) -> "CollectReport":
-        """The states of a causal model's Jacobi windows."""
+    def causal(self, lm: "LanguageModel", given: dict[str, Any], most_repetition: float | None) -> "CollectReport":
+        """The states of a causal model's Jacobi windows, or the texts that it writes with another decoder."""
         from fewstep.decode.jacobi import Jacobi
         from fewstep.train.jacobi_shards import collect_jacobi
+        from fewstep.train.texts import collect_texts
 
         decoder = lm.decoder(**{"decoder": Jacobi.name, **given})
-        if not isinstance(decoder, Jacobi):
-            raise FewstepError(
-                f"trajectories of a causal model are those of the jacobi decoder, not of {decoder.name}; leave out "
-                "--decoder"
-            )
-        return collect_jacobi(
-            lm.network,
-            self.rows,
-            self.output,
-            decoder,
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_size=self.batch_size,
-            settings=self._described(decoder.name),
-            most_repetition=most_repetition,
-            on_output=self.on_output,
+        options: dict[str, Any] = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "batch_size": self.batch_size,
+            "settings": self._described(decoder.name),
+            "on_output": self.on_output,
             **self.shards,
-        )
+        }
+        if isinstance(decoder, Jacobi):
+            return collect_jacobi(
+                lm.network, self.rows, self.output, decoder, most_repetition=most_repetition, **options
+            )
+        if most_repetition is not None:
+            raise FewstepError("--most-repetition has no effect on texts, which are kept as they are; leave it out")
+        return collect_texts(lm.network, self.rows, self.output, decoder, **options)
 
     def diffusion(
         self,

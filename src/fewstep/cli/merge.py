@@ -34,6 +34,11 @@ def merge(
             f"{adapter} has no adapter_config.json, so there is nothing to merge; it is a plain model already"
         )
     network = load_network(source, dtype=dtype, device="cpu")
+    if network.adapter is not None:
+        raise FewstepError(
+            f"{adapter} is a gated adapter, which applies only to the rows that draft: merged into the weights, its "
+            "gate would be lost; load it as it is"
+        )
     with write_folder_whole(output, overwrite=overwrite) as folder:
         save_network(network, folder)
     write_report(

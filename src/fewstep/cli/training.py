@@ -140,9 +140,9 @@ class DrafterStart:
     texts: Annotated[Path, "What `fewstep collect --decoder autoregressive` wrote."]
     output: Annotated[Path, "A new folder for the adapter, its report and its logs."]
     model: Annotated[str, "The model that wrote them: a bundled name, a folder, or a hub id."] = "gsm-ar"
-    mask_token_id: Annotated[
-        int | None, "An id that no text holds; by default that of the tokenizer's mask token."
-    ] = None
+    mask_token_id: Annotated[int | None, "An id that no text holds; by default that of the tokenizer's mask token."] = (
+        None
+    )
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
@@ -342,7 +342,15 @@ app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
 app.command("draft")(
     with_settings(
-        draft, {DrafterStart: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_", DraftSettings: ""}
+        draft,
+        {
+            DrafterStart: "",
+            TrainSettings: "",
+            LoRASettings: "lora_",
+            Watch: "watch_",
+            CollapseLimits: "collapse_",
+            DraftSettings: "",
+        },
     )
 )
 app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))

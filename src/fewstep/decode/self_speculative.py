@@ -2,29 +2,32 @@
 
 Axes: R = requests, Q = rows of a forward, C = guesses, S = positions scored (C + 1), T = draft rows.
 
-A cycle takes two passes. The first computes the pending tokens, whose last row says what comes next as in autoregressive
-decoding, and masks behind it, on base + adapter, of which the one at position p guesses token p + 1. The second pass
-verifies the guesses on the base alone. So the tokens are those of autoregressive decoding, at any temperature: guesses
-are drawn with the noise of their positions, and right are those that equal the base's own draw. The masks' keys and
-values stand in slots that no later forward sees.
+A cycle takes two passes. The first computes the pending tokens on the base, the last of which says what comes next, and
+behind them masks on base + adapter, of which the one at position p guesses token p + 1. The second pass verifies the
+guesses on the base alone. So the tokens are those of autoregressive decoding, at any temperature: guesses are drawn
+with the noise of their positions, and a guess is right if it equals the base's own draw. The keys and values of the
+masks stand in slots that no later forward sees.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, accept_agreed, check_count, verify
+from fewstep.decode.causal import Causal, accept_agreed, verify
 from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
 from fewstep.decode.state import State, draw_tokens, scored_positions, write
 from fewstep.decode.tree import constant
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE
+from fewstep.values import Count, check_fields
 
 if TYPE_CHECKING:
     from fewstep.models.gated import GatedAdapter
+else:  # its file loads PEFT, which takes a second
+    GatedAdapter = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,11 @@ class SelfSpeculative(Causal):
     name: ClassVar[str] = "self-speculative"
     branching: ClassVar[bool] = True
 
-    adapter: "GatedAdapter"
-    window: int = 16
+    adapter: GatedAdapter
+    window: Count = 16
 
     def __post_init__(self) -> None:
-        check_count("the window of self-speculative", self.window, 1)
+        check_fields(self, self.name)
 
     @property
     def num_guessed(self) -> int:

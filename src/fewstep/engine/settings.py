@@ -94,7 +94,8 @@ class GenerationSettings:
 
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
     `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
-    drafted (speculative, 4; self-speculative, 16; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`: tokens of an n-gram
+    drafted (speculative, 4; self-speculative, 16; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`:
+    tokens of an n-gram
     (lookahead, 4), the longest match (prompt-lookup, 3; jacobi, whose new guesses are random tokens without it).
     `fixed_windows` (jacobi): windows one after the other, as published, in place of one that slides. `typical`: see
     `Medusa`.
@@ -251,7 +252,7 @@ class GenerationSettings:
             case "self-speculative":
                 if adapter is None:
                     raise FewstepError(
-                        "the self-speculative decoder needs a model with a gated adapter; train one with fewstep train draft"
+                        "the self-speculative decoder needs a model with a gated adapter; fewstep train draft makes one"
                     )
                 return SelfSpeculative(**shared, **given, adapter=adapter)
             case _:

@@ -66,7 +66,7 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     weights = folder / ADAPTER_WEIGHTS
     shapes = _stored_shapes(weights)
     with reading(folder / ADAPTER_CONFIG):
-        config = _description(folder / ADAPTER_CONFIG, base)
+        config = read_description(folder / ADAPTER_CONFIG, base)
     _fit_embeddings(base, shapes, weights)
     with (
         warnings.catch_warnings(),
@@ -101,7 +101,7 @@ def _stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         raise FewstepError(f"{weights} is damaged, or no safetensors file ({error}); copy it again") from error
 
 
-def _description(path: Path, base: nn.Module) -> Any:
+def read_description(path: Path, base: nn.Module) -> Any:
     """PEFT's description of the adapter, without what could read other files, its patterns replaced by names."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

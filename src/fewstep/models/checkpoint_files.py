@@ -19,6 +19,8 @@ SINGLE, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.j
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Of which a tokenizer needs one."""
+GATED = "gated_adapter"
+"""The key of a config.json that describes a gated adapter."""
 _OTHER_JSON = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")
 HUB_SECONDS = 5.0
 """For the hub to answer that it knows a name."""

@@ -17,13 +17,13 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoRALinear
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewstep.errors import FewstepError
-
+from fewstep.models.adapters import read_description
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GATED, reading
 
 MASK_EMBEDDING = "mask_embedding"
 """A gated adapter's tensor beside those that PEFT reads."""
@@ -53,8 +53,8 @@ class _GatedLinear(LoRALinear):
 class GatedAdapter(nn.Module):
     """The adapter that was put into a causal network's layers, and the embedding of the mask that its rows hold.
 
-    `mask_token_id` names an id of the vocabulary that no text holds; its own embedding is in `mask_embedding` [D], since
-    the base's table, which may be tied to its head, stays as it is. `block_size`: masks of a draft in training.
+    `mask_token_id` names an id of the vocabulary that no text holds; its own embedding is in `mask_embedding` [D],
+    since the base's table, which may be tied to its head, stays as it is. `block_size`: masks of a draft in training.
     `base_hash`: `load.weights_hash` of the network that it belongs to.
     """
 
@@ -72,6 +72,11 @@ class GatedAdapter(nn.Module):
             if isinstance(layer, LoRALinear):
                 layer.__class__ = _GatedLinear
                 layer.gate = self._gate
+
+    def learn_alone(self) -> None:
+        """Let the adapter and the mask's embedding learn, and nothing of the base."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("lora_" in name or name == MASK_EMBEDDING)
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint's config.json keeps under GATED."""
@@ -138,7 +143,9 @@ def start_from(adapter: GatedAdapter, other: PreTrainedModel, mask_embedding: Te
         base = cast(nn.Linear, layer.get_base_layer()).weight
         own = weights.get(f"{name.removeprefix(prefix)}.weight")
         if own is None or own.shape != base.shape:
-            raise FewstepError(f"the network to start from has no {name.removeprefix(prefix)} of the shape of the base's")
+            raise FewstepError(
+                f"the network to start from has no {name.removeprefix(prefix)} of the shape of the base's"
+            )
         key = layer.active_adapters[0]
         u, s, vh = torch.linalg.svd(own.detach().float() - base.detach().float(), full_matrices=False)
         rank = layer.r[key]
@@ -150,23 +157,40 @@ def start_from(adapter: GatedAdapter, other: PreTrainedModel, mask_embedding: Te
         adapter.mask_embedding.copy_(mask_embedding)
 
 
-def load_gated_adapter(module: PreTrainedModel, folder: Path, description: Mapping[str, Any]) -> GatedAdapter:
-    """Put the adapter of a folder into the layers of its base, in the base's numbers and on its device.
+def load_gated_adapter(module: PreTrainedModel, folder: Path, settings: Any) -> GatedAdapter:
+    """Put the adapter of a folder into the layers of its base, frozen, in the base's numbers and on its device.
 
-    `description` is what the folder's config.json keeps under GATED. FewstepError if the adapter does not fit.
+    `settings` is what the folder's config.json keeps under GATED. FewstepError if it is damaged, or if the adapter does
+    not fit the base.
     """
-    weights = folder / "adapter_model.safetensors"
-    try:
+    described = _checked(settings, folder / CONFIG)
+    weights = folder / ADAPTER_WEIGHTS
+    with warnings.catch_warnings(), reading(folder, advice="the gated adapter does not fit its base"):
+        # PEFT speaks of the tensor that is ours, and asks transformers for a property by its old name.
+        warnings.simplefilter("ignore")
+        config = read_description(folder / ADAPTER_CONFIG, module)
         state = load_file(weights)
-        with warnings.catch_warnings():
-            # PEFT speaks of the tensor that is ours, and asks transformers for a property by its old name.
-            warnings.simplefilter("ignore")
-            model: Any = PeftModel.from_pretrained(module, folder, autocast_adapter_dtype=False)
-        stored = {name for name in state if name != MASK_EMBEDDING}
-        different = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
-        if different or MASK_EMBEDDING not in state:
-            raise FewstepError(f"{weights} does not fit its adapter_config.json: {(different or [MASK_EMBEDDING])[0]}")
-        adapter = GatedAdapter(model, state[MASK_EMBEDDING], **description)
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise FewstepError(f"cannot load the gated adapter in {folder}: {' '.join(str(error).split())[:300]}") from error
-    return adapter.to(module.device, module.dtype)
+        model: Any = PeftModel.from_pretrained(module, folder, config=config, autocast_adapter_dtype=False)
+        needed = {MASK_EMBEDDING, *get_peft_model_state_dict(model, save_embedding_layers=False)}
+        different = sorted(needed ^ set(state))
+        if different:
+            raise FewstepError(
+                f"{weights} does not fit its {ADAPTER_CONFIG}: missing or left over, first {different[0]}"
+            )
+        width = module.get_input_embeddings().weight.shape[1]
+        if state[MASK_EMBEDDING].shape != (width,):
+            raise FewstepError(f"{weights}: {MASK_EMBEDDING} must have {width} numbers, as the base's embeddings have")
+        adapter = GatedAdapter(model, state[MASK_EMBEDDING], **described)
+    return adapter.to(module.device, module.dtype).requires_grad_(False)
+
+
+def _checked(settings: Any, path: Path) -> dict[str, Any]:
+    """The arguments of a GatedAdapter that a config names. FewstepError for one that is missing or of another type."""
+    types = {"mask_token_id": int, "block_size": int, "base_hash": str}
+    if not isinstance(settings, Mapping):
+        raise FewstepError(f"{path}: {GATED} must name {', '.join(types)}")
+    for name, kind in types.items():
+        value = settings.get(name)
+        if type(value) is not kind or (isinstance(value, int) and value < (name == "block_size")):
+            raise FewstepError(f"{path}: {name} of {GATED} is {value!r}, which cannot be; train the adapter again")
+    return {name: settings[name] for name in types}

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -28,6 +29,7 @@ from fewstep.models.adapters import base_name, merge
 from fewstep.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
+    GATED,
     TOKENIZER_CONFIG,
     VOCABULARIES,
     check_files,
@@ -45,9 +47,6 @@ from fewstep.models.roles import Role, RoleName
 from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 
 __all__ = ["BUNDLED", "bundled_names"]
-
-GATED = "gated_adapter"
-"""The key of a checkpoint's config.json that describes a gated adapter."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -128,13 +127,44 @@ def load_network(
         raise FewstepError(f"{config_folder / CONFIG}: {error}") from error
     tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
     ends = _end_tokens(checkpoint)
-    module = _load_module(checkpoint, weights_dtype, target)
+    gated = getattr(config, GATED, None)
+    weights = checkpoint
+    if gated is not None:
+        weights = _base_of_gated(checkpoint, spec, role)
+    module = _load_module(weights, weights_dtype, target)
     set_end_tokens(module, [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends])
     if role is not None:
         spec = spec.playing(role)
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
-    return Network(module, spec, tokenizer, name=str(name))
+    network = Network(module, spec, tokenizer, name=str(name))
+    return network if gated is None else _with_gated_adapter(network, checkpoint.folder, gated)
+
+
+def _base_of_gated(checkpoint: Checkpoint, spec: Role, role: RoleName | None) -> Checkpoint:
+    """The base of a gated adapter. FewstepError for another role than the base's, or without a base."""
+    if checkpoint.base is None:
+        raise FewstepError(f"{checkpoint.folder / CONFIG} describes a gated adapter, and there is no {ADAPTER_CONFIG}")
+    if spec.name != "autoregressive" or role not in (None, "autoregressive"):
+        raise FewstepError(
+            f"the gated adapter {checkpoint.folder} drafts for a causal network, which has the role autoregressive; "
+            f"it cannot play {role or spec.name}"
+        )
+    return checkpoint.base
+
+
+def _with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
+    """The network with the adapter of a folder in its layers, not merged. FewstepError if its base is another."""
+    from fewstep.models.gated import load_gated_adapter
+
+    found = weights_hash(base)
+    adapter = load_gated_adapter(base.module, folder, settings)
+    if found != adapter.base_hash:
+        raise FewstepError(
+            f"the gated adapter {folder} belongs to other weights than its base has ({adapter.base_hash[:12]}, not "
+            f"{found[:12]}); load it beside the base that it was trained on"
+        )
+    return Network(base.module, base.role, base.tokenizer, name=base.name, adapter=adapter)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -194,6 +224,10 @@ def _device(device: str) -> torch.device:
 def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     folder = checkpoint.folder
     if checkpoint.base is not None:
+        if (folder / CONFIG).exists() and read_object(folder / CONFIG).get(GATED) is not None:
+            raise FewstepError(
+                f"{folder} is a gated adapter, which cannot be the base of another: its gate would be lost"
+            )
         # Merged in float32 in host memory and then cast, so that the merged weights are rounded once.
         return merge(folder, _load_module(checkpoint.base, torch.float32, torch.device("cpu"))).to(device, dtype)
     config = read_config(folder)

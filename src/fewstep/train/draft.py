@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
@@ -23,6 +24,7 @@ from fewstep.models.roles import Role
 from fewstep.train.documents import Batch, Forward, Inputs
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import Loss
+from fewstep.values import Weight, check_fields
 
 PROMPT, TEXT, DRAFTS = 0, 1, 2
 
@@ -36,26 +38,22 @@ class DraftSettings:
     FewstepError if a value has no meaning.
     """
 
-    block_size: Annotated[int, "Masks of a draft."] = 32
-    starts: Annotated[int, "Drafts of a text in each epoch, each from another start."] = 16
-    hard: Annotated[float, "Weight of the cross-entropy on the base's own text."] = 1.0
-    divergence: Annotated[float, "Weight of the divergence from the base's distribution at each position."] = 0.0
-    length: Annotated[float, "Weight of the expected number of accepted tokens, as a share of a draft."] = 0.0
-    visited: Annotated[float, "Share of the places where decoding begins drafts that are taken before others."] = 0.9
-    reach: Annotated[float, "How far a position's weight follows the chance that it is reached, from 0 to 1."] = 0.9
+    block_size: Annotated[int, Ge(2), Le(1024), "Masks of a draft."] = 32
+    starts: Annotated[int, Ge(1), Le(1024), "Drafts of a text in each epoch, each from another start."] = 16
+    visited: Annotated[
+        float, Ge(0), Le(1), "Share of the places where decoding begins drafts that are taken before others."
+    ] = 0.9
+    hard: Annotated[Weight, "Weight of the cross-entropy on the base's own text."] = 1.0
+    divergence: Annotated[Weight, "Weight of the divergence from the base's distribution at each position."] = 0.0
+    length: Annotated[Weight, "Weight of the expected number of accepted tokens, as a share of a draft."] = 1.0
+    reach: Annotated[
+        float, Ge(0), Le(1), "How far a position's weight follows the chance that it is reached, from 0 to 1."
+    ] = 0.9
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 2), ("starts", 1)):
-            if getattr(self, name) < least:
-                raise FewstepError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("hard", "divergence", "length"):
-            if not getattr(self, name) >= 0:
-                raise FewstepError(f"the weight of {name} must not be negative, got {getattr(self, name)}")
+        check_fields(self)
         if self.hard + self.divergence + self.length == 0:
             raise FewstepError("all three loss weights are 0; there is nothing to learn")
-        for name in ("reach", "visited"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FewstepError(f"{name} is a share between 0 and 1, got {getattr(self, name)}; try 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ class DraftObjective:
             "mask_token_id": self.mask_token_id,
         }
 
-    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         prompt, text = self._lengths[examples_N].T
         num_drafts = np.minimum(self.settings.starts, text - 1)
         return np.stack([prompt, text, num_drafts * self.settings.block_size], 1)
@@ -169,7 +167,7 @@ class DraftObjective:
         return Loss(total, {name: part.detach() for name, part in parts.items()})
 
     def _starts(self, batch: Batch, document_RT: Tensor, generator: torch.Generator) -> Tensor:
-        """Where in the text each draft begins, at its rows [R, T]: distinct places, those that decoding visits first."""
+        """Where in the text each draft begins, at its rows [R, T]: distinct, first those that decoding visits."""
         size, examples = self.settings.block_size, self.examples
         text_N1 = batch.segments_NG[:, TEXT, None]
         place_NP = torch.arange(max(int(text_N1.max()) - 1, self.settings.starts)).expand(len(text_N1), -1)

@@ -59,6 +59,10 @@ class Examples:
     completion_offsets: Tensor
     origins: tuple[Origin, ...] = ()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tokens and offsets by name, which a file of tensors can hold: all but the origins."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def name(self, index: int) -> str:
         """An example as a sentence names it: `rows.jsonl line 3`."""
         left = index

@@ -93,6 +93,7 @@ class Learner:
         body: nn.Module = network.module
         if network.adapter is not None:
             body = network.adapter.float()
+            network.adapter.learn_alone()
         elif lora:
             body = add_lora(network, lora)
         self.trained: nn.Module = body

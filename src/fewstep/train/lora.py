@@ -13,9 +13,11 @@ from peft.tuners.lora.layer import Linear as LoRALinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
+from fewstep.models.checkpoint_files import GATED
 from fewstep.models.gated import MASK_EMBEDDING, GatedAdapter, new_gated_adapter
-from fewstep.models.load import GATED, weights_hash
+from fewstep.models.load import weights_hash
 from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
 from fewstep.models.network import Network
 from fewstep.values import check_fields

@@ -17,8 +17,15 @@ from fewstep.decode.requests import Output, Request
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.collect import CollectReport, collect_records
-from fewstep.train.examples import Examples
-from fewstep.train.record_shards import PromptRow, RecordShards, RecordStore, list_column, offsets_of
+from fewstep.train.examples import Examples, Origin
+from fewstep.train.record_shards import (
+    PromptRow,
+    RecordShards,
+    RecordStore,
+    check_range,
+    list_column,
+    offsets_of,
+)
 
 
 class TextShards(RecordShards[Output]):
@@ -26,6 +33,7 @@ class TextShards(RecordShards[Output]):
 
     kind: ClassVar[str] = "texts"
     maker: ClassVar[str] = "model"
+    counts: ClassVar[tuple[str, ...]] = ("num_positions",)
 
     def _describe(self, manifest: Mapping[str, Any]) -> None:
         """Nothing of its own."""
@@ -43,6 +51,7 @@ class TextShards(RecordShards[Output]):
     def _arrays(self, column: Mapping[str, pa.Array]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         answers = column["answer_ids"]
         arrays = {"answer_ids": answers.flatten().to_numpy(), "lengths": answers.value_lengths().to_numpy()}
+        check_range("the lengths of texts", arrays["lengths"], 1)
         return arrays, {"answer_ids": "num_positions"}
 
 
@@ -93,4 +102,8 @@ def read_texts(folder: str | Path, network: Network) -> Examples:
         flat = np.concatenate([part[values] for part in parts])
         return torch.from_numpy(flat), torch.from_numpy(offsets_of(np.concatenate([part[lengths] for part in parts])))
 
-    return Examples(*joined("prompt_ids", "prompt_lengths"), *joined("answer_ids", "lengths"))
+    names = [name for part in parts for name in part["ids"]]
+    origin = Origin(str(folder), "record", names)
+    texts = Examples(*joined("prompt_ids", "prompt_lengths"), *joined("answer_ids", "lengths"), (origin,))
+    texts.check_tokens(network.vocab_size)
+    return texts

@@ -1,0 +1,299 @@
+"""A gated adapter: clean rows are the base's, texts those of autoregressive decoding, packed drafts decoded ones."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fewstep.cli.main import main
+from fewstep.decode.autoregressive import Autoregressive
+from fewstep.decode.loop import decode
+from fewstep.decode.requests import Output, Request
+from fewstep.decode.sampling import Sampling
+from fewstep.decode.self_speculative import SelfSpeculative
+from fewstep.engine.language_model import LanguageModel, load
+from fewstep.errors import FewstepError
+from fewstep.models.load import load_network, save_network, weights_hash
+from fewstep.models.network import Network
+from fewstep.models.tiny import tiny_network
+from fewstep.train.documents import Batch
+from fewstep.train.draft import DraftObjective, DraftSettings
+from fewstep.train.examples import Examples
+from fewstep.train.lora import LoRASettings, add_gated_lora
+from fewstep.train.packing import best_fit, pack
+from fewstep.train.record_shards import PromptRow
+from fewstep.train.settings import TrainSettings
+from fewstep.train.texts import collect_texts, read_texts
+from fewstep.train.trainer import train
+
+BLOCK = 8
+PROMPTS = [[3, *range(10 + i, 13 + i + i % 4), 4] for i in range(7)]
+REQUESTS = [Request(prompt_ids=ids, max_new_tokens=20 + i, seed=i) for i, ids in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def base() -> Network:
+    return tiny_network("autoregressive", head_scale=20)
+
+
+@pytest.fixture(scope="module")
+def own_texts(base: Network) -> list[Output]:
+    return decode(base, REQUESTS, Autoregressive(role=base.role))
+
+
+def drafting(seed: int = 0) -> Network:
+    """The same network with a random adapter, whose guesses are nearly all wrong."""
+    network = add_gated_lora(
+        tiny_network("autoregressive", head_scale=20), LoRASettings(rank=4, alpha=4), block_size=BLOCK
+    )
+    assert network.adapter is not None
+    torch.manual_seed(seed)
+    for name, parameter in network.adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+def self_speculative(network: Network, **settings: object) -> SelfSpeculative:
+    assert network.adapter is not None
+    return SelfSpeculative(role=network.role, adapter=network.adapter, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("window", "batch_size"), [(1, 3), (5, 1), (7, 8)])
+def test_greedy_texts_are_those_of_autoregressive_decoding(
+    own_texts: list[Output], window: int, batch_size: int
+) -> None:
+    network = drafting()
+    outputs = decode(network, REQUESTS, self_speculative(network, window=window), batch_size=batch_size)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
+
+
+def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(base: Network) -> None:
+    network, sampling = drafting(), Sampling(temperature=0.8, top_k=20)
+    wanted = decode(base, REQUESTS, Autoregressive(role=base.role, sampling=sampling))
+    outputs = decode(network, REQUESTS, self_speculative(network, window=4, sampling=sampling), batch_size=3)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
+
+
+def test_a_text_does_not_depend_on_its_companions() -> None:
+    network = drafting()
+    decoder = self_speculative(network, window=6)
+    together = decode(network, REQUESTS, decoder, batch_size=7)
+    for request, output in zip(REQUESTS, together, strict=True):
+        alone = decode(network, [request], decoder)[0]
+        assert (alone.token_ids, alone.num_forwards) == (output.token_ids, output.num_forwards)
+
+
+def test_without_adapted_rows_logits_are_exactly_the_bases(base: Network) -> None:
+    network = drafting()
+    tokens = torch.tensor([[3, 10, 11, 12]])
+    assert network.adapter is not None
+    with torch.no_grad():
+        wanted = base.module(tokens).logits
+        assert torch.equal(network.module(tokens).logits, wanted)
+        with network.adapter.open_for(torch.tensor([[False, False, False, True]])):
+            logits = network.module(tokens).logits
+    assert torch.equal(logits[:, :3], wanted[:, :3])
+    assert not torch.equal(logits[:, 3], wanted[:, 3])
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def batch_of(objective: DraftObjective, *, rows: int = 2, row_length: int = 256) -> Batch:
+    examples_N = torch.arange(objective.num_examples)
+    lengths = objective.segment_lengths(examples_N.numpy(), np.random.default_rng(0))
+    starts = best_fit(lengths.sum(1), rows, row_length)
+    assert len(starts) == objective.num_examples
+    order = starts.argsort()
+    segments = torch.from_numpy(lengths[order])
+    packed = pack(torch.from_numpy(starts[order]), segments, rows, row_length)
+    return Batch(examples_N[torch.from_numpy(order)], segments, packed)
+
+
+@pytest.mark.parametrize("divergence", [0.0, 1.0])
+def test_packed_drafts_are_those_that_decoding_makes(own_texts: list[Output], divergence: float) -> None:
+    """Each mask's logits in the packed forward are those of [clean tokens before the start | masks] alone."""
+    network = drafting()
+    adapter = network.adapter
+    assert adapter is not None
+    examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
+    settings = DraftSettings(block_size=BLOCK, starts=3, divergence=divergence)
+    objective = DraftObjective(network, examples, settings=settings)
+    batch = batch_of(objective, rows=4)
+    prepared = objective.prepare(batch, torch.Generator().manual_seed(0))
+    inputs = prepared.inputs
+    mask = inputs.layout.dense()
+    assert inputs.adapted_RT is not None
+    with torch.no_grad(), adapter.open_for(inputs.adapted_RT):
+        hidden = network.module.base_model(
+            inputs_embeds=adapter.embed(inputs.tokens_RT, inputs.adapted_RT),
+            attention_mask=mask,
+            position_ids=inputs.positions_RT,
+            use_cache=False,
+        ).last_hidden_state
+    packed_logits = network.head(hidden.flatten(0, 1)[inputs.rows_S])
+    compared = 0
+    starts_seen = set()
+    for unit in range(len(prepared.valid_UB)):
+        flat = int(inputs.rows_S[unit * BLOCK])
+        document = int(batch.packed.document_RT.flatten()[flat])
+        example = int(batch.examples_N[document])
+        start = int(inputs.positions_RT.flatten()[flat])
+        text = [*PROMPTS[example], *own_texts[example].token_ids]
+        starts_seen.add((document, start))
+        valid = int(prepared.valid_UB[unit].sum())
+        assert prepared.truth_UB[unit, :valid].tolist() == text[start + 1 : start + 1 + valid]
+        tokens = torch.tensor([text[:start] + [0] * BLOCK])
+        adapted = torch.arange(tokens.shape[1])[None] >= start
+        sees = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+        sees[start:, start:] = True
+        positions = torch.arange(tokens.shape[1])[None].clamp(max=len(text))
+        with torch.no_grad(), adapter.open_for(adapted):
+            alone = network.module.base_model(
+                inputs_embeds=adapter.embed(tokens, adapted),
+                attention_mask=sees[None, None],
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state[0, start:]
+        assert_close(packed_logits[unit * BLOCK : (unit + 1) * BLOCK], network.head(alone), atol=1e-4, rtol=1e-4)
+        if prepared.base_UB is not None:
+            with torch.no_grad():
+                clean = network.module.base_model(torch.tensor([text])).last_hidden_state[0]
+            rows = prepared.base_UB[unit, :valid] + prepared.valid_UB.numel()
+            assert_close(packed_logits[rows], network.head(clean[start : start + valid]), atol=1e-4, rtol=1e-4)
+        compared += 1
+    assert compared == 21
+    assert len(starts_seen) == 21  # no two drafts of a document begin at one place: they would see each other
+
+
+def test_visited_places_come_first(own_texts: list[Output]) -> None:
+    network = drafting()
+    examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
+    visited = torch.zeros(len(examples.completion_ids), dtype=torch.bool)
+    visited[examples.completion_offsets[:-1] + 2] = True
+    settings = DraftSettings(block_size=BLOCK, starts=1, visited=1.0)
+    objective = DraftObjective(network, examples, visited=visited, settings=settings)
+    prepared = objective.prepare(batch_of(objective), torch.Generator().manual_seed(0))
+    context_RT = torch.tensor([len(ids) for ids in PROMPTS])
+    first_rows = prepared.inputs.rows_S[::BLOCK]
+    starts = prepared.inputs.positions_RT.flatten()[first_rows]
+    assert sorted(starts.tolist()) == sorted((context_RT + 2).tolist())
+
+
+def test_the_length_of_a_certain_draft_is_all_of_it() -> None:
+    network = drafting()
+    examples = Examples.from_ids([[3, 4]], [list(range(10, 40))])
+    objective = DraftObjective(network, examples, settings=DraftSettings(block_size=BLOCK, starts=2))
+    prepared = objective.prepare(batch_of(objective, rows=1), torch.Generator().manual_seed(1))
+    logits = torch.nn.functional.one_hot(prepared.truth_UB.flatten(), network.vocab_size) * 100.0
+    loss = objective.loss(lambda *inputs, **options: logits, prepared)
+    assert_close(loss.parts["accepted"], prepared.valid_UB.sum() / 2)
+    assert_close(loss.parts["hard"], torch.tensor(0.0))
+
+
+SETTINGS = TrainSettings(
+    max_steps=120, rows=4, row_length=256, learning_rate=1e-2, warmup_steps=5, log_every=60, save_every=None
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, own_texts: list[Output]) -> Path:
+    """A base on disk, and an adapter trained on its texts."""
+    home = tmp_path_factory.mktemp("gated")
+    save_network(tiny_network("autoregressive", head_scale=20), home / "base")
+    network = load_network(home / "base")
+    before = weights_hash(network)
+    network = add_gated_lora(network, LoRASettings(rank=16, alpha=16), block_size=BLOCK)
+    examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
+    objective = DraftObjective(network, examples, settings=DraftSettings(block_size=BLOCK, starts=4))
+    train(network, objective, SETTINGS, home / "draft")
+    assert network.adapter is not None
+    assert before == network.adapter.base_hash == weights_hash(load_network(home / "base"))
+    return home
+
+
+def test_training_makes_passes_fewer_and_a_folder_that_load_takes(trained: Path, own_texts: list[Output]) -> None:
+    lm = load(trained / "draft")
+    assert isinstance(lm.decoder(), SelfSpeculative)
+    outputs = decode(lm.network, REQUESTS, self_speculative(lm.network, window=BLOCK - 1))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
+    untrained = decode(drafting(), REQUESTS, self_speculative(drafting(), window=BLOCK - 1))
+    assert sum(o.num_forwards for o in outputs) < 0.75 * sum(o.num_forwards for o in untrained)
+
+
+def test_training_goes_on_from_a_folder_and_leaves_the_base_alone(trained: Path, own_texts: list[Output]) -> None:
+    network = load_network(trained / "draft")
+    examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
+    objective = DraftObjective(network, examples, settings=DraftSettings(block_size=BLOCK, starts=4))
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    network.name = str(trained / "base")
+    train(network, objective, replace(SETTINGS, max_steps=2), trained / "again")
+    for name, value in network.module.state_dict().items():
+        assert torch.equal(value, before[name]) != ("lora_" in name), name
+    assert load_network(trained / "again").adapter is not None
+
+
+def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "home")
+    save_network(tiny_network("autoregressive", head_scale=20, seed=1), tmp_path / "home" / "base")
+    with pytest.raises(FewstepError, match="belongs to other weights than its base has"):
+        load_network(tmp_path / "home" / "draft")
+
+
+@pytest.mark.parametrize("settings", [5, {}, {"mask_token_id": "2", "block_size": 8, "base_hash": "x"}])
+def test_a_damaged_description_is_one_sentence(trained: Path, tmp_path: Path, settings: object) -> None:
+    shutil.copytree(trained, tmp_path / "home")
+    config = tmp_path / "home" / "draft" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "gated_adapter": settings}))
+    with pytest.raises(FewstepError, match="gated_adapter"):
+        load_network(tmp_path / "home" / "draft")
+
+
+def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("merge", str(trained / "draft"), "--output", str(tmp_path / "merged")) == 2
+    assert "its gate would be lost" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(FewstepError, match="it cannot play block_causal"):
+        load_network(trained / "draft", role="block_causal")
+
+
+def test_a_model_without_an_adapter_cannot_run_the_decoder(base: Network) -> None:
+    with pytest.raises(FewstepError, match="needs a model with a gated adapter"):
+        LanguageModel(base).decoder(decoder="self-speculative")
+
+
+def test_texts_are_collected_read_and_trained_on(trained: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"id": i, "prompt": f"{i} + {i}"}) + "\n" for i in range(6)))
+    base = str(trained / "base")
+    collected = ["collect", "--model", base, "--data", str(rows), "--output", str(tmp_path / "texts")]
+    assert exit_code(*collected, "--decoder", "autoregressive", "--max-new-tokens", "12") == 0
+    network = load_network(base)
+    texts = read_texts(tmp_path / "texts", network)
+    assert len(texts) == 6
+    options = ["--lora-rank", "4", "--block-size", "4", "--max-steps", "2", "--rows", "1", "--row-length", "256"]
+    trains = ["train", "draft", "--model", base, "--texts", str(tmp_path / "texts"), "--output", str(tmp_path / "d")]
+    assert exit_code(*trains, *options) == 0
+    assert load(tmp_path / "d").generate("1 + 1", max_new_tokens=5).num_tokens > 0
+
+
+def test_sampled_texts_depend_on_the_seed_of_their_row_alone(base: Network, tmp_path: Path) -> None:
+    rows = [PromptRow(f"p{i}", ids) for i, ids in enumerate(PROMPTS)]
+    decoder = Autoregressive(role=base.role, sampling=Sampling(temperature=1.0))
+    for folder, size in (("a", 2), ("b", 7)):
+        collect_texts(
+            base, rows, tmp_path / folder, decoder, max_new_tokens=9, batch_size=size, settings={}, shard_size=3
+        )
+    first, second = (read_texts(tmp_path / folder, base) for folder in ("a", "b"))
+    assert torch.equal(first.completion_ids, second.completion_ids)
