@@ -142,7 +142,8 @@ def train_adapter(
     network.name = base
     if warm is not None:
         other = load_network(warm, dtype="float32", device=device())
-        assert network.adapter is not None and other.role.mask_token_id is not None
+        assert network.adapter is not None
+        assert other.role.mask_token_id is not None
         embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
         start_from(network.adapter, other.module, embedding.detach())
     examples, visited = own_texts(runs / texts)

@@ -24,8 +24,7 @@ def test_waiting_is_set_before_torch_is_loaded_unless_the_user_has(
     assert done.stdout.strip() == str(policy)
 
 
-def test_small_forwards_take_one_thread_where_torchs_threads_spin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "WAITING_IS_SET", False)
+def test_small_forwards_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -137,9 +137,11 @@ class CausalStart:
 class DrafterStart:
     """The causal model that the adapter drafts for, which stays as it is, and its own texts."""
 
-    texts: Annotated[Path, "What `fewstep collect --decoder autoregressive` wrote."]
-    output: Annotated[Path, "A new folder for the adapter, its report and its logs."]
-    model: Annotated[str, "The model that wrote them: a bundled name, a folder, or a hub id."] = "gsm-ar"
+    texts: Annotated[Path, "What `fewstep collect --decoder autoregressive` wrote.", Touches.READS]
+    output: Annotated[Path, "A new folder for the adapter, its report and its logs.", Touches.FILLS]
+    model: Annotated[str, "The model that wrote them: a bundled name, a folder, or a hub id.", Touches.READS_MODEL] = (
+        "gsm-ar"
+    )
     mask_token_id: Annotated[int | None, "An id that no text holds; by default that of the tokenizer's mask token."] = (
         None
     )
@@ -306,6 +308,7 @@ def draft(built: Built, json: Path | None) -> None:
     start: DrafterStart = built[DrafterStart]
     _require_extra()
     _refuse_unwatched(built)
+    _check_output(start.output)
     from fewstep.train.texts import read_texts
 
     network = NetworkSettings(device=start.device).load(start.model)
@@ -365,6 +368,7 @@ def _refuse_unused(built: Built) -> None:
     if not built[Outcome].lora:
         built.refuse(settings_of({LoRASettings: "lora_"}), "without --lora")
     _refuse_unwatched(built)
+    _check_output(built[Outcome].output)
 
 
 def _refuse_unwatched(built: Built) -> None:
@@ -373,7 +377,6 @@ def _refuse_unwatched(built: Built) -> None:
         built.refuse(settings_of({Watch: "watch_"}), "without --watch-data")
     if built[TrainSettings].evaluate_every is None:
         built.refuse(("watch_data",), "without --evaluate-every")
-    _check_output(built[Outcome].output)
 
 
 def _check_output(output: Path) -> None:

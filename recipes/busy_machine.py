@@ -1,0 +1,57 @@
+"""Seconds of an answer on an idle machine, and beside as many spinning processes as it has cores.
+
+    python recipes/busy_machine.py [--torch-first]
+
+Run it on a machine that is idle otherwise; OMP_WAIT_POLICY=active shows what waiting threads that spin cost.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: str = "gsm-student",
+    problems: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 4,
+    torch_first: Annotated[bool, typer.Option("--torch-first", help="load torch before fewstep")] = False,
+) -> None:
+    """Print the medians and their ratio."""
+    if torch_first:
+        import torch  # noqa: F401
+    import fewstep
+    from fewstep.tasks.gsm_symbolic import problems as problems_of
+
+    lm = fewstep.load(model)
+    questions = [problem.question for problem in problems_of("dev", problems)]
+    lm.generate(questions[0])
+
+    def median_seconds() -> float:
+        seconds = []
+        for question in questions * rounds:
+            started_s = time.perf_counter()
+            lm.generate(question)
+            seconds.append(time.perf_counter() - started_s)
+        return statistics.median(seconds)
+
+    idle_s = median_seconds()
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        time.sleep(1)
+        busy_s = median_seconds()
+    finally:
+        for process in spinning:
+            process.kill()
+    print(f"idle {idle_s:.3f} s, busy {busy_s:.3f} s: {busy_s / idle_s:.2f} times as long")
+
+
+if __name__ == "__main__":
+    app()
