@@ -31,11 +31,11 @@ from fewstep.decode.requests import Request
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.errors import FewstepError
 from fewstep.files import read_rows, write_json_whole, write_rows_whole, write_whole
-from fewstep.measure.gsm_symbolic import problems, training_rows
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.text import encode_prompt
+from fewstep.tasks.gsm_symbolic import problems, training_rows
 from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings, add_gated_lora
