@@ -204,7 +204,7 @@ def test_settings_refuse_a_threshold_and_gaps_in_the_words_of_the_policy(thresho
         (
             AUTOREGRESSIVE,
             {"window": 8},
-            "takes no window; only jacobi, lookahead, speculative, prompt-lookup and medusa",
+            "takes no window; only jacobi, lookahead, speculative, self-speculative, prompt-lookup and medusa",
         ),
         (AUTOREGRESSIVE, {"decoder": "block"}, "a causal model cannot run the block decoder"),
         (AUTOREGRESSIVE, {"decoder": "diffusion"}, "a causal model cannot run the diffusion decoder"),
