@@ -241,6 +241,32 @@ def test_a_kill_while_the_finished_files_are_moved_is_made_good(tmp_path):
     assert_close(logits_of(load_network(out, dtype="float32", device="cpu")), logits_of(network))
 
 
+@pytest.mark.parametrize("of_a_run", [True, False])
+def test_checkpoints_that_a_kill_left_beside_a_finished_model_are_removed(tmp_path, of_a_run):
+    out, network = tmp_path / "out", tiny_network("autoregressive")
+    settings = replace(SETTINGS, max_steps=1)
+    train(network, objective_for(network), settings, out)
+    for name in ("checkpoints/step-00000001", "checkpoints/.step-00000002.0123abcd.tmp", "finished"):
+        (out / name).mkdir(parents=True)
+    (out / "checkpoints" / "step-00000001" / "run.json").write_text("{")
+    if not of_a_run:
+        (out / "report.json").write_text('{"mine": 1}')
+    with pytest.raises(FewstepError, match="already holds a model"):
+        train(network, objective_for(network), settings, out)
+    assert (out / "checkpoints").exists() != of_a_run
+    assert (out / "finished").exists() != of_a_run
+
+
+def test_other_files_beside_the_checkpoints_of_a_finished_model_stay(tmp_path):
+    out, network = tmp_path / "out", tiny_network("autoregressive")
+    train(network, objective_for(network), replace(SETTINGS, max_steps=1), out)
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (out / "checkpoints" / "mine").write_text("notes")
+    with pytest.raises(FewstepError, match="already holds a model"):
+        check_output(out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["mine"]
+
+
 # Interruption
 
 

@@ -1,18 +1,24 @@
 """The folder that a training run writes: whether it can be had is found out before any work."""
 
 import os
+import re
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from fewstep.errors import FewstepError
+from fewstep.files import read_json
 from fewstep.train.lora import DESCRIPTIONS
 
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
+REPORT = "report.json"
 FINISHED = "finished"
 """Where the finished files lie until all of them are whole."""
+
+_CHECKPOINT = re.compile(r"\.?step-\d{8}(\.\S*)?")
+"""Also one that was just being written, under its temporary name."""
 
 PROBE = b"\0" * 4096
 """A file of less may still be stored where nothing else can be."""
@@ -21,10 +27,12 @@ PROBE = b"\0" * 4096
 def check_output(output: Path) -> None:
     """FewstepError if `output` holds a finished model, or cannot be a folder that is written to.
 
-    It is tried out with a small file, in the folders of an earlier run too; what is made for that is removed again.
+    It is tried out with a small file, in the folders of an earlier run too; what is made for that is removed again. If
+    the model is that of a run that was killed before it could remove its checkpoints, they are removed now.
     """
     try:
         if any((output / name).exists() for name in DESCRIPTIONS):
+            _remove_what_a_kill_left(output)
             raise FewstepError(f"{output} already holds a model; choose another output folder or remove it")
         for folder in (output, *(output / name for name in (LOGS, CHECKPOINTS, FINISHED))):
             if folder.is_symlink() and not folder.exists():
@@ -42,6 +50,24 @@ def check_output(output: Path) -> None:
         if isinstance(error, FewstepError):
             raise
         raise FewstepError(f"{str(output)!r} is no name of a folder: {error}") from error
+
+
+def _remove_what_a_kill_left(output: Path) -> None:
+    """Checkpoints of a run whose model is there: the description, which is, comes last, so nothing is missing."""
+    try:
+        report = read_json(output / REPORT)
+    except (OSError, FewstepError):
+        return
+    if not isinstance(report, dict) or "objective" not in report:
+        return  # no run of ours
+    checkpoints, finished = output / CHECKPOINTS, output / FINISHED
+    if checkpoints.is_dir() and not checkpoints.is_symlink():
+        for path in checkpoints.iterdir():
+            if _CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+    for folder in (checkpoints, finished):
+        with suppress(OSError):  # it is not there, or somebody else's files are in it
+            folder.rmdir()
 
 
 def check_space(output: Path, num_bytes: int) -> None:

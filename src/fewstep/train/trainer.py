@@ -40,7 +40,7 @@ from fewstep.train.learner import Learner
 from fewstep.train.lora import DESCRIPTIONS, LoRASettings, save_trained
 from fewstep.train.monitor import CollapseMonitor
 from fewstep.train.objectives import Objective
-from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, check_output, check_space
+from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, REPORT, check_output, check_space
 from fewstep.train.run_log import RunLog
 from fewstep.train.settings import TrainSettings
 from fewstep.train.stream import PreparedStream, check_examples
@@ -355,7 +355,7 @@ class _Run:
                 save_trained(
                     self.network, self.learner.trained, folder, dtype=dtype, base=self.network.name, home=self.output
                 )
-                (folder / "report.json").write_text(json.dumps(report, indent=1))
+                (folder / REPORT).write_text(json.dumps(report, indent=1))
             try:
                 _publish(staging, self.output)
             except OSError as error:
