@@ -383,6 +383,31 @@ def test_a_gap_has_a_suffix_or_is_said_to_have_none(run: Run, networks: dict[str
     assert "--num-tokens has no effect" in run(*base, "2 +<mask>= 4", "--num-tokens", 3).sentence()
 
 
+@pytest.mark.parametrize("text", ["- there are <mask><mask>", "-5 + <mask>", "--- <mask>", "--json is<mask>"])
+def test_a_text_that_begins_with_a_dash_is_no_option(run: Run, networks: dict[str, str], text: str) -> None:
+    base = ("infill", "--model", networks["teacher"])
+    if "--json" not in text:
+        filled = run(*base, text, "--seed", 1)
+        assert filled.out.startswith(text.split("<mask>")[0]), filled.err
+    assert run(*base, "--seed", 1, "--", text).code == 0
+    between = run(*base, "--prefix", "- 2", "--num-tokens", 2, "--suffix", "-5")
+    assert between.out.startswith("- 2")
+    assert between.out.endswith("-5\n")
+
+
+def test_a_misspelt_option_is_no_text(run: Run, networks: dict[str, str]) -> None:
+    base = ("generate", "--model", networks["causal"], "--max-new-tokens", 2)
+    told = run(*base, "-foo").sentence()
+    assert (
+        told
+        == "fewstep: No such option: -f; see fewstep generate --help, or put -- before a text that begins with a dash\n"
+    )
+    assert run(*base, "--", "-foo").code == 0
+    assert "--threshold); see fewstep generate --help\n" in run(*base, "--thresold").sentence()
+    assert "No such option: --threshold 0.5" in run(*base, "--threshold 0.5").sentence()
+    assert run(*base, "- a", "- b").sentence().startswith("fewstep: Got unexpected extra argument (- b)")
+
+
 def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_path: Path) -> None:
     save_network(tiny_network("bidirectional", right_shift_logits=True), tmp_path / "dream")
     base = ("infill", "--model", tmp_path / "dream")
@@ -427,6 +452,27 @@ def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_pa
 )
 def test_generate_refuses(run: Run, networks: dict[str, str], options: list[str], named: str) -> None:
     assert named in run("generate", "2 + 2 =", "--model", networks["student"], *options).sentence()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate x --batch-size", "eval --batch-size", "eval --limit", "compare a b --limit", "demo --num-problems",
+        "infill --suffix x --num-tokens", "import a b --block-size", "collect --data x --output y --batch-size",
+        "collect --data x --output y --shard-size", "collect --data x --output y --top",
+    ],
+)  # fmt: skip
+def test_counts_have_bounds_before_any_work(run: Run, arguments: str) -> None:
+    option = arguments.split()[-1]
+    assert run(*arguments.split(), 0).sentence() == f"fewstep: {option} must be at least 1, got 0\n"
+    assert f"{option} must be at most" in run(*arguments.split(), 10**20).sentence()
+
+
+def test_other_numbers_have_bounds_too(run: Run) -> None:
+    base = ("collect", "--data", "x", "--output", "y")
+    assert "--most-repetition must be at most 1" in run(*base, "--most-repetition", 1.5).sentence()
+    assert "--seed must be at most" in run("import", "out", "--random-weights", "tiny", "--seed", 10**20).sentence()
+    assert "--worker is K/N" in run(*base, "--worker", f"0/{'9' * 5000}").sentence()
 
 
 def test_a_role_that_cannot_run_a_decoder_is_refused(run: Run, networks: dict[str, str]) -> None:

@@ -28,6 +28,9 @@ MOST_INTEGER = (1 << 31) - 1
 Count = Annotated[int, Ge(1), Le(MOST_TOKENS)]
 """Of tokens, rows, passes and the like; at least one."""
 
+Seed = Annotated[int, Ge(-(1 << 63)), Le((1 << 63) - 1)]
+"""Of torch's generators."""
+
 Share = Annotated[float, Ge(0), Le(1)]
 
 Weight = Annotated[float, Ge(0), Le(1e6)]

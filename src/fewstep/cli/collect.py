@@ -14,6 +14,7 @@ from fewstep.cli.options import DecodingOptions, Json, TeacherOptions
 from fewstep.cli.report import note, progress_bar, write_report
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
+from fewstep.values import MOST_TOKENS, Count, Share, shown
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -47,13 +48,13 @@ def collect(
     distribution: Annotated[
         Literal["top_k", "hidden"], typer.Option(help="What is kept of the teacher's distributions.")
     ] = "top_k",
-    top: Annotated[int | None, typer.Option(min=1, help=f"Tokens kept of each distribution ({TOP}).")] = None,
+    top: Annotated[Count | None, typer.Option(help=f"Tokens kept of each distribution ({TOP}).")] = None,
     most_repetition: Annotated[
-        float | None,
+        Share | None,
         typer.Option(metavar="SHARE", help="Causal models: reject answers with more repeated 4-grams than this share."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 32,
-    shard_size: Annotated[int, typer.Option(min=1, help="Prompts in a shard.")] = 1024,
+    batch_size: Annotated[Count, typer.Option(help="Prompts decoded together.")] = 32,
+    shard_size: Annotated[Count, typer.Option(help="Prompts in a shard.")] = 1024,
     worker: Annotated[
         str, typer.Option(metavar="K/N", help="Make every N-th shard, from the K-th (from 0) on.")
     ] = "0/1",
@@ -206,8 +207,9 @@ def _saying_what_is_kept(output: Path) -> Iterator[None]:
 
 def _parse_worker(text: str) -> tuple[int, int]:
     k, slash, n = text.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise FewstepError(f"--worker is K/N, K below N, such as 0/2 and 1/2 for two workers; got {text!r}")
+    digits = len(str(MOST_TOKENS))
+    if not (slash and k.isdecimal() and n.isdecimal() and len(k) <= digits >= len(n) and int(k) < int(n)):
+        raise FewstepError(f"--worker is K/N, K below N, such as 0/2 and 1/2 for two workers; got {shown(text)}")
     return int(k), int(n)
 
 

@@ -15,6 +15,7 @@ from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions
 from fewstep.cli.report import print_table, write_report
 from fewstep.cli.sources import Touches
+from fewstep.values import Count
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -85,7 +86,7 @@ def demo(
         typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled."),
         Touches.READS_MODEL,
     ] = None,
-    num_problems: Annotated[int, typer.Option(min=1, help="The first so many of the bundled test problems.")] = 5,
+    num_problems: Annotated[Count, typer.Option(help="The first so many of the bundled test problems.")] = 5,
     threshold: Annotated[float | None, typer.Option(help="The student's threshold (as its checkpoint says).")] = None,
     json: Json = None,
 ) -> None:

@@ -13,7 +13,7 @@ from fewstep.cli.options import DecodingOptions, Json, ModelOptions
 from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar
 from fewstep.cli.sources import STANDARD_OUTPUT, Touches
 from fewstep.errors import FewstepError
-from fewstep.values import shown
+from fewstep.values import Count, shown
 
 if TYPE_CHECKING:
     from fewstep.decode.requests import Output
@@ -44,7 +44,7 @@ def generate(
         ),
         Touches.WRITES,
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded together.")] = 1,
+    batch_size: Annotated[Count, typer.Option(help="Prompts of --input decoded together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without a template.")] = False,
     show_iterations: Annotated[
         bool,

@@ -10,6 +10,7 @@ from fewstep.cli.options import Json
 from fewstep.cli.report import note, write_report
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
+from fewstep.values import Count, Seed
 
 
 def import_(
@@ -22,7 +23,7 @@ def import_(
         Path | None, typer.Argument(metavar="TARGET", help="The plain folder to write."), Touches.REPLACES
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per block, where the checkpoint does not say.")
+        Count | None, typer.Option(help="Tokens per block, where the checkpoint does not say.")
     ] = None,
     mask_token: Annotated[
         str | None,
@@ -41,7 +42,7 @@ def import_(
     dtype: Annotated[
         str | None, typer.Option(help="Of random weights: bfloat16 (default), float16 or float32.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of random weights (0).")] = None,
+    seed: Annotated[Seed | None, typer.Option(help="Of random weights (0).")] = None,
     json: Json = None,
 ) -> None:
     """Imports a checkpoint of another family as a plain folder that stock transformers loads."""

@@ -9,6 +9,7 @@ from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
 from fewstep.cli.report import deliver, note
 from fewstep.errors import FewstepError
+from fewstep.values import Count
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -22,9 +23,7 @@ def infill(
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="What stands before the gap.")] = None,
     suffix: Annotated[str | None, typer.Option(help="What stands after the gap.")] = None,
-    num_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Size of the gap between --prefix and --suffix.")
-    ] = None,
+    num_tokens: Annotated[Count | None, typer.Option(help="Size of the gap between --prefix and --suffix.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the text answers, through the model's template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take --prompt as it is, without a template.")] = False,
     json: Json = None,

@@ -11,6 +11,7 @@ import typer
 import fewstep
 from fewstep.cli.collect import collect
 from fewstep.cli.compare import compare
+from fewstep.cli.dashes import TextCommand, hint
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
@@ -48,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(with_option_groups(command))
+    app.command(name, cls=TextCommand)(with_option_groups(command))
 app.command("train", context_settings=FORWARD_EVERYTHING)(train)
 
 
@@ -116,7 +117,7 @@ def _usage_sentence(error: typer.TyperException) -> str:
     message = str(format_message() if callable(format_message) else error).strip()
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "fewstep"
-    return f"{message.rstrip('.')}; see {where} --help" if message else f"see {where} --help"
+    return f"{message.rstrip('.')}; see {where} --help{hint(error)}" if message else f"see {where} --help"
 
 
 def _fail(message: str) -> int:

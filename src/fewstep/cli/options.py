@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -15,6 +17,7 @@ from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
+from fewstep.values import Count, fitted
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -102,8 +105,8 @@ class ProblemOptions:
         Literal["dev", "test", "heldout"],
         typer.Option(help="Bundled problems of gsm-symbolic, unless --data is given.", rich_help_panel=_PROBLEMS),
     ] = "test"
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many.", rich_help_panel=_PROBLEMS)] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
+    limit: Annotated[Count | None, typer.Option(help="The first so many.", rich_help_panel=_PROBLEMS)] = None
+    batch_size: Annotated[Count, typer.Option(help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
 
     @property
     def task(self) -> str:
@@ -274,9 +277,13 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     options = _option_names(parameters)
     touching = _touching(parameters)
+    declared = {parameter.name: parameter.annotation for parameter in parameters}
+    parameters = [parameter.replace(annotation=_without_bounds(parameter.annotation)) for parameter in parameters]
 
     @functools.wraps(command)
     def flat(**values: Any) -> None:
+        for name, value in values.items():
+            values[name] = fitted(value, declared[name], options.get(name, name.upper()))
         check_sources(
             [
                 Touched(option, touches, Path(values[name]))
@@ -292,6 +299,15 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
+
+
+def _without_bounds(declared: Any) -> Any:
+    """The type as typer takes it: `int | None` with the option, where `Count | None` is declared."""
+    kind, *beside = get_args(declared) if get_origin(declared) is Annotated else (declared,)
+    if get_origin(kind) in (Union, UnionType):
+        plain = (get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind))
+        kind = functools.reduce(operator.or_, plain)
+    return Annotated[(kind, *beside)] if beside else kind
 
 
 def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:

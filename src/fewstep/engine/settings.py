@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, get_args
-
-from annotated_types import Ge, Le
+from typing import TYPE_CHECKING, Any, get_args
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
@@ -33,7 +31,7 @@ from fewstep.errors import FewstepError, suggestion
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.models.roles import Gaps, Role, RoleName
-from fewstep.values import Count, Temperature, check_fields, shown
+from fewstep.values import Count, Seed, Temperature, check_fields, shown
 
 if TYPE_CHECKING:
     from fewstep.models.gated import GatedAdapter
@@ -114,7 +112,7 @@ class GenerationSettings:
     temperature: Temperature = 0.0
     top_k: TopK | None = None
     top_p: float | None = None
-    seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 63) - 1)] = 0
+    seed: Seed = 0
     alg: DreamAlg | None = None
     eps: float | None = None
     alg_temp: Temperature | None = None
