@@ -234,6 +234,7 @@ def own_states(
             "teacher_canvas_length": labelling.canvas_length,
             **of_student(network),
         },
+        stop_token_ids=network.stop_token_ids,
         distribution=distribution,
         seed=seed,
         shard_size=batch_size,

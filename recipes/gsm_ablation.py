@@ -296,6 +296,7 @@ class Study:
                 "teacher_canvas_length": labelling.canvas_length,
                 **of_student(student),
             },
+            stop_token_ids=student.stop_token_ids,
             distribution=distribution,
             shard_size=self.batch_size,
         )

@@ -403,9 +403,9 @@ def test_a_misspelt_option_is_no_text(run: Run, networks: dict[str, str]) -> Non
         == "fewstep: No such option: -f; see fewstep generate --help, or put -- before a text that begins with a dash\n"
     )
     assert run(*base, "--", "-foo").code == 0
-    assert "--threshold); see fewstep generate --help\n" in run(*base, "--thresold").sentence()
+    assert "--threshold" in run(*base, "--thresold").sentence()
     assert "No such option: --threshold 0.5" in run(*base, "--threshold 0.5").sentence()
-    assert run(*base, "- a", "- b").sentence().startswith("fewstep: Got unexpected extra argument (- b)")
+    assert run(*base, "- a", "- b").sentence().startswith("fewstep: Got unexpected extra argument(s) (- b)")
 
 
 def test_infilling_a_first_token_with_shifted_logits_is_refused(run: Run, tmp_path: Path) -> None:

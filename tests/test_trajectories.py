@@ -1,6 +1,7 @@
 """Trajectories: ranks rebuild states, shards resume to the same bytes, and damage is named."""
 
 import errno
+import json
 import math
 import os
 import signal
@@ -376,6 +377,31 @@ def collect_from_teacher(folder: Path, network, distribution, **changes):
         shard_size=2,
         **changes,
     )
+
+
+def test_the_manifest_names_the_end_tokens(tmp_path):
+    folder = tmp_path / "t"
+    gather(folder, worker=(0, 2), stop_token_ids=(5, 7))
+    assert json.loads((folder / "manifest.json").read_text())["stop_token_ids"] == [5, 7]
+    gather(folder, stop_token_ids=(5, 7))
+    for others in ((5,), (5, 8), (7, 5)):
+        with pytest.raises(FewstepError, match=r"stop_token_ids is \[5, 7\] there and"):
+            gather(folder, stop_token_ids=others)
+    network = tiny_network("bidirectional")
+    collect_from_teacher(tmp_path / "own", network, distribution_of(network, top_k=8))
+    manifest = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    assert manifest["stop_token_ids"] == list(network.stop_token_ids)
+
+
+def test_a_store_without_end_tokens_goes_on_where_the_model_has_one(tmp_path):
+    folder = tmp_path / "t"
+    gather(folder, worker=(0, 2), stop_token_ids=(5,))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["stop_token_ids"]  # as an older version began it
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FewstepError, match=r"stop_token_ids is not set there and \[5, 7\] here"):
+        gather(folder, stop_token_ids=(5, 7))
+    assert gather(folder, stop_token_ids=(5,)).num_records == 10
 
 
 @pytest.mark.parametrize("kind", ["top_k", "hidden"])

@@ -181,6 +181,7 @@ class _Run:
             self.output,
             teacher=teacher_of(teacher.network),
             settings=described,
+            stop_token_ids=lm.network.stop_token_ids,
             distribution=kept,
             **self.shards,
         )

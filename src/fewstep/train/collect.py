@@ -15,7 +15,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Record, decode
 from fewstep.decode.requests import Output, Request
 from fewstep.errors import FewstepError
-from fewstep.files import Shards
+from fewstep.files import MANIFEST_NAME, Shards, read_json
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.record_shards import SCHEMA_VERSION, PromptRow, RecordShards, RecordT
@@ -95,7 +95,12 @@ def teacher_of(network: Network) -> Teacher:
     """FewstepError if the network has no mask token, so that it cannot teach."""
     if network.role.mask_token_id is None:
         raise FewstepError(f"{network.name} has no mask token, so it has no diffusion trajectories to collect")
-    return Teacher(hash=network_hash(network), vocab_size=network.vocab_size, mask_token_id=network.role.mask_token_id)
+    return Teacher(
+        hash=network_hash(network),
+        vocab_size=network.vocab_size,
+        mask_token_id=network.role.mask_token_id,
+        stop_token_ids=network.stop_token_ids,
+    )
 
 
 def row_seed(prompt_id: str, seed: int) -> int:
@@ -113,12 +118,15 @@ def collect(
     distribution: Distribution,
     **options: Any,
 ) -> CollectReport:
-    """A diffusion teacher's trajectories: see `collect_records`, whose other options it takes."""
+    """A diffusion teacher's trajectories: see `collect_records`, whose other options it takes. If a student decodes,
+    its `stop_token_ids` are among them.
+    """
     described = {
         "vocab_size": teacher.vocab_size,
         "mask_token_id": teacher.mask_token_id,
         "distribution": asdict(distribution),
     }
+    options = {"stop_token_ids": teacher.stop_token_ids, **options}
     return collect_records(
         TrajectoryShards, decode_rows, rows, folder, maker_hash=teacher.hash, described=described, **options
     )
@@ -133,6 +141,7 @@ def collect_records(
     maker_hash: str,
     described: Mapping[str, Any],
     settings: Mapping[str, Any],
+    stop_token_ids: Sequence[int],
     seed: int = 0,
     shard_size: int = 1024,
     worker: tuple[int, int] = (0, 1),
@@ -141,12 +150,12 @@ def collect_records(
 ) -> CollectReport:
     """Decode `rows` and store the records in `folder`; a rerun makes only the shards that are missing.
 
-    Shard s holds rows s * shard_size onwards and is decoded in one call by worker k of n if s % n == k; seeds depend
-    on the prompt's id and `seed` only, so the files do not depend on the number of workers or on interruptions.
-    `settings` says how `decode_rows` decodes, `described` what `kind` has to know; both go into the manifest, and a
-    folder begun with other rows or settings is refused. `keep` rejects records (a wrong answer, say); rejections are
-    counted in the shard and in the report. The next shard is decoded while the last one is written. `on_shard` is told
-    of those that were finished before, together, and of each that is made now.
+    Shard s holds rows s * shard_size onwards and is decoded in one call by worker k of n if s % n == k; seeds depend on
+    the prompt's id and `seed` only, so the files do not depend on the number of workers or on interruptions. `settings`
+    says how `decode_rows` decodes, `stop_token_ids` where its answers end, `described` what `kind` has to know; all go
+    into the manifest, and a folder begun with others or other rows is refused. `keep` rejects records (a wrong answer,
+    say); rejections are counted in the shard and in the report. The next shard is decoded while the last one is
+    written. `on_shard` is told of those that were finished before, together, and of each that is made now.
 
     FewstepError for no rows, ids that occur twice, a bad worker, other settings, or a full disk.
     """
@@ -168,6 +177,7 @@ def collect_records(
             "kind": kind.kind,
             "teacher_hash": maker_hash,
             **described,
+            **_named_ends(Path(folder), stop_token_ids),
             "decoding": dict(settings),
             "seed": seed,
             "prompts_hash": prompts_hash(rows),
@@ -206,6 +216,16 @@ def collect_records(
         if writing is not None:
             written(writing)
     return report
+
+
+def _named_ends(folder: Path, stop_token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """What the manifest says of the end tokens: nothing where an older version began it, which knew of one at most."""
+    manifest = folder / MANIFEST_NAME
+    if len(stop_token_ids) <= 1 and manifest.exists():
+        begun = read_json(manifest)
+        if isinstance(begun, dict) and "stop_token_ids" not in begun:
+            return {}
+    return {"stop_token_ids": list(stop_token_ids)}
 
 
 def prompts_hash(rows: Sequence[PromptRow]) -> str:

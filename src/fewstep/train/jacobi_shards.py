@@ -126,6 +126,7 @@ def collect_jacobi(
         maker_hash=network_hash(network),
         described={"window": decoder.window},
         settings={**settings, "most_repetition": most_repetition},
+        stop_token_ids=network.stop_token_ids,
         keep=None if most_repetition is None and keep is None else is_kept,
         **options,
     )

@@ -56,7 +56,8 @@ class Labelling:
 def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Decode:
     """The `decode_rows` of `collect` that lets the student's `decode_rows` decode and `teacher` label what it visited.
 
-    Give `collect` the teacher as `teacher_of(teacher)`, and `of_student(student)` among its settings.
+    Give `collect` the teacher as `teacher_of(teacher)`, the student's `stop_token_ids`, and `of_student(student)` among
+    its settings.
     """
 
     def run(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:

@@ -85,7 +85,15 @@ def collect_texts(
         return decode(network, requests, decoder, batch_size=batch_size, on_output=announce)
 
     return collect_records(
-        TextShards, run, rows, folder, maker_hash=network_hash(network), described={}, settings=settings, **options
+        TextShards,
+        run,
+        rows,
+        folder,
+        maker_hash=network_hash(network),
+        described={},
+        settings=settings,
+        stop_token_ids=network.stop_token_ids,
+        **options,
     )
 
 

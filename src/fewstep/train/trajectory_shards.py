@@ -58,11 +58,14 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Whose trajectories these are: the hash of the weights and the two facts that readers need of the vocabulary."""
+    """Whose trajectories these are: the hash of the weights, the two facts that readers need of the vocabulary, and the
+    tokens that end an answer.
+    """
 
     hash: str
     vocab_size: int
     mask_token_id: int
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class TrajectoryShards(RecordShards[Output]):
