@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from jobs import Job, finished, result_path, results, spread
 from run_recipe import run_recipe
+from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.engine.made_by import check_made_by, made_by
@@ -29,7 +30,9 @@ from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.load import bundled_names
-from fewstep.tasks.gsm_symbolic import Problem, problems
+from fewstep.tasks.problems import Problem
+from fewstep.tasks.registry import task_named
+from fewstep.tasks.task import Task
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -179,14 +182,12 @@ def loaded(model: str, device: str) -> LanguageModel:
 
 
 def answered(
-    model: str, device: str, settings: Mapping[str, Any], items: Sequence[Problem], batch_size: int
+    model: str, device: str, settings: Mapping[str, Any], task: Task, items: Sequence[Problem], batch_size: int
 ) -> dict[str, Any]:
     """The answers of one contender in batches, as `report_columns` keeps them."""
     lm = loaded(model, device)
-    return {
-        "made_by": made_by(lm),
-        **report_columns(evaluate(lm, items, batch_size=batch_size, **settings), texts=True),
-    }
+    report = evaluate(lm, items, task=task.name, metric=task.metric, batch_size=batch_size, **settings)
+    return {"made_by": made_by(lm), **report_columns(report, texts=True)}
 
 
 @app.command()
@@ -200,7 +201,10 @@ def compare(
     heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
     student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
     window: Annotated[int, typer.Option(help="of the Jacobi decoder")] = 16,
-    count: Annotated[int, typer.Option("--problems", help="test problems, answered in batches")] = 1000,
+    task: TaskName = "gsm-symbolic",
+    data: TaskData = None,
+    split: TaskSplit = None,
+    count: Annotated[int, typer.Option("--problems", help="of the task, answered in batches")] = 1000,
     timed: Annotated[int, typer.Option(help="of them, answered one by one")] = 50,
     batch_size: int = 64,
     max_new_tokens: int = 256,
@@ -215,13 +219,14 @@ def compare(
     settings = {name: {"max_new_tokens": max_new_tokens, **own} for name, (_, own) in present.items()}
     for name, (source, _) in present.items():
         loaded(source, device).decoder(**settings[name])  # what cannot be is told before anything long
-    items = problems("test", count)
+    judge, items = task_named(task), task_named(task).problems(split, count, data=data)
     jobs = [
-        Job(name=name, run=partial(answered, source, device, settings[name], items, batch_size))
+        Job(name=name, run=partial(answered, source, device, settings[name], judge, items, batch_size))
         for name, (source, _) in present.items()
     ]
     asked = {
-        "test problems": count, "longest answer": max_new_tokens, "batch size": batch_size,
+        "task": task, "data": str(data), "split": split, "problems": count, "longest answer": max_new_tokens,
+        "batch size": batch_size,
         **{f"contender {name}": f"{source} {dict(own)}" for name, (source, own) in present.items()},
     }  # fmt: skip
     earlier = finished(folder / "answers")

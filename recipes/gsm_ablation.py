@@ -31,7 +31,8 @@ from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
-from fewstep.tasks.gsm_symbolic import Problem, problems
+from fewstep.tasks.gsm_symbolic import problems
+from fewstep.tasks.problems import Problem
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption

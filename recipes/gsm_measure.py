@@ -36,15 +36,8 @@ from fewstep.measure.reports import (
 from fewstep.measure.timing import Timing, describe_machine, speed_factors, this_command, time_interleaved
 from fewstep.models.load import BUNDLED
 from fewstep.models.roles import RoleName
-from fewstep.tasks.gsm_symbolic import (
-    BUNDLED_COUNTS,
-    Problem,
-    Split,
-    make_problems,
-    problems,
-    read_problems,
-    write_problem_file,
-)
+from fewstep.tasks.gsm_symbolic import BUNDLED_COUNTS, Split, make_problems, problems
+from fewstep.tasks.problems import Problem, read_problems, write_problem_file
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.files import write_json_whole
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.medusa import MedusaHeads, save_heads
-from fewstep.tasks.gsm_symbolic import problems
+from fewstep.tasks.registry import task_named
 
 MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher")
 
@@ -48,13 +49,16 @@ def row_of(model: str, name: str, outputs: Sequence[Output], expected: Sequence[
 def main(
     results: Annotated[Path, typer.Option(help="folder for lossless.json")] = Path("results/decoders"),
     model: Annotated[list[str], typer.Option(help="each in the causal role")] = list(MODELS),  # noqa: B006
-    count: Annotated[int, typer.Option("--problems", help="test problems")] = 200,
+    task: TaskName = "gsm-symbolic",
+    data: TaskData = None,
+    split: TaskSplit = None,
+    count: Annotated[int, typer.Option("--problems", help="of the task")] = 200,
     batch_size: int = 50,
     max_new_tokens: int = 128,
     device: str = "auto",
 ) -> None:
     """Compare, and end with exit code 1 if any answer differs."""
-    questions = [item.question for item in problems("test", count)]
+    questions = [item.question for item in task_named(task).problems(split, count, data=data)]
     shared: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     rows = []
     for name in model:

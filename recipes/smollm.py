@@ -53,7 +53,7 @@ from stages import (
     is_there,
     worker,
 )
-from word_problems import GSM8K, MAX_ANSWER, gsm8k_problems, load_examples, make_tables
+from word_problems import GSM8K, MAX_ANSWER, load_examples, make_tables
 
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
@@ -67,7 +67,8 @@ from fewstep.models.importers.convert import import_checkpoint
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
 from fewstep.models.roles import ContextAttention, RoleName
-from fewstep.tasks.gsm_symbolic import Problem, problems
+from fewstep.tasks.problems import Problem
+from fewstep.tasks.registry import task_named
 from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
 
@@ -353,9 +354,9 @@ def report(
     What was answered is kept, one file a model and set; a rerun does what is missing. `accuracy.png` and `.svg` show
     the set gsm-symbolic.
     """
-    sets = {"gsm-symbolic": problems("test", test)}
+    sets = {"gsm-symbolic": task_named("gsm-symbolic").problems("test", test)}
     if gsm8k is not None:
-        sets["gsm8k"] = gsm8k_problems(gsm8k / "test.jsonl")[:gsm8k_test]
+        sets["gsm8k"] = task_named("gsm8k").problems("test", gsm8k_test, data=gsm8k)
     everyone = present(runs, threshold, gaps)
     jobs = [
         Job(name=f"{task}-{name}", run=partial(answered, runs, contender, items, task, batch_size))
@@ -426,7 +427,7 @@ def timing(
         name: partial(models[one.folder].generate, max_new_tokens=MAX_ANSWER, **one.settings)
         for name, one in everyone.items()
     }
-    timings = time_interleaved(asked, [item.question for item in problems("test", num)])
+    timings = time_interleaved(asked, [item.question for item in task_named("gsm-symbolic").problems("test", num)])
     told = {
         "command": this_command(),
         "machine": {**describe_machine(), "device": device()},

@@ -3,7 +3,6 @@
 Rows become token tables, one file a part, and prompts of trajectories, with any model's tokenizer and chat template.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,10 +17,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_whole
+from fewstep.files import write_whole
 from fewstep.models.text import decode_text, encode_prompt
-from fewstep.tasks.gsm_solutions import extract_answer
-from fewstep.tasks.gsm_symbolic import Problem, training_rows
+from fewstep.tasks.answers import extract_answer
+from fewstep.tasks.gsm8k import gsm8k_rows
+from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.examples import Examples, encode_rows
 from fewstep.train.trajectories import PromptRow
 
@@ -31,22 +31,6 @@ MAX_PROMPT, MAX_ANSWER = 256, 256
 ROWS_PER_PART = 20_000
 GSM8K_REPEATS = 10
 """Times that each of GSM8K's 7,473 training problems stands in the tables, beside hundreds of thousands made ones."""
-
-
-def gsm8k_rows(file: Path) -> Iterator[dict[str, str]]:
-    """Prompts and completions of a GSM8K file, without its <<calculator>> notes."""
-    for row in read_rows(file, required=("question", "answer")):
-        yield {"prompt": row["question"], "completion": re.sub(r"<<.*?>>", "", row["answer"])}
-
-
-def gsm8k_problems(file: Path) -> list[Problem]:
-    """The same as problems; the answer stands behind the `####` of the last line."""
-    rows = list(read_rows(file, required=("question", "answer")))
-    answers = [str(row["answer"]).rpartition("####")[2].strip().replace(",", "") for row in rows]
-    return [
-        Problem(f"gsm8k-{file.stem}-{i:04d}", row["question"], answer)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
-    ]
 
 
 # --- token tables ---

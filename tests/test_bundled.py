@@ -8,7 +8,7 @@ import fewstep
 from fewstep.engine.language_model import LanguageModel
 from fewstep.models.load import BUNDLED, bundled_names, load_network
 from fewstep.models.text import encode_prompt
-from fewstep.tasks.gsm_solutions import is_correct
+from fewstep.tasks.answers import is_correct
 from fewstep.tasks.gsm_symbolic import problems
 
 MODELS = ("gsm-ar", "gsm-cllm", "gsm-student", "gsm-teacher")

@@ -23,6 +23,8 @@ from fewstep.errors import FewstepError
 from fewstep.kept import kept_path
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
+from fewstep.tasks.registry import TASKS
+from fewstep.tasks.scoring import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -956,6 +958,42 @@ def test_eval_refuses(run: Run, networks: dict[str, str], tmp_path: Path) -> Non
     assert "give a number" in run(*base, "--data", bad).sentence()
 
 
+def test_eval_takes_a_task_by_name(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    report, records = tmp_path / "r.json", tmp_path / "records.jsonl"
+    base = ("eval", "--model", networks["student"], "--max-new-tokens", 8, "--json", report)
+    shown = run(*base, "--task", "gsm-symbolic", "--split", "heldout", "--limit", 1, "--records", records)
+    assert shown.code == 0, shown.err
+    assert (json.loads(report.read_text())["task"], read_lines(records)[0]["id"]) == ("gsm-symbolic", "heldout-00000")
+    write_lines(tmp_path / "train.jsonl", {"question": "1 + 1 =", "answer": "<<1+1=2>>2\n#### 2"})
+    shown = run(*base, "--task", "gsm8k", "--data", tmp_path, "--split", "train")
+    assert shown.code == 0, shown.err
+    assert (json.loads(report.read_text())["task"], json.loads(report.read_text())["n"]) == ("gsm8k", 1)
+    own = write_lines(tmp_path / "own.jsonl", {"question": "The capital of France?", "answer": "Paris"})
+    shown = run(*base, "--task", "jsonl", "--data", own, "--metric", "contains")
+    assert shown.code == 0, shown.err
+    told = json.loads(report.read_text())
+    assert (told["task"], told["metric"], set(told) - EVAL_KEYS) == ("own", "contains", {"metric", "chrf"})
+
+
+def test_what_no_task_is_is_refused_before_a_model_is_loaded(run: Run, tmp_path: Path) -> None:
+    own = write_lines(tmp_path / "own.jsonl", {"question": "a", "answer": 1})
+    assert "did you mean 'gsm8k'" in run("eval", "--task", "gsm8").sentence()
+    assert "--data must be given for the task gsm8k" in run("eval", "--task", "gsm8k").sentence()
+    assert "--data is not read by the task" in run("eval", "--task", "gsm-symbolic", "--data", own).sentence()
+    assert "--split must be one that" in run("eval", "--split", "validation").sentence()
+    assert "--split must be left out" in run("eval", "--data", own, "--split", "dev").sentence()
+    assert "--metric must be number for" in run("eval", "--metric", "exact").sentence()
+    assert "no metric" in run("eval", "--data", own, "--metric", "bleu").sentence()
+    assert "--data must be given" in run("compare", "gsm-student", "gsm-ar", "--task", "jsonl").sentence()
+    assert "--data must be given" in run("demo", "--task", "gsm8k").sentence()
+
+
+def test_the_help_names_every_metric(run: Run) -> None:
+    shown = run("eval", "--help").out
+    for name in (*METRICS, *TASKS):
+        assert name in shown
+
+
 def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     student, teacher = (f"{networks[name]},max_new_tokens=8" for name in ("student", "teacher"))
     shown = run(
@@ -991,6 +1029,15 @@ def test_demo_in_plain_lines(run: Run, networks: dict[str, str], tmp_path: Path)
     assert "\x1b" not in shown.out
     factors = json.loads((tmp_path / "d.json").read_text())["factors"]
     assert factors["total"] == pytest.approx(factors["stopping"] * factors["fewer_passes"] * factors["caching"])
+
+
+def test_demo_on_problems_of_ones_own(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    own = write_lines(tmp_path / "own.jsonl", {"question": "How many wings has a bird?", "answer": "any"})
+    base = ("demo", "--teacher", networks["teacher"], "--student", networks["student"], "--causal", networks["causal"])
+    shown = run(*base, "--data", own, "--metric", "contains", "--json", tmp_path / "d.json")
+    assert shown.code == 0, shown.err
+    assert "Problem 1. How many wings has a bird?" in shown.out
+    assert "0 of 1" in shown.out
 
 
 def test_one_disturbed_problem_hardly_moves_the_demos_seconds(capsys: pytest.CaptureFixture[str]) -> None:

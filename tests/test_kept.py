@@ -17,7 +17,7 @@ from fewstep.kept import kept_path, kept_results
 from fewstep.measure.evaluate import evaluate, sweep
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
-from fewstep.tasks.gsm_symbolic import Problem
+from fewstep.tasks.problems import Problem
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16}
 

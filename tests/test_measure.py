@@ -14,7 +14,7 @@ from fewstep.measure.evaluate import Record, Report, evaluate, sweep
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.timing import Timing, describe_machine, speed_factors, time_interleaved
 from fewstep.models.tiny import tiny_network
-from fewstep.tasks.gsm_symbolic import Problem
+from fewstep.tasks.problems import Problem
 
 PROBLEMS = [Problem(f"p{i}", f"what is {i} + {i}?", str(2 * i), template=i % 3) for i in range(5)]
 

@@ -17,6 +17,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import BUNDLED, load_network
 from fewstep.models.medusa import load_heads
 from fewstep.models.network import check_draft
+from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.trajectories import TrajectoryStore
 
@@ -153,7 +154,7 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
 def test_gsm8k_rows_lose_their_notes_and_stand_in_the_tables_ten_times(
     smollm: ModuleType, word_problems: ModuleType, source: Path, gsm8k: Path, tmp_path: Path
 ) -> None:
-    row = next(word_problems.gsm8k_rows(gsm8k / "train.jsonl"))
+    row = next(gsm8k_rows(gsm8k / "train.jsonl"))
     assert row["completion"] == "She has 0 + 1999 = 1999 <wide> eggs.\n#### 1,999"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     tokenizer.add_tokens([*(f"<unused{i}>" for i in range(40_000)), "<wide>"])
@@ -170,12 +171,6 @@ def test_gsm8k_rows_lose_their_notes_and_stand_in_the_tables_ten_times(
     with pytest.raises(FewstepError, match="holds no token tables; make them with the recipe's stage `data`"):
         word_problems.load_examples(tmp_path)
     assert len(word_problems.load_examples(tmp_path / "data", 2)) == 2 + 3 * word_problems.GSM8K_REPEATS
-
-
-def test_gsm8k_problems_have_the_number_of_the_last_line(word_problems: ModuleType, gsm8k: Path) -> None:
-    found = word_problems.gsm8k_problems(gsm8k / "test.jsonl")
-    assert [problem.answer for problem in found] == ["1999", "2000", "2001"]
-    assert found[0].question == "Ann has 0 eggs and buys 1,999 more. How many eggs has she now?"
 
 
 def test_prompts_are_those_of_the_tables_and_answers_are_checked_as_numbers(

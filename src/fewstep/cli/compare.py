@@ -33,7 +33,7 @@ def compare(
     from fewstep.measure.compare import compare as compare_reports
     from fewstep.measure.evaluate import check_problems, evaluate
 
-    asked = problems.read()
+    task, asked = problems.chosen, problems.read(problems.limit)
     contenders = [_parse(first), _parse(second)]
     models = [place.load(name, settings.pop("role", None)) for name, settings in contenders]
     for lm, (_, settings) in zip(models, contenders, strict=True):
@@ -50,8 +50,8 @@ def compare(
         with progress_bar("comparing", 2 * len(asked)) as advance:
             reports = [
                 evaluate(
-                    lm, asked, task=problems.task, batch_size=problems.batch_size, progress=advance,
-                    kept=kept.under(f"{which}: "), **settings,
+                    lm, asked, task=problems.label, metric=task.metric, batch_size=problems.batch_size,
+                    progress=advance, kept=kept.under(f"{which}: "), **settings,
                 )
                 for which, lm, (_, settings) in zip(("first", "second"), models, contenders, strict=True)
             ]  # fmt: skip

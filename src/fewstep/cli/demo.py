@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from rich.live import Live
 
 from fewstep.cli.lanes import Lane, draw
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import Json, PlaceOptions
+from fewstep.cli.options import Json, PlaceOptions, TaskOptions
 from fewstep.cli.report import print_table, write_report
 from fewstep.cli.sources import Touches
 from fewstep.values import Count
@@ -20,7 +21,8 @@ from fewstep.values import Count
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.measure.timing import Timing
-    from fewstep.tasks.gsm_symbolic import Problem
+    from fewstep.tasks.problems import Problem
+    from fewstep.tasks.task import Task
 
 CANVAS_LENGTH = 256
 SECONDS_PER_FRAME = 0.05
@@ -40,10 +42,11 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """A model and how it decodes here."""
+    """A model, how it decodes here, and the task that it is given."""
 
     name: str
     lm: "LanguageModel"
+    task: "Task"
     settings: dict[str, Any]
 
     def solve(self, problem: "Problem") -> Run:
@@ -53,14 +56,12 @@ class Contestant:
 
     def judge(self, problem: "Problem", output: Any, seconds: float) -> Run:
         """The run that `output` makes."""
-        from fewstep.tasks.gsm_solutions import is_correct
-
         return Run(
             problem=problem.id,
             num_tokens=output.num_tokens,
             num_forwards=output.num_forwards,
             seconds=seconds,
-            right=is_correct(output.text, problem.answer),
+            right=self.task.is_correct(output.text, problem.answer),
         )
 
     def describe(self) -> str:
@@ -75,6 +76,7 @@ class Contestant:
 
 def demo(
     place: PlaceOptions,
+    problems: TaskOptions,
     teacher: Annotated[
         str, typer.Option(metavar="NAME", help="The diffusion teacher."), Touches.READS_MODEL
     ] = "gsm-teacher",
@@ -86,27 +88,29 @@ def demo(
         typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled."),
         Touches.READS_MODEL,
     ] = None,
-    num_problems: Annotated[Count, typer.Option(help="The first so many of the bundled test problems.")] = 5,
+    num_problems: Annotated[Count, typer.Option(help="The first so many problems of the task.")] = 5,
     threshold: Annotated[float | None, typer.Option(help="The student's threshold (as its checkpoint says).")] = None,
     json: Json = None,
 ) -> None:
     """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""
     for name in (teacher, student, *([] if causal is None else [causal])):
         check_model_name(name)
+    from fewstep.measure.evaluate import check_problems
     from fewstep.measure.timing import speed_factors
     from fewstep.models.load import bundled_names
-    from fewstep.tasks.gsm_symbolic import problems
 
-    chosen = problems("test", num_problems)
+    task, chosen = problems.chosen, problems.read(num_problems)
     if causal is None and "gsm-ar" in bundled_names():
         causal = "gsm-ar"
     length = {"max_new_tokens": CANVAS_LENGTH}
-    slow = Contestant(name="teacher", lm=place.load(teacher), settings=length)
+    contestant_of = partial(Contestant, task=task)
+    slow = contestant_of(name="teacher", lm=place.load(teacher), settings=length)
     faster = length if threshold is None else {**length, "threshold": threshold}
-    fast = Contestant(name="student", lm=place.load(student), settings=faster)
-    published = Contestant(name="teacher, no early stop", lm=slow.lm, settings={**length, "early_stop": False})
-    extra = [] if causal is None else [Contestant(name="causal, KV cache", lm=place.load(causal), settings=length)]
+    fast = contestant_of(name="student", lm=place.load(student), settings=faster)
+    published = contestant_of(name="teacher, no early stop", lm=slow.lm, settings={**length, "early_stop": False})
+    extra = [] if causal is None else [contestant_of(name="causal, KV cache", lm=place.load(causal), settings=length)]
     for contestant in (slow, fast, *extra):
+        check_problems(contestant.lm, chosen, source=problems.source, **contestant.settings)
         print(f"{contestant.name}: {contestant.describe()}")
 
     with _stage("warming up"):
@@ -169,7 +173,7 @@ def _race(number: int, problem: "Problem", contestants: Sequence[Contestant]) ->
     They take turns: the one whose own clock is behind computes next, so the picture shows true relative speed.
     """
     racers = [_Racer(contestant, problem) for contestant in contestants]
-    with _screen(f"Problem {number}. {problem.question}", [racer.lane for racer in racers]) as redraw:
+    with _screen(f"Problem {number}. {problem.last_turn}", [racer.lane for racer in racers]) as redraw:
         while running := [racer for racer in racers if racer.run is None]:
             min(running, key=lambda racer: racer.lane.seconds).advance()
             redraw()

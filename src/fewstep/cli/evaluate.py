@@ -45,10 +45,12 @@ def evaluate(
     from fewstep.measure.evaluate import evaluate as evaluate_once
     from fewstep.measure.plots import plot_accuracy
 
-    asked = problems.read()
+    task, asked = problems.chosen, problems.read(problems.limit)
     lm = model.load_model()
     settings = decoding.given()
-    options: dict[str, Any] = {"task": problems.task, "batch_size": problems.batch_size, **settings}
+    options: dict[str, Any] = {
+        "task": problems.label, "metric": task.metric, "batch_size": problems.batch_size, **settings,
+    }  # fmt: skip
     swept = bool(thresholds or steps)
     num_runs = max(1, len(thresholds) + len(steps))
     if not swept:
@@ -77,7 +79,7 @@ def evaluate(
 
         def show() -> None:
             if plot is not None:
-                title = f"{problems.task}, {len(asked)} problems"
+                title = f"{problems.label}, {len(asked)} problems"
                 drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=title)
                 note(f"drawn: {', '.join(map(str, drawn))}")
             print_figures(figures)

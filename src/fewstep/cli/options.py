@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -17,12 +17,14 @@ from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
+from fewstep.tasks.registry import TASKS, task_named
 from fewstep.values import Count, fitted
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.models.roles import RoleName
-    from fewstep.tasks.gsm_symbolic import Problem
+    from fewstep.tasks.problems import Problem
+    from fewstep.tasks.task import Task
 
 _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
 
@@ -91,38 +93,77 @@ class TeacherOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions:
-    """Which problems."""
+class TaskOptions:
+    """Which task, and where its problems are."""
 
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"{', '.join(TASKS)}; by default jsonl if --data is given, else gsm-symbolic.",
+            rich_help_panel=_PROBLEMS,
+        ),
+    ] = None
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help='Problems: JSON lines {"id", "question", "answer"}.', rich_help_panel=_PROBLEMS
+            metavar="FILE",
+            help='Problems: JSON lines {"id", "question", "answer"}; for gsm8k its folder.',
+            rich_help_panel=_PROBLEMS,
         ),
         Touches.READS,
     ] = None
     split: Annotated[
-        Literal["dev", "test", "heldout"],
-        typer.Option(help="Bundled problems of gsm-symbolic, unless --data is given.", rich_help_panel=_PROBLEMS),
-    ] = "test"
-    limit: Annotated[Count | None, typer.Option(help="The first so many.", rich_help_panel=_PROBLEMS)] = None
-    batch_size: Annotated[Count, typer.Option(help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of a task that has several, such as dev, test or heldout of gsm-symbolic (test).",
+            rich_help_panel=_PROBLEMS,
+        ),
+    ] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What makes an answer of --data right: number (default), exact, normalised or contains.",
+            rich_help_panel=_PROBLEMS,
+        ),
+    ] = None
 
     @property
-    def task(self) -> str:
-        """The name that reports give the task."""
-        return "gsm-symbolic" if self.data is None else self.data.stem
+    def label(self) -> str:
+        """The name that reports give the task: of a file of the user's own that of the file."""
+        name = self._task_name
+        return self.data.stem if self.data is not None and name == "jsonl" else name
 
     @property
     def source(self) -> str | None:
         """The file that the problems are from, unless they are bundled."""
         return None if self.data is None else str(self.data)
 
-    def read(self) -> "list[Problem]":
-        """FewstepError for a damaged file, or for more problems than are bundled."""
-        from fewstep.tasks.gsm_symbolic import problems, read_problems
+    @property
+    def chosen(self) -> "Task":
+        """The task, judged by the metric. FewstepError for an unknown name of one of the two."""
+        task = task_named(self._task_name)
+        return task if self.metric is None else task.judged_by(self.metric)
 
-        return problems(self.split, self.limit) if self.data is None else read_problems(self.data)[: self.limit]
+    @property
+    def _task_name(self) -> str:
+        if self.task is not None:
+            return self.task
+        return "gsm-symbolic" if self.data is None else "jsonl"
+
+    def read(self, limit: int | None = None) -> "list[Problem]":
+        """The first problems, or all. FewstepError for a damaged file, or for more problems than are bundled."""
+        return self.chosen.problems(self.split, limit, data=self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions(TaskOptions):
+    """The same, how many problems, and how many at once."""
+
+    limit: Annotated[Count | None, typer.Option(help="The first so many.", rich_help_panel=_PROBLEMS)] = None
+    batch_size: Annotated[Count, typer.Option(help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Accuracy of a model on problems with numeric answers, with its passes, tokens and time."""
+"""Accuracy of a model on the problems of a task, with its passes, tokens and time."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,8 +11,9 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
 from fewstep.measure.metrics import wilson_interval
-from fewstep.tasks.gsm_solutions import is_correct
-from fewstep.tasks.gsm_symbolic import Problem
+from fewstep.tasks.problems import Problem
+from fewstep.tasks.scoring import NUMBER, Metric
+from fewstep.tasks.text_metrics import chrf
 
 PLAIN_ENGINE = "off"  # no captured steps
 _WARM_UP_TOKENS = 32
@@ -58,6 +59,7 @@ class Report:
     wall_seconds: float
     step_ms: float
     num_kept: int = 0
+    metric: str = NUMBER.name
 
     @property
     def n(self) -> int:
@@ -84,8 +86,8 @@ class Report:
         return sum(record.num_tokens for record in solved) / sum(record.num_forwards for record in solved)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that `eval --json` promises, the passes of a draft network if there is one, and how many answers are
-        those of an earlier run, if any are.
+        """The keys that `eval --json` promises, the passes of a draft network if there is one, how many answers are
+        those of an earlier run, if any are, and where answers are texts the metric and chrF.
 
         The records are apart (`records_json`).
         """
@@ -116,7 +118,13 @@ class Report:
             "step_ms": self.step_ms,
             **({"num_draft_forwards_mean": drafts} if drafts else {}),
             **({"answered_earlier": self.num_kept} if self.num_kept else {}),
+            **({} if self.metric == NUMBER.name else {"metric": self.metric, "chrf": self.chrf}),
         }
+
+    @property
+    def chrf(self) -> float:
+        """chrF, 0 to 100, of all texts with the right answers."""
+        return chrf([record.text for record in self.records], [record.answer for record in self.records])
 
     def records_json(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
@@ -127,14 +135,16 @@ def evaluate(
     problems: Sequence[Problem],
     *,
     task: str = "gsm-symbolic",
+    metric: Metric = NUMBER,
     batch_size: int = 32,
     progress: Callable[[], None] | None = None,
     kept: Kept | None = None,
     warm_up: bool = True,
     **settings: Any,
 ) -> Report:
-    """Answer every problem and compare the numbers. Settings are those of `LanguageModel.generate`.
+    """Answer every problem and judge the answers by `metric`. Settings are those of `LanguageModel.generate`.
 
+    `task` is the name that the report gives to where the problems are from.
     At `batch_size` 1 the problems are asked one after another, so a record's `seconds` is the time of that problem
     alone; in a batch it counts from the common start, waiting for a free slot included. `kept`: answers of an earlier
     run, which are not asked for again, and where new ones are kept. `progress` is called after each problem.
@@ -163,10 +173,11 @@ def evaluate(
         batch_size=batch_size,
         dtype=str(model.network.dtype).removeprefix("torch."),
         device=str(model.network.device),
-        records=[_record(problem, answer) for problem, answer in zip(problems, answered.answers, strict=True)],
+        records=[_record(problem, answer, metric) for problem, answer in zip(problems, answered.answers, strict=True)],
         wall_seconds=answered.wall_seconds,
         step_ms=answered.step_ms,
         num_kept=answered.num_kept,
+        metric=metric.name,
     )
 
 
@@ -221,7 +232,7 @@ def sweep(
 
 
 def _decoder_settings(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in ("task", "batch_size", "progress")}
+    return {name: value for name, value in options.items() if name not in ("task", "metric", "batch_size", "progress")}
 
 
 def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -> None:
@@ -230,13 +241,13 @@ def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -
     model.generate(problem.question, **{**short, "max_new_tokens": _WARM_UP_TOKENS})
 
 
-def _record(problem: Problem, answer: Answer) -> Record:
+def _record(problem: Problem, answer: Answer, metric: Metric) -> Record:
     return Record(
         id=problem.id,
         template=problem.template,
         answer=problem.answer,
         text=answer.text,
-        correct=is_correct(answer.text, problem.answer),
+        correct=metric.is_correct(answer.text, problem.answer),
         num_tokens=answer.num_tokens,
         num_forwards=answer.num_forwards,
         seconds=answer.seconds,

@@ -7,11 +7,15 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.measure.evaluate import Record, Report
-from fewstep.tasks.gsm_symbolic import Problem
+from fewstep.tasks.problems import Problem
+from fewstep.tasks.scoring import NUMBER
 
 
 def report_columns(report: Report, *, texts: bool = False) -> dict[str, Any]:
-    """The report and its records, their texts only if asked for, a list for each field; `merge_reports` reads it."""
+    """The report and its records, a list for each field; `merge_reports` reads it.
+
+    Texts are among them only if asked for, or if chrF is computed from them.
+    """
     records = report.records
     return {
         "report": report.to_json(),
@@ -22,7 +26,7 @@ def report_columns(report: Report, *, texts: bool = False) -> dict[str, Any]:
         "num_forwards": [record.num_forwards for record in records],
         "num_draft_forwards": [record.num_draft_forwards for record in records],
         "seconds": [round(record.seconds, 4) for record in records],
-        **({"texts": [record.text for record in records]} if texts else {}),
+        **({"texts": [record.text for record in records]} if texts or report.metric != NUMBER.name else {}),
     }
 
 
@@ -49,7 +53,7 @@ def merge_reports(shards: Sequence[Mapping[str, Any]], problems: Mapping[str, Pr
         if differing := [key for key in shared if part["report"].get(key) != told.get(key)]:
             raise FewstepError(f"shards of one report differ in {', '.join(differing)}; empty their folder")
     return Report(
-        **{key: told[key] for key in shared},
+        **{key: told[key] for key in shared if key in told},
         records=records,
         wall_seconds=sum(part["wall_seconds"] for part in shards),
         step_ms=statistics.median(part["report"]["step_ms"] for part in shards),

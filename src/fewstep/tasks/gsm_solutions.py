@@ -18,9 +18,6 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-# Solutions are judged where they are known: most who import one of these import the others too.
-from fewstep.tasks.answers import extract_answer as extract_answer
-from fewstep.tasks.answers import is_correct as is_correct
 from fewstep.tasks.worked_arithmetic import NUMBER, agrees, worked
 
 

@@ -10,23 +10,19 @@ Making problems and training rows needs the extra `gsm`; reading the bundled pro
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cache
 from hashlib import blake2b
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fewstep.errors import FewstepError
-from fewstep.files import numbered_rows, write_rows_whole
-from fewstep.models.rows import id_text, messages_of, present, row_id, text_of
-from fewstep.models.text import Message
 from fewstep.tasks.gsm_solutions import STYLES, Equation, Line, Style, read_solution, render
+from fewstep.tasks.problems import Problem, read_problems, write_problem_file
+from fewstep.tasks.task import Task
 from fewstep.tasks.worked_arithmetic import NotWorkableError, evaluate, format_number
-from fewstep.values import fitted, shown
 
 Split = Literal["dev", "test", "heldout"]
 PROBLEM_SEEDS: dict[Split, int] = {"dev": 800_000_000, "test": 900_000_000, "heldout": 950_000_000}
@@ -48,20 +44,6 @@ Generator = Callable[[Random, float], dict[str, Any]]
 Fits = Callable[[str, str], bool]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One question with its numeric answer as text ("36", "4.5"); `template` is None for problems from elsewhere.
-
-    The question is text; a problem from elsewhere may have a conversation in its place.
-    """
-
-    id: str
-    question: str | list[Message]
-    answer: str
-    template: int | None = None
-    split: str | None = None
-
-
 # --- problems -------------------------------------------------------------------------------------
 
 
@@ -77,57 +59,25 @@ def problems(split: Split, n: int | None = None) -> list[Problem]:
     return found[:n]
 
 
-def read_problems(path: Path, split: str | None = None) -> list[Problem]:
-    """Problems from JSONL lines {"id", "question", "answer"} and optionally "template".
+class GSMSymbolic(Task):
+    """The bundled problems."""
 
-    A conversation, as "messages", may stand in place of the question; the id is the line's number if there is none. The
-    answer is a number or the text of one. FewstepError names file and line for a missing field or another answer.
-    """
-    found = []
-    for line, row in numbered_rows(path):
-        where = f"{path} line {line}"
-        row = present(row)
-        if "answer" not in row or not {"question", "messages"} & row.keys():
-            missing = "answer" if "answer" not in row else "question"
-            has = ", ".join(map(repr, row)) or "none"
-            raise FewstepError(f"{where} has no field {missing!r}; its fields are: {has}")
-        question = (
-            messages_of(row["messages"], "messages", where)
-            if "question" not in row
-            else text_of(row["question"], "the question (a conversation is given as messages)", where)
-        )
-        answer = str(row["answer"]).replace(",", "").strip()
-        if isinstance(row["answer"], bool) or not _is_number(answer):
-            raise FewstepError(f"{where}: the answer is {shown(row['answer'])}; give a number.")
-        found.append(Problem(id_text(row_id(row, line)), question, answer, _template(row, where), split))
-    if not found:
-        raise FewstepError(f"{path} holds no problems; give lines with id, question and answer.")
-    return found
+    name = "gsm-symbolic"
+    about = "word problems of GSM-Symbolic; they ship with the package"
+    splits = ("test", "dev", "heldout")
+
+    def read(self, split: str | None, n: int | None, data: Path | None) -> list[Problem]:
+        """See `problems`."""
+        return problems(cast(Split, split), n)
 
 
-def _template(row: Mapping[str, Any], where: str) -> int | None:
-    return fitted(row.get("template"), int | None, f"{where}: template")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return isfinite(float(text))
-    except ValueError:
-        return False
+TASK = GSMSymbolic()
 
 
 def write_problem_files(folder: Path) -> None:
     """Make the bundled problem files dev.jsonl, test.jsonl and heldout.jsonl in `folder`."""
     for split, count in BUNDLED_COUNTS.items():
         write_problem_file(folder / f"{split}.jsonl", make_problems(split, count))
-
-
-def write_problem_file(path: Path, problems_to_write: Sequence[Problem]) -> None:
-    """JSONL lines {"id", "question", "answer", "template"}, written whole."""
-    write_rows_whole(
-        path,
-        ({"id": p.id, "question": p.question, "answer": p.answer, "template": p.template} for p in problems_to_write),
-    )
 
 
 def make_problems(split: Split, n: int) -> list[Problem]:
