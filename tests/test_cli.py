@@ -932,6 +932,8 @@ def test_eval_on_a_file_and_on_bundled_problems(run: Run, networks: dict[str, st
     assert set(written) == EVAL_KEYS
     assert (written["task"], written["n"], written["threshold"], written["block_size"]) == ("sums", 3, 0.9, 4)
     assert len(read_lines(records)) == 3
+    assert run(*base, "--data", problems, "--split", "dev", "--limit", 2).code == 0
+    assert json.loads(report.read_text())["task"] == "sums"
     assert run(*base, "--split", "dev", "--limit", 2, "--batch-size", 2, "--no-early-stop").code == 0
     assert json.loads(report.read_text())["task"] == "gsm-symbolic"
 
@@ -981,7 +983,8 @@ def test_what_no_task_is_is_refused_before_a_model_is_loaded(run: Run, tmp_path:
     assert "--data must be given for the task gsm8k" in run("eval", "--task", "gsm8k").sentence()
     assert "--data is not read by the task" in run("eval", "--task", "gsm-symbolic", "--data", own).sentence()
     assert "--split must be one that" in run("eval", "--split", "validation").sentence()
-    assert "--split must be left out" in run("eval", "--data", own, "--split", "dev").sentence()
+    assert "--split must be one that" in run("eval", "--data", own, "--split", "validation").sentence()
+    assert "--split must be left out" in run("eval", "--task", "jsonl", "--data", own, "--split", "dev").sentence()
     assert "--metric must be number for" in run("eval", "--metric", "exact").sentence()
     assert "no metric" in run("eval", "--data", own, "--metric", "bleu").sentence()
     assert "--data must be given" in run("compare", "gsm-student", "gsm-ar", "--task", "jsonl").sentence()

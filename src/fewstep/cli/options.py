@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fewstep.tasks.task import Task
 
 _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
+_DEFAULT_TASK = "gsm-symbolic"
 
 
 def _check_report(path: Path | None) -> Path | None:
@@ -100,7 +101,7 @@ class TaskOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(TASKS)}; by default jsonl if --data is given, else gsm-symbolic.",
+            help=f"{', '.join(TASKS)}; by default jsonl if --data is given, else {_DEFAULT_TASK}.",
             rich_help_panel=_PROBLEMS,
         ),
     ] = None
@@ -117,7 +118,8 @@ class TaskOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of a task that has several, such as dev, test or heldout of gsm-symbolic (test).",
+            help="Of a task that has several, such as dev, test or heldout of gsm-symbolic (test). --data without "
+            "--task takes its place.",
             rich_help_panel=_PROBLEMS,
         ),
     ] = None
@@ -151,11 +153,15 @@ class TaskOptions:
     def _task_name(self) -> str:
         if self.task is not None:
             return self.task
-        return "gsm-symbolic" if self.data is None else "jsonl"
+        return _DEFAULT_TASK if self.data is None else "jsonl"
 
     def read(self, limit: int | None = None) -> "list[Problem]":
         """The first problems, or all. FewstepError for a damaged file, or for more problems than are bundled."""
-        return self.chosen.problems(self.split, limit, data=self.data)
+        split = self.split
+        if self.task is None and self.data is not None and split is not None:
+            task_named(_DEFAULT_TASK).check_split(split)  # as scripts may say it: the file takes the split's place
+            split = None
+        return self.chosen.problems(split, limit, data=self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

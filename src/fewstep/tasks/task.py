@@ -46,10 +46,15 @@ class Task(ABC):
             raise FewstepError(f"split must be left out, since the task {self.name} has none")
         if split is not None and data is not None and data.is_file():
             raise FewstepError(f"split must be left out, since {data} is one file")
-        if split is not None and split not in self.splits:
+        if split is not None:
+            self.check_split(split)
+        return self.read(split or next(iter(self.splits), None), n, data)
+
+    def check_split(self, split: str) -> None:
+        """FewstepError unless it is one of the task's."""
+        if split not in self.splits:
             hint = suggestion(split, self.splits)
             raise FewstepError(f"split must be one that the task {self.name} has, got {split!r}; {hint}")
-        return self.read(split or next(iter(self.splits), None), n, data)
 
     def extract(self, text: str) -> str | float | None:
         """The answer that a text gives, in its normalised form; None for none."""
