@@ -20,12 +20,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from jobs import Job, results, spread
+from jobs import WEIGHTS, Job, check_settings, results, spread, weights_of
 from stages import BLOCK, digits
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole
+from fewstep.files import MANIFEST_NAME, read_json, write_json_whole
 from fewstep.measure.evaluate import Report, sweep
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
@@ -353,7 +353,14 @@ def run(
         )
         return study.jobs(range(seeds))
 
-    if spread(make_jobs, results_folder / "ablation", time_limit_s=time_limit):
+    training = {
+        WEIGHTS: weights_of({"teacher": teacher}), "trajectories": read_json(store / MANIFEST_NAME), "steps": steps,
+        "rows": rows, "row_length": row_length, "learning_rate": learning_rate, "rank": rank,
+        "own_threshold": own_threshold, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    check_settings(runs, training, begun=any(runs.glob("*/report.json")))
+    settings = {**training, "dev": dev, "thresholds": threshold, "teacher_steps": teacher_steps}
+    if spread(make_jobs, results_folder / "ablation", settings=settings, time_limit_s=time_limit):
         about = {
             "command": this_command(),
             "machine": describe_machine(),

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from gsm_cards import Kind, Sources, card, comparison_sentence
-from jobs import Job, results, spread
+from jobs import WEIGHTS, Job, results, spread, weights_of
 from stages import BLOCK
 
 from fewstep.decode.requests import Output
@@ -301,8 +301,9 @@ def accuracy(
     def make_jobs() -> list[Job]:
         return accuracy_jobs(sets, everyone, shard=shard, batch_size=batch_size)
 
+    models = {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}
     settings = {
-        "ar": ar, "cllm": cllm, "teacher": teacher, "student": student, "test": test, "heldout": heldout, "dev": dev,
+        WEIGHTS: weights_of(models), **models, "test": test, "heldout": heldout, "dev": dev,
         "published": published, "training_free": training_free, "gaps": gaps, "max_new_tokens": max_new_tokens,
         "shard": shard,
     }  # fmt: skip

@@ -5,6 +5,7 @@ commands. A job that fails is reported (`<name>.failed` holds the traceback), an
 """
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.files import describe_difference, read_json, write_json_whole
+from fewstep.models.load import load_network, weights_hash
 
 _WORKER = "FEWSTEP_RECIPE_WORKER"
 _DEADLINE = "FEWSTEP_RECIPE_DEADLINE"
@@ -69,7 +71,7 @@ def spread(
         return False
     folder.mkdir(parents=True, exist_ok=True)
     if settings:
-        _check_settings(folder, settings)
+        check_settings(folder, settings, begun=bool(finished(folder)))
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
         failure.unlink()
     if there := finished(folder):
@@ -85,13 +87,26 @@ def spread(
     return True
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+WEIGHTS = "weights"
+"""The setting that may never be missing beside results: the hash of each model's weights (see `weights_of`)."""
+
+
+def weights_of(models: Mapping[str, str | Path]) -> dict[str, str]:
+    """The hash of the weights of each model, given by its name, folder or hub id; read on the CPU."""
+    return {name: weights_hash(load_network(model, device="cpu"))[:16] for name, model in models.items()}
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> None:
+    """Keep the settings beside a folder. FewstepError if it is `begun` and what is in it is of others."""
+    settings = json.loads(json.dumps(settings))
     file = folder.with_name(f"{folder.name}-settings.json")
-    kept = read_json(file) if file.exists() and finished(folder) else {}
-    known = {key: kept[key] for key in settings if key in kept}  # a newer setting may be missing there
+    kept = read_json(file) if file.exists() and begun else {}
+    # A newer setting may be missing there, but not whose results they are.
+    known = {key: kept.get(key) for key in settings if key in kept or (begun and key == WEIGHTS)}
     difference = describe_difference(known, {key: settings[key] for key in known})
     if difference:
         raise FewstepError(f"{folder} holds results of other settings ({difference}): empty it, or name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     write_json_whole(file, {**kept, **settings})
 
 

@@ -21,6 +21,7 @@ from fewstep.cli.main import main
 from fewstep.cli.option_names import naming_options
 from fewstep.errors import FewstepError
 from fewstep.kept import kept_path
+from fewstep.measure.timing import Timing
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.registry import TASKS
@@ -1025,12 +1026,15 @@ def test_compare(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
 def test_demo_in_plain_lines(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     shown = run(
         "demo", "--teacher", networks["teacher"], "--student", networks["student"], "--causal", networks["causal"],
-        "--num-problems", 1, "--json", tmp_path / "d.json",
+        "--num-problems", 2, "--json", tmp_path / "d.json",
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert "problem 1: teacher" in shown.out
     assert "\x1b" not in shown.out
-    factors = json.loads((tmp_path / "d.json").read_text())["factors"]
+    told = json.loads((tmp_path / "d.json").read_text())
+    assert {name: timing["n"] for name, timing in told["timings"].items()} == dict.fromkeys(told["runs"], 2)
+    assert "On problems 1 to 2, by medians, the student is" in shown.out
+    factors = told["factors"]
     assert factors["total"] == pytest.approx(factors["stopping"] * factors["fewer_passes"] * factors["caching"])
 
 
@@ -1050,9 +1054,12 @@ def test_one_disturbed_problem_hardly_moves_the_demos_seconds(capsys: pytest.Cap
             for i, one in enumerate(seconds)
         ]
 
-    demo._print_table(
-        {"published": runs(8.0), "teacher": runs(4.0, 6.0, 90.0), "student": runs(2.0, 2.0, 3.0)}, "student"
-    )
+    taken = {"published": runs(8.0), "teacher": runs(4.0, 6.0, 90.0), "student": runs(2.0, 2.0, 3.0)}
+    timings = {name: Timing() for name in taken}
+    for name, of in taken.items():
+        for one in of:
+            timings[name].add(one)
+    demo._print_table(taken, timings, "student")
     header, *lines = capsys.readouterr().out.strip().splitlines()
     assert re.split(" {2,}", header) == ["model", "right", "passes", "median s", "tok/pass", "vs. student"]
     assert [line.split()[-4:] for line in lines] == [

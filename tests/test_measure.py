@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,17 @@ def test_speed_factors_multiply_to_the_total() -> None:
     assert factors.fewer_passes == pytest.approx(12)
     assert factors.stopping * factors.fewer_passes * factors.caching == pytest.approx(factors.total)
     assert factors.median_total == pytest.approx(60)
+
+
+def test_one_disturbed_run_hardly_moves_factors_of_medians() -> None:
+    published = Timing([10.0, 11.0, 900.0], [256, 256, 256], [50, 50, 50])
+    stopping = Timing([4.0, 5.5, 6.0], [90, 110, 140], [50, 50, 50])
+    fast = Timing([0.2, 0.275, 0.1], [9, 11, 10], [50, 50, 50])
+    factors = speed_factors(published, stopping, fast, of=statistics.median)
+    assert factors.total == factors.median_total == pytest.approx(55)
+    assert factors.stopping == pytest.approx(2)
+    assert factors.fewer_passes == pytest.approx(11)
+    assert factors.stopping * factors.fewer_passes * factors.caching == pytest.approx(factors.total)
 
 
 def test_contenders_take_turns(student: LanguageModel) -> None:

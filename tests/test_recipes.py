@@ -138,6 +138,22 @@ def test_results_of_other_settings_are_not_mixed_in(jobs: ModuleType, tmp_path: 
     assert spread(gaps=3, shard=200)
 
 
+def test_results_are_those_of_the_same_weights(jobs: ModuleType, tmp_path: Path) -> None:
+    def spread(**settings: Any) -> bool:
+        return jobs.spread(lambda: [jobs.Job(name="one", run=dict)], tmp_path / "answers", settings=settings)
+
+    for name in ("first", "second"):
+        save_network(tiny_network("autoregressive", seed=len(name)), tmp_path / name)
+    weights = [jobs.weights_of({"ar": tmp_path / name}) for name in ("first", "second")]
+    assert weights[0] != weights[1]
+    assert spread(gaps=2, weights=weights[0])
+    with pytest.raises(FewstepError, match=r"other settings \(weights\.ar is \w+ there and \w+ here"):
+        spread(gaps=2, weights=weights[1])
+    (tmp_path / "answers-settings.json").write_text('{"gaps": 2}')  # as kept by an older version
+    with pytest.raises(FewstepError, match=r"weights\.ar is not set there and"):
+        spread(gaps=2, weights=weights[0])
+
+
 def test_a_job_that_another_process_holds_is_left_to_it(jobs: ModuleType, tmp_path: Path) -> None:
     with jobs._claimed(tmp_path / "lock") as mine, jobs._claimed(tmp_path / "lock") as too:
         assert mine
@@ -172,6 +188,11 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     monkeypatch.setattr(ablation.Study, "variant", failing)
     ablation.run(**settings)
     assert before == {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
+    for other, told in (({"steps": 3}, "steps is 2 there and 3 here"), ({"dev": 4}, "dev is 3 there and 4 here")):
+        with pytest.raises(FewstepError, match=told):
+            ablation.run(**{**settings, **other})
+    with pytest.raises(FewstepError, match="runs holds results of other settings"):
+        ablation.run(**{**settings, "results_folder": tmp_path / "others", "rank": 4})
     ablation.report(results, threshold=0.9)
     text = (results / "ablation.md").read_text()
     assert all(variant.title in text for variant in ablation.VARIANTS.values())

@@ -1,5 +1,6 @@
 """`fewstep demo`: teacher and student side by side on the same problems, then the parts of the speed-up."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from fewstep.tasks.task import Task
 
 CANVAS_LENGTH = 256
+NUM_TIMED = 3
+"""Problems on which all contestants take turns for the closing factors; the teacher as published is slow."""
+
 SECONDS_PER_FRAME = 0.05
 LANE_HEIGHT = 14
 
@@ -96,7 +100,7 @@ def demo(
     for name in (teacher, student, *([] if causal is None else [causal])):
         check_model_name(name)
     from fewstep.measure.evaluate import check_problems
-    from fewstep.measure.timing import speed_factors
+    from fewstep.measure.timing import speed_factors, time_interleaved
     from fewstep.models.load import bundled_names
 
     task, chosen = problems.chosen, problems.read(num_problems)
@@ -124,14 +128,29 @@ def demo(
     for contestant in extra:
         with _stage("the same problems with the causal model"):
             runs[contestant.name] += [contestant.solve(problem) for problem in chosen]
-    with _stage(f"problem 1 once more with the teacher as published: all {CANVAS_LENGTH} passes"):
-        runs[published.name].append(published.solve(chosen[0]))
 
-    factors = asdict(speed_factors(*(_timing(runs[c.name][:1]) for c in (published, slow, fast))))
-    write_report(json, {"runs": {name: [asdict(run) for run in of] for name, of in runs.items()}, "factors": factors})
-    _print_table(runs, fast.name)
+    def as_published(problem: "Problem") -> Run:
+        runs[published.name].append(published.solve(problem))
+        return runs[published.name][-1]
+
+    timed = chosen[:NUM_TIMED]
+    told = "problem 1" if len(timed) == 1 else f"problems 1 to {len(timed)}"
+    with _stage(f"{told} once more, in turns, also by the teacher as published: all {CANVAS_LENGTH} passes"):
+        takers = {contestant.name: contestant.solve for contestant in (slow, *extra, fast)}
+        timings = time_interleaved({published.name: as_published, **takers}, timed, warm_up=False)
+
+    factors = asdict(speed_factors(*(timings[c.name] for c in (published, slow, fast)), of=statistics.median))
+    write_report(
+        json,
+        {
+            "runs": {name: [asdict(run) for run in of] for name, of in runs.items()},
+            "timings": {name: timing.to_json() for name, timing in timings.items()},
+            "factors": factors,
+        },
+    )
+    _print_table(runs, timings, fast.name)
     print(
-        f"\nOn problem 1 the student is {factors['total']:.1f}x as fast as the teacher as published = "
+        f"\nOn {told}, by medians, the student is {factors['total']:.1f}x as fast as the teacher as published = "
         f"stopping {factors['stopping']:.1f}x * fewer passes {factors['fewer_passes']:.1f}x * "
         f"cheaper passes (cache) {factors['caching']:.1f}x."
     )
@@ -216,16 +235,6 @@ def _stage(what: str) -> Iterator[None]:
 # What came out
 
 
-def _timing(runs: Sequence[Run]) -> "Timing":
-    from fewstep.measure.timing import Timing
-
-    return Timing(
-        seconds=[run.seconds for run in runs],
-        num_forwards=[run.num_forwards for run in runs],
-        num_tokens=[run.num_tokens for run in runs],
-    )
-
-
 def _print_outcome(number: int, slow: Run, fast: Run) -> None:
     def told(run: Run) -> str:
         return f"{run.num_forwards} passes, {run.seconds:.2f} s, {'right' if run.right else 'wrong'}"
@@ -236,16 +245,12 @@ def _print_outcome(number: int, slow: Run, fast: Run) -> None:
     )
 
 
-def _print_table(runs: dict[str, list[Run]], fastest: str) -> None:
-    """Means over each contestant's problems, and of the seconds the median, which one disturbed problem hardly moves.
-
-    Its time is compared on the problems that it was given.
-    """
+def _print_table(runs: dict[str, list[Run]], timings: "dict[str, Timing]", fastest: str) -> None:
+    """What each contestant solved, and the median of its seconds where all took turns."""
     rows = []
     for name, of in runs.items():
         num_forwards = sum(run.num_forwards for run in of)
-        same = runs[fastest][: len(of)]
-        seconds, seconds_of_fastest = _timing(of).seconds_median, _timing(same).seconds_median
+        seconds = timings[name].seconds_median
         rows.append(
             [
                 name,
@@ -253,7 +258,7 @@ def _print_table(runs: dict[str, list[Run]], fastest: str) -> None:
                 f"{num_forwards / len(of):.1f}",
                 f"{seconds:.3f}",
                 f"{sum(run.num_tokens for run in of) / num_forwards:.2f}",
-                f"{seconds / seconds_of_fastest:.1f}x",
+                f"{seconds / timings[fastest].seconds_median:.1f}x",
             ]
         )
     print()

@@ -11,13 +11,24 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from fewstep.decode.requests import Output
-from fewstep.engine.language_model import Prompt
 from fewstep.errors import FewstepError
+
+
+class Timed(Protocol):
+    """An answer, or what is kept of one."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def num_forwards(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass
@@ -28,7 +39,7 @@ class Timing:
     num_forwards: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
 
-    def add(self, output: Output) -> None:
+    def add(self, output: Timed) -> None:
         self.seconds.append(output.seconds)
         self.num_forwards.append(output.num_forwards)
         self.num_tokens.append(output.num_tokens)
@@ -68,7 +79,8 @@ class SpeedFactors:
 
     `stopping`: teacher without early stop / with it, in seconds. `fewer_passes`: teacher's passes / student's, both
     stopping. `caching`: time of a teacher's pass / of a student's, which scores a block instead of the whole canvas.
-    All are ratios of sums over the same problems; `median_total` is the ratio of the median seconds, for tables.
+    All are ratios of sums, or of medians, over the same problems; `median_total` is the ratio of the median seconds,
+    for tables.
     """
 
     total: float
@@ -78,31 +90,39 @@ class SpeedFactors:
     median_total: float
 
 
-def speed_factors(published: Timing, stopping: Timing, student: Timing) -> SpeedFactors:
-    """Factors of `published` (all passes, no cache) over `student`, by way of `stopping` (the same, stopping early)."""
+def speed_factors(
+    published: Timing, stopping: Timing, student: Timing, *, of: Callable[[Sequence[float]], float] = sum
+) -> SpeedFactors:
+    """Factors of `published` (all passes, no cache) over `student`, by way of `stopping` (the same, stopping early).
+
+    `of`: the sum of a list of seconds or passes, or its median, which one disturbed run among a few hardly moves.
+    """
+    fewer_passes = of(stopping.num_forwards) / of(student.num_forwards)
     return SpeedFactors(
-        total=sum(published.seconds) / sum(student.seconds),
-        stopping=sum(published.seconds) / sum(stopping.seconds),
-        fewer_passes=sum(stopping.num_forwards) / sum(student.num_forwards),
-        caching=stopping.step_ms / student.step_ms,
+        total=of(published.seconds) / of(student.seconds),
+        stopping=of(published.seconds) / of(stopping.seconds),
+        fewer_passes=fewer_passes,
+        caching=of(stopping.seconds) / of(student.seconds) / fewer_passes,
         median_total=published.seconds_median / student.seconds_median,
     )
 
 
 def time_interleaved(
-    contenders: Mapping[str, Callable[[Any], Output]],
-    prompts: Sequence[Prompt],
+    contenders: Mapping[str, Callable[[Any], Timed]],
+    prompts: Sequence[Any],
     *,
     progress: Callable[[], None] | None = None,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Let every contender answer every prompt, one prompt after another; the first to go changes with the prompt.
 
-    Before that each answers the first prompt once unmeasured. `progress` is called after each prompt.
+    Before that each answers the first prompt once unmeasured, unless `warm_up` is off. `progress` is called after each
+    prompt. A prompt is whatever the contenders take.
     """
     if not prompts or not contenders:
         raise FewstepError("there is nothing to time: give at least one prompt and one model")
     names = list(contenders)
-    for name in names:
+    for name in names if warm_up else ():
         contenders[name](prompts[0])
     timings = {name: Timing() for name in names}
     for index, prompt in enumerate(prompts):
