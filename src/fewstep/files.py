@@ -9,20 +9,30 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
+import select
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fewstep.errors import FewstepError
 
 MANIFEST_NAME = "manifest.json"
+
+MOST_BYTES = 1 << 28
+"""Of a line or a text: far more than anybody has, and few enough that a device without an end is soon told."""
+
+PATIENCE_S = 5.0
+"""How long a writer of a named pipe may let itself be waited for."""
 
 MOST_SHARDS = 10**6
 """More than anybody has, and few enough to go through their numbers."""
@@ -352,8 +362,10 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+        with open_to_read(path) as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_BYTES), b""), start=1):
+                if len(line) == MOST_BYTES:
+                    raise FewstepError(f"{path} line {number} does not end within {MOST_BYTES >> 20} MiB; is it text?")
                 if not line.strip():
                     continue
                 yield number, _parse_row(path, number, line)
@@ -393,11 +405,43 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. FewstepError naming it if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        with open_to_read(path) as stream:
+            data = stream.read(MOST_BYTES)
+        if len(data) == MOST_BYTES:
+            raise FewstepError(f"{path} does not end within {MOST_BYTES >> 20} MiB; is it the right file?")
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
     except OSError as error:
         raise FewstepError(f"could not read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError:
         raise FewstepError(f"{path} is not UTF-8 text") from None
+
+
+def open_to_read(path: Path) -> IO[bytes]:
+    """The bytes of a file, device or pipe. FewstepError for a named pipe into which nobody writes; OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or opening such a pipe would wait for ever
+    stream = os.fdopen(descriptor, "rb")
+    try:
+        mode = os.fstat(descriptor).st_mode
+        first = _first_of_pipe(path, descriptor) if stat.S_ISFIFO(mode) else b""
+        os.set_blocking(descriptor, True)
+        return io.BytesIO(first + stream.read(MOST_BYTES)) if first else stream
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _first_of_pipe(path: Path, descriptor: int) -> bytes:
+    """What a pipe holds within `PATIENCE_S`; nothing if its writer takes longer, and FewstepError if there is none."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        select.select([descriptor], [], [], left_s)
+        try:
+            if first := os.read(descriptor, 1 << 16):
+                return first
+        except BlockingIOError:
+            return b""
+        time.sleep(min(0.02, left_s))
+    raise FewstepError(f"{path} is a pipe into which nothing is written; start its writer first, or name a file")
 
 
 # Shards

@@ -48,6 +48,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": models,
     "doctor": doctor,
 }
+_LONGEST_WORD = 400
+
 for name, command in COMMANDS.items():
     app.command(name, cls=TextCommand)(with_option_groups(command))
 app.command("train", context_settings=FORWARD_EVERYTHING)(train)
@@ -121,8 +123,13 @@ def _usage_sentence(error: typer.TyperException) -> str:
 
 
 def _fail(message: str) -> int:
-    _print_error(" ".join(message.split()))
+    _print_error(" ".join(_shortened(word) for word in message.split()))
     return 2
+
+
+def _shortened(word: str) -> str:
+    """A word, such as a path, that fills screens would hide what is said about it."""
+    return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]}...{word[-_LONGEST_WORD // 2 :]}"
 
 
 def _print_error(sentence: str) -> None:

@@ -57,11 +57,14 @@ def plot_stem(path: Path) -> Path:
 
 
 def check_sources(touched: Sequence[Touched]) -> None:
-    """FewstepError if something that the command reads would be replaced, or if it would write one file twice."""
+    """FewstepError if something that the command reads would be replaced, or if what it writes would be written twice
+    or cannot be.
+    """
     touched = [one for one in touched if one.path != STANDARD_OUTPUT]
     sources = [_Source.of(one) for one in touched if one.touches in (Touches.READS, Touches.READS_MODEL)]
     written = list(_written(touched))
     for target in written:
+        _check_place(target)
         for source in sources:
             if reason := source.harmed_by(target):
                 raise FewstepError(f"{target.option} {target.path} {reason}, and would replace it; name another place")
@@ -71,10 +74,23 @@ def check_sources(touched: Sequence[Touched]) -> None:
                 raise FewstepError(f"{other.option} and {target.option} would write the same file; name another")
 
 
+def _check_place(target: Touched) -> None:
+    """FewstepError for a path that nothing can be written to, which would else be found after the work."""
+    try:
+        os.stat(target.path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FewstepError(f"{target.option} {target.path} cannot be written: {reason}; name another place") from None
+
+
 def _written(touched: Sequence[Touched]) -> Iterator[Touched]:
     for one in touched:
         if one.touches is Touches.DRAWS:
             stem = plot_stem(one.path)
+            if stem.name in ("", ".."):
+                raise FewstepError(f"{one.option} {one.path} names no file; .png and .svg are added to its name")
             for suffix in PLOT_SUFFIXES:
                 yield Touched(one.option, Touches.WRITES, stem.with_name(stem.name + suffix))
         elif one.touches in (Touches.WRITES, Touches.REPLACES, Touches.FILLS):

@@ -6,6 +6,7 @@ Weights are read from safetensors only, and code found in a checkpoint is never 
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,15 +86,15 @@ def _opened(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
         return Checkpoint(folder=folder)
     name = base_name(folder)
     try:
-        beside = (folder / name).resolve()
+        beside = Path(os.path.realpath(folder / name))
         base = beside if beside.is_dir() else resolve(name)
     except (FewstepError, OSError, ValueError) as error:
         raise FewstepError(
             f"{folder / ADAPTER_CONFIG} names the base {name[:100]!r}, which is not there ({error}); "
             "set base_model_name_or_path to its folder or hub id"
         ) from error
-    adapters = (*adapters, folder.resolve())
-    if base.resolve() in adapters:
+    adapters = (*adapters, Path(os.path.realpath(folder)))
+    if Path(os.path.realpath(base)) in adapters:
         raise FewstepError(f"{folder / ADAPTER_CONFIG} names the adapter itself as its base; name the model it is for")
     return Checkpoint(folder=folder, base=_opened(base, adapters))
 

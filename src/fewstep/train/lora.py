@@ -143,7 +143,7 @@ def save_trained(
     for key, value in {**network.role.to_config(), "use_cache": True}.items():
         setattr(config, key, value)
     if isinstance(trained, PeftModel | GatedAdapter):
-        beside = os.path.relpath(Path(base).resolve(), home.resolve())
+        beside = os.path.relpath(os.path.realpath(base), os.path.realpath(home))
         write_adapter(trained, state, folder, base=beside if Path(base).is_dir() else base)
         config.save_pretrained(folder)
     else:

@@ -72,7 +72,7 @@ def _remove_what_a_kill_left(output: Path) -> None:
 
 def check_space(output: Path, num_bytes: int) -> None:
     """FewstepError if the disk that `output` is or will be on has less room than that."""
-    place = next(path for path in (output, *output.resolve().parents) if path.exists())
+    place = next(path for path in (output, *Path(os.path.realpath(output)).parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise FewstepError(

@@ -1,5 +1,6 @@
 """What travels with the weights: tokenizer, chat template, generation settings, licence."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -151,8 +152,8 @@ def check_own(folder: Path, file: Path) -> None:
     """FewstepError if `file` is a link to what lies outside of the checkpoint: its text would travel on as if it were
     the checkpoint's. The hub's cache keeps a checkpoint's files as links to `blobs` beside its `snapshots`.
     """
-    own = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        own.append(folder.resolve().parent.parent / "blobs")
-    if file.exists() and not any(file.resolve().is_relative_to(place) for place in own):
+    own = [Path(os.path.realpath(folder))]
+    if own[0].parent.name == "snapshots":
+        own.append(own[0].parent.parent / "blobs")
+    if file.exists() and not any(Path(os.path.realpath(file)).is_relative_to(place) for place in own):
         raise FewstepError(f"{file} is a link to a file outside of the folder; copy the file itself to its place")

@@ -1,5 +1,6 @@
 """A checkpoint of a known family as a plain folder that stock transformers and `fewstep.load` read."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def import_checkpoint(
     tensor, for whatever does not fit.
     """
     source, target = Path(source), Path(target)
-    if source.resolve() == target.resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise FewstepError(f"the source and the target are the same folder {source}; choose another target")
     transformers_logging.disable_progress_bar()
     if source.is_file():
