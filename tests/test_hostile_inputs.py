@@ -17,7 +17,7 @@ from fewstep.errors import FewstepError
 from fewstep.files import numbered_rows, read_text
 
 TOOL = Path(__file__).parent / "hostile_inputs.py"
-PER_KIND = 12
+PER_KIND = 6
 
 
 def test_every_hostile_input_is_taken_or_refused_in_one_sentence(tmp_path: Path) -> None:
