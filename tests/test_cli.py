@@ -952,6 +952,19 @@ def test_eval_sweep_and_plot(run: Run, networks: dict[str, str], tmp_path: Path)
     assert (tmp_path / "curve.svg").stat().st_size > 0
 
 
+def test_a_plot_has_the_baseline_of_an_earlier_report(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
+    report, plot = tmp_path / "teacher.json", ("--plot", tmp_path / "curve")
+    short = ("--max-new-tokens", 8, "--limit", 2)
+    assert run("eval", "--model", networks["teacher"], *short, "--json", report).code == 0
+    base = ("eval", "--model", networks["student"], "--max-new-tokens", 8, "--baseline", report)
+    shown = run(*base, "--limit", 2, *plot)
+    assert shown.code == 0, shown.err
+    assert "has no effect without --plot" in run(*base, "--limit", 2).sentence()
+    assert "is of 2 problems of gsm-symbolic, and these are 1" in run(*base, "--limit", 1, *plot).sentence()
+    report.write_text('{"n": 2}')
+    assert "holds no report of eval" in run(*base, "--limit", 2, *plot).sentence()
+
+
 def test_eval_refuses(run: Run, networks: dict[str, str], tmp_path: Path) -> None:
     base = ("eval", "--model", networks["student"], "--limit", 2)
     assert "--sweep-thresholds" in run(*base, "--sweep-thresholds", "0.5;0.9").sentence()

@@ -28,6 +28,14 @@ def evaluate(
         typer.Option(metavar="STEM", help="Draw accuracy against tokens per forward: STEM.png and STEM.svg."),
         Touches.DRAWS,
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A report of eval --json on the same problems, such as the teacher's, to draw beside it.",
+        ),
+        Touches.READS,
+    ] = None,
     records: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every answer as a JSON line."), Touches.WRITES
     ] = None,
@@ -38,6 +46,8 @@ def evaluate(
     steps = _numbers(sweep_steps, int, "--sweep-steps")
     if plot is not None:
         require("matplotlib")
+    if baseline is not None and plot is None:
+        raise FewstepError("--baseline has no effect without --plot; add it, or leave it out")
     check_model_name(model.model)
     from fewstep.engine.made_by import answers_made_by
     from fewstep.kept import kept_results
@@ -46,6 +56,7 @@ def evaluate(
     from fewstep.measure.plots import plot_accuracy
 
     task, asked = problems.chosen, problems.read(problems.limit)
+    beside = {} if baseline is None else _baseline(baseline, problems.label, len(asked))
     lm = model.load_model()
     settings = decoding.given()
     options: dict[str, Any] = {
@@ -80,11 +91,29 @@ def evaluate(
         def show() -> None:
             if plot is not None:
                 title = f"{problems.label}, {len(asked)} problems"
-                drawn = plot_accuracy({model.model: figures}, plot_stem(plot), title=title)
+                drawn = plot_accuracy({model.model: figures, **beside}, plot_stem(plot), title=title)
                 note(f"drawn: {', '.join(map(str, drawn))}")
             print_figures(figures)
 
         deliver(json, figures if swept else figures[0], rows_path=records, rows=rows, show=show)
+
+
+def _baseline(path: Path, task: str, num_problems: int) -> dict[str, list[dict[str, Any]]]:
+    """The reports in a file by the name of their curve. FewstepError for other problems, or if it holds none."""
+    from fewstep.files import read_json
+
+    found = read_json(path)
+    reports = found if isinstance(found, list) else [found]
+    needed = ("model", "decoder", "task", "n", "accuracy", "accuracy_ci95", "tokens_per_forward")
+    if not reports or not all(isinstance(one, dict) and all(name in one for name in needed) for one in reports):
+        raise FewstepError(f"--baseline {path} holds no report of eval; write one with eval --json")
+    for one in reports:
+        if (one["task"], one["n"]) != (task, num_problems):
+            raise FewstepError(
+                f"--baseline {path} is of {one['n']} problems of {one['task']}, and these are {num_problems} of {task}"
+                "; evaluate it on the same problems"
+            )
+    return {f"{reports[0]['model']}, {reports[0]['decoder']} (baseline)": reports}
 
 
 def print_figures(figures: list[dict[str, Any]]) -> None:
