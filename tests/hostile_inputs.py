@@ -883,7 +883,7 @@ def _faults_of_end(case: Case, code: int | None, said: str) -> Iterator[str]:
         yield f"no end within {SECONDS} s"
     elif code not in allowed:
         yield f"exit code {code}"
-    if "Traceback" in said or "Error: " in said.replace("fewstep: ", ""):
+    if "Traceback (most recent" in said:
         yield "a traceback"
     lines = said.strip().splitlines()
     if code == 2 and not (lines and lines[-1].startswith("fewstep: ")):

@@ -4,7 +4,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
 
 from fewstep.decode.loop import check_request
 from fewstep.decode.requests import Output, Request
@@ -13,6 +15,9 @@ from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
+from fewstep.values import MOST_INTEGER, check_fields, fitted
+
+_Seconds = Annotated[float, Ge(0), Le(1e9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +25,11 @@ class Answer:
     """What is kept of an Output."""
 
     text: str
-    num_tokens: int
-    num_forwards: int
-    seconds: float
+    num_tokens: Annotated[int, Ge(0), Le(MOST_INTEGER)]
+    num_forwards: Annotated[int, Ge(1), Le(MOST_INTEGER)]
+    seconds: _Seconds
     finish_reason: str
-    num_draft_forwards: int = 0
+    num_draft_forwards: Annotated[int, Ge(0), Le(MOST_INTEGER)] = 0
 
     @classmethod
     def of(cls, output: Output) -> "Answer":
@@ -80,7 +85,7 @@ def answer_all(
     batch it counts from the common start, waiting for a free slot included.
     """
     kept = Kept() if kept is None else kept
-    entries = [kept.get(str(index)) for index in range(len(prompts))]
+    entries = [_whole(kept.get(str(index))) for index in range(len(prompts))]
     missing = [index for index, entry in enumerate(entries) if entry is None]
     num_kept = len(prompts) - len(missing)
     if progress is not None:
@@ -114,6 +119,17 @@ def answer_all(
         wall_seconds=sum(entry["wall_seconds"] for entry in found),
         round_seconds=[seconds for entry in found for seconds in entry["round_seconds"]],
     )
+
+
+def _whole(entry: Any) -> Any:
+    """A kept entry; None, so that it is made again, if it is damaged."""
+    try:
+        check_fields(Answer(**entry["answer"]))
+        fitted(entry["wall_seconds"], _Seconds, "wall_seconds")
+        fitted(entry["round_seconds"], tuple[_Seconds, ...], "round_seconds")
+    except (FewstepError, KeyError, TypeError):
+        return None
+    return entry
 
 
 @dataclass
