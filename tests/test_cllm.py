@@ -165,7 +165,15 @@ def batch_of(objective: Objective, order: list[int], num_rows: int = 3, row_leng
 
 
 def forward_of(network: Network) -> Callable[..., Tensor]:
-    def forward(tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True):
+    def forward(
+        tokens_RT: Tensor,
+        positions_RT: Tensor,
+        layout: Layout,
+        rows_S: Tensor,
+        adapted_RT: None,
+        *,
+        gradient: bool = True,
+    ):
         hidden = network.module.base_model(
             input_ids=tokens_RT, attention_mask=layout.dense(), position_ids=positions_RT, use_cache=False
         ).last_hidden_state
@@ -397,7 +405,7 @@ def test_medusa_learns_what_follows_each_row(network, table):
     prepared = objective.prepare(batch, torch.Generator())
     guesses_2V = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 
-    def forward(tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor) -> Tensor:
+    def forward(tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, adapted_RT: None) -> Tensor:
         own_SV = F.one_hot(tokens_RT.flatten()[rows_S], 64).float()
         return own_SV[:, None] + guesses_2V  # a row's logits depend on its own token
 
@@ -461,7 +469,7 @@ def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, t
     rows.write_text("".join(json.dumps({"prompt": f"{i} + {i}?", "completion": f"{i + i}."}) + "\n" for i in range(6)))
     collecting = ("collect", "--model", model, "--data", rows, "--max-new-tokens", 12)
     cases = {
-        "hold tokens only": (*collecting, "--output", tmp_path / "x", "--top", 4),
+        "tokens only; leave out": (*collecting, "--output", tmp_path / "x", "--top", 4),
         "those of the jacobi decoder, not of lookahead": (
             *collecting,
             "--output",
@@ -529,7 +537,7 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     with pytest.raises(FewstepError, match="no model 'nowhere'"):
         compare_decoders.compare(**given | {"model": "nowhere", "folder": tmp_path / "others"})
     assert not (tmp_path / "others").exists()
-    with pytest.raises(FewstepError, match="batch size: 2, not 3"):
+    with pytest.raises(FewstepError, match="batch size is 2 there and 3 here"):
         compare_decoders.compare(**given | {"batch_size": 3})
     kept.write_text(kept.read_text().replace('"weights": "', '"weights": "other '))
     with pytest.raises(FewstepError, match=r"jacobi.json is of other weights"):

@@ -686,7 +686,13 @@ def packed_forwards(network: Network, objective: Objective, seed: int) -> list[t
     batch, found = stream.next_batch(), []
 
     def forward(
-        tokens_RT: Tensor, positions_RT: Tensor, layout: Layout, rows_S: Tensor, *, gradient: bool = True
+        tokens_RT: Tensor,
+        positions_RT: Tensor,
+        layout: Layout,
+        rows_S: Tensor,
+        adapted_RT: None = None,
+        *,
+        gradient: bool = True,
     ) -> Tensor:
         logits_RTV = network.module(tokens_RT, attention_mask=layout.dense(), position_ids=positions_RT).logits
         found.append((batch, tokens_RT, logits_RTV.flatten(0, 1)[rows_S]))

@@ -59,7 +59,7 @@ def batch_of(objective, num_rows=2, row_length=40, order=(0, 1, 2)) -> Batch:
 def forward_of(network, calls=None):
     """The network as objectives call it, dense and in evaluation mode; `calls` collects the arguments."""
 
-    def forward(tokens_RT, positions_RT, layout: Layout, rows_S, *, gradient=True):
+    def forward(tokens_RT, positions_RT, layout: Layout, rows_S, adapted_RT=None, *, gradient=True):
         if calls is not None:
             calls.append((tokens_RT, positions_RT, layout, rows_S))
         hidden = network.module.base_model(
@@ -299,7 +299,7 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ({"leftward": 1.5}, "share between 0 and 1"),
+        ({"leftward": 1.5}, "leftward must be at most 1, got 1.5"),
         ({"leftward": 0.5, "frontier": 0.6, "late": 0.6, "late_tokens": (7,)}, "shares of the same states"),
         ({"leftward": 0.5, "late": 0.5}, "set both or none"),
         ({"leftward": 1.0, "visited": 0.5, "weighting": "inverse_ratio"}, "no mask ratio to weight by"),
