@@ -29,7 +29,7 @@ from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
-from fewstep.models.load import bundled_names
+from fewstep.models.names import bundled_names
 from fewstep.tasks.problems import Problem
 from fewstep.tasks.registry import task_named
 from fewstep.tasks.task import Task

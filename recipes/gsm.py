@@ -42,7 +42,8 @@ from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, make_ta
 
 from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel
-from fewstep.models.load import BUNDLED, load_network, save_network
+from fewstep.models.load import load_network, save_network
+from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
 from fewstep.tasks.gsm_symbolic import write_problem_files

@@ -34,7 +34,7 @@ from fewstep.measure.reports import (
     with_no_fewer_passes,
 )
 from fewstep.measure.timing import Timing, describe_machine, speed_factors, this_command, time_interleaved
-from fewstep.models.load import BUNDLED
+from fewstep.models.names import BUNDLED
 from fewstep.models.roles import RoleName
 from fewstep.tasks.gsm_symbolic import BUNDLED_COUNTS, Split, make_problems, problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file

@@ -12,7 +12,7 @@ from word_problems import MAX_ANSWER
 from fewstep.engine.language_model import LanguageModel
 from fewstep.files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
-from fewstep.models.load import BUNDLED
+from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.tasks.gsm_symbolic import problems

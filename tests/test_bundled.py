@@ -6,7 +6,8 @@ import pytest
 
 import fewstep
 from fewstep.engine.language_model import LanguageModel
-from fewstep.models.load import BUNDLED, bundled_names, load_network
+from fewstep.models.load import load_network
+from fewstep.models.names import BUNDLED, bundled_names
 from fewstep.models.text import encode_prompt
 from fewstep.tasks.answers import is_correct
 from fewstep.tasks.gsm_symbolic import problems

@@ -17,7 +17,8 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models import load
 from fewstep.models.importers.weight_files import Place
-from fewstep.models.load import BUNDLED, load_network, network_hash, save_network
+from fewstep.models.load import load_network, network_hash, save_network
+from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 

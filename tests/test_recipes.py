@@ -18,7 +18,8 @@ from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.reports import merge_reports, report_columns, with_no_fewer_passes
-from fewstep.models.load import BUNDLED, load_network, save_network
+from fewstep.models.load import load_network, save_network
+from fewstep.models.names import BUNDLED
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of

@@ -14,8 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fewstep.errors import FewstepError
-from fewstep.models.load import BUNDLED, load_network
+from fewstep.models.load import load_network
 from fewstep.models.medusa import load_heads
+from fewstep.models.names import BUNDLED
 from fewstep.models.network import check_draft
 from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows

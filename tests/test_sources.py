@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.main import main
-from fewstep.cli.sources import BUNDLED, Touched, Touches, check_sources
+from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
+from fewstep.models.names import BUNDLED
 
 READS, MODEL, WRITES, REPLACES, FILLS = (
     Touches.READS, Touches.READS_MODEL, Touches.WRITES, Touches.REPLACES, Touches.FILLS,

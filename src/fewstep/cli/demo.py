@@ -101,7 +101,7 @@ def demo(
         check_model_name(name)
     from fewstep.measure.evaluate import check_problems
     from fewstep.measure.timing import speed_factors, time_interleaved
-    from fewstep.models.load import bundled_names
+    from fewstep.models.names import bundled_names
 
     task, chosen = problems.chosen, problems.read(num_problems)
     if causal is None and "gsm-ar" in bundled_names():

@@ -42,7 +42,7 @@ def doctor(json: Json = None) -> None:
 def _examine() -> dict[str, Any]:
     import torch
 
-    from fewstep.models.load import bundled_names
+    from fewstep.models.names import bundled_names
 
     return {
         "fewstep": fewstep.__version__,

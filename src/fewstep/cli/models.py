@@ -24,7 +24,7 @@ def models(json: Json = None) -> None:
 
 def _bundled() -> list[dict[str, Any]]:
     from fewstep.files import read_json
-    from fewstep.models.load import BUNDLED, bundled_names
+    from fewstep.models.names import BUNDLED, bundled_names
 
     rows = []
     for name in bundled_names():

@@ -14,11 +14,10 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
-import fewstep
 from fewstep.errors import FewstepError
-
-BUNDLED = Path(fewstep.__file__).parent / "bundled"
-"""Where the models are that ship with the package."""
+from fewstep.files import MANIFEST_NAME
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG
+from fewstep.models.names import BUNDLED
 
 
 class Touches(Enum):
@@ -105,7 +104,7 @@ _MOST_FILES = 20_000
 """In a folder that is looked through."""
 
 _OWN_FILES = (
-    "*config.json", "*.index.json", "tokenizer.json", "vocab.json", "*tokens*.json", "chat_template*", "manifest.json",
+    "*config.json", "*.index.json", "tokenizer.json", "vocab.json", "*tokens*.json", "chat_template*", MANIFEST_NAME,
     "report.json", "samples.jsonl",
 )  # fmt: skip
 """Names, among those of reports and tables, of the files that make up a model, a training or a folder of shards."""
@@ -209,7 +208,7 @@ def _model_paths(name: str) -> Iterator[Path]:
         seen.add(path)
         yield path
         try:
-            base = str(json.loads((path / "adapter_config.json").read_bytes())["base_model_name_or_path"])
+            base = str(json.loads((path / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"])
         except (OSError, ValueError, TypeError, KeyError):  # no adapter, or one whose loading will say what is wrong
             return
         choices = [path / base, BUNDLED / base, Path(base)]

@@ -42,12 +42,10 @@ from fewstep.models.checkpoint_files import (
 )
 from fewstep.models.importers.convert import check_imported
 from fewstep.models.importers.weight_files import read_places
-from fewstep.models.names import BUNDLED, bundled_names, local_folder
+from fewstep.models.names import local_folder
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
 from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
-
-__all__ = ["BUNDLED", "bundled_names"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
