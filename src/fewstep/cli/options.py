@@ -179,8 +179,9 @@ class PolicyOptions:
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, prompt-lookup "
-            "or medusa. The role picks the default, jacobi for a CLLM.",
+            help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, "
+            "self-speculative, prompt-lookup or medusa. The role picks the default, jacobi for a CLLM, self-speculative "
+            "for a gated adapter.",
             rich_help_panel=_DECODING,
         ),
     ] = None
@@ -290,7 +291,8 @@ class DecodingOptions(PolicyOptions):
     window: Annotated[
         int | None,
         typer.Option(
-            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4, prompt-lookup 10, medusa 32).",
+            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4, self-speculative 16, "
+            "prompt-lookup 10, medusa 32).",
             rich_help_panel=_DECODING,
         ),
     ] = None
