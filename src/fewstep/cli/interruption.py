@@ -80,7 +80,7 @@ def one_voice(*, patience_s: float = 30.0) -> Iterator[None]:
         yield
     except (InterruptionError, KeyboardInterrupt):
         raise SystemExit(INTERRUPTED) from None
-    except Exception:
+    except Exception:  # whatever the first process meets and tells, too
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(patience_s)

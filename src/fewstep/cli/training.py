@@ -216,7 +216,8 @@ class Watch:
         check_fields(self)
 
 
-RUN: Groups = {Outcome: "", TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
+WATCHED: Groups = {TrainSettings: "", LoRASettings: "lora_", Watch: "watch_", CollapseLimits: "collapse_"}
+RUN: Groups = {Outcome: "", **WATCHED}
 
 
 # The subcommands
@@ -343,19 +344,7 @@ app.command("diffusion")(
 app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: "", BlockCorruption: "reference_"}))
 app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
-app.command("draft")(
-    with_settings(
-        draft,
-        {
-            DrafterStart: "",
-            TrainSettings: "",
-            LoRASettings: "lora_",
-            Watch: "watch_",
-            CollapseLimits: "collapse_",
-            DraftSettings: "",
-        },
-    )
-)
+app.command("draft")(with_settings(draft, {DrafterStart: "", **WATCHED, DraftSettings: ""}))
 app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))
 
 

@@ -11,7 +11,7 @@ Axes: R = requests, Q = rows of a forward, K = keys, S = scored rows, D = hidden
 import inspect
 import re
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +75,7 @@ def examine(module: PreTrainedModel, name: str) -> Architecture:
     if long_rope is None:
         return measured
     restarts = "prepare_inputs_for_generation" in vars(type(module))
-    return Architecture(**{**vars(measured), "long_from": long_rope.boundary, "restarts": restarts})
+    return replace(measured, long_from=long_rope.boundary, restarts=restarts)
 
 
 class _UnfitError(Exception):

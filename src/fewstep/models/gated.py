@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from annotated_types import Ge
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoRALinear
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import read_description
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GATED, reading
+from fewstep.values import fitted
 
 MASK_EMBEDDING = "mask_embedding"
 """A gated adapter's tensor beside those that PEFT reads."""
@@ -185,12 +187,8 @@ def load_gated_adapter(module: PreTrainedModel, folder: Path, settings: Any) -> 
 
 
 def _checked(settings: Any, path: Path) -> dict[str, Any]:
-    """The arguments of a GatedAdapter that a config names. FewstepError for one that is missing or of another type."""
-    types = {"mask_token_id": int, "block_size": int, "base_hash": str}
+    """The arguments of a GatedAdapter that a config names. FewstepError for one that is missing or cannot be."""
+    declared = {"mask_token_id": Annotated[int, Ge(0)], "block_size": Annotated[int, Ge(1)], "base_hash": str}
     if not isinstance(settings, Mapping):
-        raise FewstepError(f"{path}: {GATED} must name {', '.join(types)}")
-    for name, kind in types.items():
-        value = settings.get(name)
-        if type(value) is not kind or (isinstance(value, int) and value < (name == "block_size")):
-            raise FewstepError(f"{path}: {name} of {GATED} is {value!r}, which cannot be; train the adapter again")
-    return {name: settings[name] for name in types}
+        raise FewstepError(f"{path}: {GATED} must name {', '.join(declared)}")
+    return {name: fitted(settings.get(name), kind, f"{path}: {name} of {GATED}") for name, kind in declared.items()}

@@ -263,12 +263,12 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
     num_layers = getattr(config, "num_hidden_layers", 0)
     stored = sum(math.prod(place.shape) for place in places)
     with reading(folder / CONFIG):
-        described = len(places) < num_layers
-        if not described:
+        is_larger = len(places) < num_layers
+        if not is_larger:
             with torch.device("meta"):
                 module = AutoModelForCausalLM.from_config(config)
-            described = sum(parameter.numel() for parameter in module.parameters()) > 2 * stored + 1_000_000
-        if described:
+            is_larger = sum(parameter.numel() for parameter in module.parameters()) > 2 * stored + 1_000_000
+        if is_larger:
             raise FewstepError(
                 f"{folder / CONFIG} describes a larger network than the one whose weights lie beside it, of "
                 f"{num_layers} layers; its files hold {len(places)} tensors with {stored} numbers"

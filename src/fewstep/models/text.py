@@ -117,9 +117,7 @@ class GrowingText:
     def text(self) -> str:
         """Of the ids so far."""
         text = decode_text(self._tokenizer, self.ids).rstrip(_UNKNOWN)
-        if text.startswith(
-            self._text
-        ):  # always, but for a tokenizer whose later tokens change the text of earlier ones
+        if text.startswith(self._text):  # not so where a tokenizer's later tokens change the text of earlier ones
             self._text = text
         return self._text
 

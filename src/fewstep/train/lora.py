@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole
-from fewstep.models.checkpoint_files import GATED
+from fewstep.models.checkpoint_files import ADAPTER_WEIGHTS, CONFIG, GATED
 from fewstep.models.gated import MASK_EMBEDDING, GatedAdapter, new_gated_adapter
 from fewstep.models.load import weights_hash
 from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
 from fewstep.models.network import Network
 from fewstep.values import check_fields
 
-DESCRIPTIONS = ("config.json", DESCRIPTION)
+DESCRIPTIONS = (CONFIG, DESCRIPTION)
 """Of a model and of Medusa heads: the file that says what a folder holds."""
 
 MAX_SHARD_SIZE = "15MB"
@@ -112,7 +112,7 @@ def write_adapter(adapter: PeftModel | GatedAdapter, state: dict[str, Tensor], f
         embedding = state.pop(MASK_EMBEDDING)
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         write_adapter(adapter.model, state, folder, base=base)
-        weights = folder / "adapter_model.safetensors"
+        weights = folder / ADAPTER_WEIGHTS
         save_file({**load_file(weights), MASK_EMBEDDING: embedding}, weights, metadata={"format": "pt"})
         return
     adapter.peft_config["default"].base_model_name_or_path = base
@@ -149,8 +149,8 @@ def save_trained(
     else:
         network.module.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     # transformers writes the type of the module in training.
-    stored = {**read_json(folder / "config.json"), "dtype": str(dtype).removeprefix("torch.")}
+    stored = {**read_json(folder / CONFIG), "dtype": str(dtype).removeprefix("torch.")}
     if isinstance(trained, GatedAdapter):
         stored[GATED] = trained.description()
-    write_json_whole(folder / "config.json", stored)
+    write_json_whole(folder / CONFIG, stored)
     network.tokenizer.save_pretrained(folder)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.decode.health import measure_health
-from fewstep.decode.loop import check_request
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output
+from fewstep.engine.answers import check_prompts
 from fewstep.engine.language_model import LanguageModel, Prompt
-from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.files import read_rows, write_rows_whole
 from fewstep.models.network import Network
@@ -44,15 +43,7 @@ class Samples:
         """FewstepError if a prompt cannot be answered so by this network, naming it by one of `names`, or if the file
         holds something else: before a run, which would otherwise be lost at its first evaluation.
         """
-        model = LanguageModel(network)
-        chosen = GenerationSettings.of(**self._settings)
-        decoder = model.decoder(**self._settings)
-        for prompt, name in zip(self._prompts, names, strict=True):
-            try:
-                request = Request(prompt_ids=model.encode(prompt), max_new_tokens=chosen.max_new_tokens)
-                check_request(network, decoder, request)
-            except FewstepError as error:
-                raise FewstepError(f"{name}: {error}") from error
+        check_prompts(LanguageModel(network), self._prompts, names, **self._settings)
         if self._file is not None and self._file.exists():
             for _ in read_rows(self._file, ["step"]):
                 pass
