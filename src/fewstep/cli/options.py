@@ -180,8 +180,8 @@ class PolicyOptions:
         str | None,
         typer.Option(
             help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, "
-            "self-speculative, prompt-lookup or medusa. The role picks the default, jacobi for a CLLM, self-speculative "
-            "for a gated adapter.",
+            "self-speculative, prompt-lookup or medusa. The role picks the default, jacobi for a CLLM, "
+            "self-speculative for a gated adapter.",
             rich_help_panel=_DECODING,
         ),
     ] = None
