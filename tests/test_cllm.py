@@ -470,12 +470,9 @@ def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, t
     collecting = ("collect", "--model", model, "--data", rows, "--max-new-tokens", 12)
     cases = {
         "tokens only; leave out": (*collecting, "--output", tmp_path / "x", "--top", 4),
-        "those of the jacobi decoder, not of lookahead": (
+        "no effect on texts": (
             *collecting,
-            "--output",
-            tmp_path / "x",
-            "--decoder",
-            "lookahead",
+            *("--output", tmp_path / "x", "--decoder", "lookahead", "--most-repetition", 0.5),
         ),
         "greedy only": (*collecting, "--output", tmp_path / "x", "--temperature", 1),
     }
