@@ -16,9 +16,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# Every field of every file of a checkpoint, every option and every field of rows, of which `make test` draws some.
+# Every field of every file of a checkpoint, every option, every field of rows and every moment of a kill, of which
+# `make test` draws some.
 fuzz: $(VENV)/.installed-dev
-	FEWSTEP_FUZZ=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_damaged_checkpoints.py tests/test_hostile_inputs.py
+	FEWSTEP_FUZZ=all $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '' tests/test_damaged_checkpoints.py tests/test_hostile_inputs.py tests/test_kills.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
