@@ -19,6 +19,7 @@ from run_recipe import run_recipe
 from fewstep.decode.health import REPEATED_NGRAM, repetition
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Output, Request
+from fewstep.decode.sampling import Sampling
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.files import write_rows_whole
@@ -67,8 +68,11 @@ def main(
     """Sample prompts and write them."""
     lm = load(model, "autoregressive", dtype, device)
     start_ids = before_a_prompt(lm)
-    requests = [Request(prompt_ids=start_ids, max_new_tokens=max_tokens, seed=seed + i) for i in range(count)]
-    decoder = lm.decoder(decoder="autoregressive", temperature=temperature, top_p=top_p)
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    requests = [
+        Request(prompt_ids=start_ids, max_new_tokens=max_tokens, seed=seed + i, sampling=sampling) for i in range(count)
+    ]
+    decoder = lm.decoder(decoder="autoregressive")
     texts = list(kept(lm, decode(lm.network, requests, decoder, batch_size=batch_size)))
     if not texts:
         raise FewstepError(f"none of {count} samples can be a prompt; is {model} a chat model?")

@@ -16,7 +16,8 @@ import fewstep
 from fewstep.cli.main import main
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder, Shape
-from fewstep.decode.jacobi import Jacobi, jacobi_trajectories
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.jacobi_windows import jacobi_trajectories
 from fewstep.decode.lookahead import NO_TOKEN, Lookahead, LookaheadState, _gathered
 from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass
 from fewstep.decode.medusa import Medusa, _best_paths, _typical
@@ -123,8 +124,8 @@ def test_a_batch_of_8_equals_each_alone(make: Callable[..., Decoder], net: Netwo
 
 @pytest.mark.parametrize("name", SAMPLING)
 def test_sampled_batches_equal_each_alone(name: str, net: Network, draft: Network) -> None:
-    decoder = MAKERS[name](net, draft, sampling=Sampling(temperature=0.7, top_k=20))
-    for request, output in zip(requests(), decode(net, requests(), decoder, batch_size=3), strict=True):
+    decoder, asked = MAKERS[name](net, draft), requests(sampling=Sampling(temperature=0.7, top_k=20))
+    for request, output in zip(asked, decode(net, asked, decoder, batch_size=3), strict=True):
         same(output, decode(net, [request], decoder)[0])
 
 
@@ -168,7 +169,7 @@ def test_a_result_does_not_depend_on_the_limit(make: Callable[..., Decoder], net
 def test_the_answer_ends_with_the_end_of_text_and_nothing_after_it_is_final() -> None:
     net = causal_network()
     request = Request(prompt_ids=[5, 11, 30], max_new_tokens=30)
-    ids = decode(net, [request], Autoregressive(role=net.role, early_stop=False))[0].canvas_ids_G.tolist()
+    ids = decode(net, [replace(request, early_stop=False)], Autoregressive(role=net.role))[0].canvas_ids_G.tolist()
     use_as_end_of_text(net, next(token for i, token in enumerate(ids) if i >= 5 and token not in ids[:i]))
     wanted = decode(net, [request], Autoregressive(role=net.role))[0]
     assert wanted.finish_reason == "stop"
@@ -178,7 +179,7 @@ def test_the_answer_ends_with_the_end_of_text_and_nothing_after_it_is_final() ->
         assert (output.num_tokens, output.finish_reason) == (wanted.num_tokens, "stop")
         assert (output.step_G[: wanted.num_tokens] > 0).all()
         assert (output.step_G[wanted.num_tokens :] == NEVER).all()
-        whole = decode(net, [request], maker(net, net, early_stop=False))[0]
+        whole = decode(net, [replace(request, early_stop=False)], maker(net, net))[0]
         assert whole.token_ids == wanted.token_ids
         assert whole.canvas_ids_G.tolist() == ids
 
@@ -201,8 +202,8 @@ def test_a_draft_that_is_the_target_is_always_right(net: Network) -> None:
     output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=22)], decoder)[0]
     assert output.num_forwards == 6, "four tokens a pass"
     assert output.num_draft_forwards == 18
-    sampled = replace(decoder, sampling=Sampling(temperature=1.5, top_p=0.9))
-    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=22)], sampled)[0]
+    sampling = Sampling(temperature=1.5, top_p=0.9)
+    output = decode(net, [Request(prompt_ids=[5, 6], max_new_tokens=22, sampling=sampling)], decoder)[0]
     assert output.num_forwards == 6, "p / q is 1"
 
 
@@ -241,36 +242,37 @@ def test_a_step_after_completion_changes_nothing(make: Callable[..., Decoder], n
     loop.submit(request)
     while loop.busy:
         loop.step()
-    networks = {"target": net, **decoder.companions}
+    networks = {"target": net, **decoder.traits.companions}
     caches = {name: each.new_cache(1, loop.length) for name, each in networks.items()}
     after = loop.state
     with torch.no_grad():
         for shape in step_shapes(decoder):
-            after, _, _ = run_pass(networks, decoder, after, caches, shape)
-    for name, before in vars(loop.state).items():
+            accepted, _ = run_pass(networks, decoder, after, caches, shape)
+            after = accepted.state
+    for name, before in loop.state.tensors().items():
         if name != "drafted_R":
-            assert torch.equal(before, getattr(after, name)), name
+            assert torch.equal(before, after.tensors()[name]), name
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_step_reads_no_value_from_the_device(make: Callable[..., Decoder], net: Network, temperature: float) -> None:
     """On fake tensors, which have shapes and no values, so that any read raises."""
     decoder = make()
-    if temperature:
-        if decoder.name not in SAMPLING:
-            return
-        decoder = make(sampling=Sampling(temperature=temperature, top_p=0.9))
+    if temperature and decoder.name not in SAMPLING:
+        return
     loop = Loop(net, decoder, num_slots=2, length=120)
     loop.submit(requests()[1])
     loop.step()
-    networks, shapes = {"target": net, **decoder.companions}, step_shapes(decoder)
+    networks, shapes = {"target": net, **decoder.traits.companions}, step_shapes(decoder)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        after = type(loop.state)(**{name: mode.from_tensor(field) for name, field in vars(loop.state).items()})
+        after = loop.state.map(mode.from_tensor)
         caches = {name: each.new_cache(2, loop.length) for name, each in networks.items()}
         for shape in shapes:
-            after, _, _ = run_pass(networks, decoder, after, caches, shape)
-    assert {name: field.shape for name, field in vars(after).items()} == {
-        name: field.shape for name, field in vars(loop.state).items()
+            shape = replace(shape, drawing="filtered" if temperature else "greedy")
+            accepted, _ = run_pass(networks, decoder, after, caches, shape)
+            after = accepted.state
+    assert {name: field.shape for name, field in after.tensors().items()} == {
+        name: field.shape for name, field in loop.state.tensors().items()
     }
 
 
@@ -280,8 +282,8 @@ def test_a_step_reads_no_value_from_the_device(make: Callable[..., Decoder], net
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.8), Sampling(temperature=1.5, top_k=9, top_p=0.9)])
 def test_sampled_prompt_lookup_equals_sampled_autoregressive_decoding(net: Network, sampling: Sampling) -> None:
     """The same noise for the same position, so the same tokens, and with them the distribution."""
-    wanted = decode(net, requests(), Autoregressive(role=net.role, sampling=sampling))
-    outputs = decode(net, requests(), PromptLookup(role=net.role, sampling=sampling, ngram=1))
+    wanted = decode(net, requests(sampling=sampling), Autoregressive(role=net.role))
+    outputs = decode(net, requests(sampling=sampling), PromptLookup(role=net.role, ngram=1))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
     assert sum(output.num_forwards for output in outputs) < sum(output.num_forwards for output in wanted)
 
@@ -293,8 +295,11 @@ def test_speculative_sampling_keeps_the_distribution_of_the_target() -> None:
         head = draft.module.get_output_embeddings().weight
         head += 0.3 * head.std() * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
     sampling, prompt, num_draws = Sampling(temperature=0.7, top_k=4), [5, 6, 7], 20_000
-    decoder = Speculative(role=target.role, draft=draft, window=2, sampling=sampling, early_stop=False)
-    asked = [Request(prompt_ids=prompt, max_new_tokens=3, seed=seed) for seed in range(num_draws)]
+    decoder = Speculative(role=target.role, draft=draft, window=2)
+    asked = [
+        Request(prompt_ids=prompt, max_new_tokens=3, seed=seed, sampling=sampling, early_stop=False)
+        for seed in range(num_draws)
+    ]
     outputs = decode(target, asked, decoder, batch_size=5_000)
 
     drafted = sum(output.num_forwards for output in outputs) / num_draws
@@ -625,7 +630,9 @@ def test_greedy_decoders_refuse_to_sample(net: Network) -> None:
         with pytest.raises(FewstepError, match=f"the {name} decoder is greedy only"):
             LanguageModel(net).decoder(decoder=name, temperature=0.5)
     with pytest.raises(FewstepError, match="greedy only"):
-        Medusa(role=net.role, heads=MedusaHeads.of(net, 1), sampling=Sampling(temperature=1.0))
+        decode(
+            net, requests(1, sampling=Sampling(temperature=1.0)), Medusa(role=net.role, heads=MedusaHeads.of(net, 1))
+        )
 
 
 def test_a_draft_of_another_vocabulary_is_refused(net: Network) -> None:
@@ -648,9 +655,9 @@ def test_guesses_past_the_end_leave_a_dynamic_rotary_embedding_alone(kind: Any) 
     module = type(net.module)(config)
     module.load_state_dict(net.module.state_dict())
     net = Network(module, net.role, net.tokenizer)
-    request = Request(prompt_ids=list(range(5, 29)), max_new_tokens=40)
-    expected = decode(net, [request], Autoregressive(role=net.role, early_stop=False))[0]
-    assert decode(net, [request], kind(role=net.role, early_stop=False))[0].token_ids == expected.token_ids
+    request = Request(prompt_ids=list(range(5, 29)), max_new_tokens=40, early_stop=False)
+    expected = decode(net, [request], Autoregressive(role=net.role))[0]
+    assert decode(net, [request], kind(role=net.role))[0].token_ids == expected.token_ids
 
 
 def test_a_request_that_fits_nowhere_is_refused_before_anything_is_allocated(net: Network) -> None:

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from fewstep.cli.main import main
 from fewstep.decode.health import REPEATED_NGRAM, repetition
-from fewstep.decode.jacobi import Jacobi, Trajectory, jacobi_trajectories
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.jacobi_windows import Trajectory, jacobi_trajectories
 from fewstep.decode.loop import decode
 from fewstep.decode.medusa import Medusa
 from fewstep.decode.requests import Output, Request

@@ -125,8 +125,8 @@ def test_cached_block_decoding_equals_an_uncached_loop(
     context: Any, shift: bool, batch_size: int, gaps: int | None
 ) -> None:
     net = network(context_attention=context, right_shift_logits=shift)
-    decoder = decoder_of(net, policy=Threshold(at_least=0.3, gaps=gaps), early_stop=False)
-    outputs = decode(net, requests(), decoder, batch_size=batch_size)
+    decoder = decoder_of(net, policy=Threshold(at_least=0.3, gaps=gaps))
+    outputs = decode(net, requests(early_stop=False), decoder, batch_size=batch_size)
     num_passes = set()
     for request, output in zip(requests(), outputs, strict=True):
         tokens, forwards = uncached_block_decoding(net, request.prompt_ids, request.max_new_tokens, 0.3, gaps)
@@ -182,10 +182,11 @@ def test_autoregressive_decoding_equals_transformers_generate() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_batch_of_8_equals_each_alone(role: Any, temperature: float) -> None:
     net = network(role)
-    decoder = decoder_of(net, sampling=Sampling(temperature=temperature, top_k=None if temperature == 0 else 20))
-    alone = [decode(net, [request], decoder)[0] for request in requests()]
+    asked = requests(sampling=Sampling(temperature=temperature, top_k=None if temperature == 0 else 20))
+    decoder = decoder_of(net)
+    alone = [decode(net, [request], decoder)[0] for request in asked]
     for batch_size in (8, 3):
-        for one, other in zip(alone, decode(net, requests(), decoder, batch_size=batch_size), strict=True):
+        for one, other in zip(alone, decode(net, asked, decoder, batch_size=batch_size), strict=True):
             same(one, other)
 
 
@@ -238,12 +239,15 @@ def test_a_step_after_completion_changes_nothing(role: Any) -> None:
     loop.submit(request)
     while loop.busy:
         loop.step()
-    caches = {"target": net.new_cache(1, loop.length)} if decoder.cached else {}
-    shape = Shape("prefill", 16 if decoder.cached else loop.length)
+    caches = {"target": net.new_cache(1, loop.length)} if decoder.traits.cached else {}
+    shape = Shape("prefill", 16 if decoder.traits.cached else loop.length)
     with torch.no_grad():
-        after, _, _ = run_pass({"target": net}, decoder, loop.state, caches, shape)
-    for name, before in vars(loop.state).items():
-        assert torch.equal(before, getattr(after, name)), name
+        accepted, _ = run_pass({"target": net}, decoder, loop.state, caches, shape)
+    after = accepted.state.tensors()
+    for name, before in loop.state.tensors().items():
+        assert torch.equal(before, after[name]), name
+    assert accepted.chosen_RS is not None
+    assert not accepted.chosen_RS.any()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -251,17 +255,18 @@ def test_a_step_after_completion_changes_nothing(role: Any) -> None:
 def test_a_step_reads_no_value_from_the_device(role: Any, temperature: float) -> None:
     """On fake tensors, which have shapes and no values, so that any read raises."""
     net = network(role)
-    decoder = decoder_of(net, sampling=Sampling(temperature=temperature, top_p=0.9))
+    decoder = decoder_of(net)
     loop = Loop(net, decoder, num_slots=2, length=40)
     loop.submit(requests()[1])
     loop.step()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        state = State(**{name: mode.from_tensor(field) for name, field in vars(loop.state).items()})
-        caches = {"target": net.new_cache(2, loop.length).view(torch.arange(2), 32)} if decoder.cached else {}
-        after, _, scores = run_pass({"target": net}, decoder, state, caches, Shape("prefill", 16))
+        state = loop.state.map(mode.from_tensor)
+        caches = {"target": net.new_cache(2, loop.length).view(torch.arange(2), 32)} if decoder.traits.cached else {}
+        shape = Shape("prefill", 16, drawing="filtered" if temperature else "greedy")
+        accepted, scores = run_pass({"target": net}, decoder, state, caches, shape)
     assert isinstance(scores.logits_RSV, FakeTensor)
-    assert {name: field.shape for name, field in vars(after).items()} == {
-        name: field.shape for name, field in vars(loop.state).items()
+    assert {name: field.shape for name, field in accepted.state.tensors().items()} == {
+        name: field.shape for name, field in loop.state.tensors().items()
     }
 
 
@@ -309,7 +314,7 @@ def test_the_mask_token_is_never_emitted(role: Any, temperature: float) -> None:
         head = net.module.get_output_embeddings().weight
         head[net.role.mask_token_id] = head.abs().max() * 50
         head.abs_()
-    for output in decode(net, requests(), decoder_of(net, sampling=Sampling(temperature=temperature))):
+    for output in decode(net, requests(sampling=Sampling(temperature=temperature)), decoder_of(net)):
         assert net.role.mask_token_id not in output.token_ids
 
 
@@ -328,8 +333,8 @@ def test_the_mask_token_is_never_emitted(role: Any, temperature: float) -> None:
 def test_steps_are_split_over_blocks_and_tokens_over_steps(steps: int | None, per_step: list[int]) -> None:
     net = network("bidirectional")
     policy = FixedCount() if steps is None else EvenSplit()
-    decoder = decoder_of(net, policy=policy, steps=steps, early_stop=False)
-    output = decode(net, [Request(prompt_ids=[5, 6, 7], max_new_tokens=12)], decoder)[0]
+    decoder = decoder_of(net, policy=policy, steps=steps)
+    output = decode(net, [Request(prompt_ids=[5, 6, 7], max_new_tokens=12, early_stop=False)], decoder)[0]
     assert output.num_forwards == len(per_step)
     assert output.step_G.bincount()[1:].tolist() == per_step
     for earlier, later in ((0, 4), (4, 8)):
@@ -365,8 +370,8 @@ def test_orders_differ_and_the_random_one_follows_the_seed() -> None:
 
 def test_origin_ends_with_its_steps_and_may_finalise_none_in_one() -> None:
     net = network("bidirectional")
-    batch = [Request(prompt_ids=[5], max_new_tokens=8, seed=seed) for seed in range(20)]
-    outputs = decode(net, batch, decoder_of(net, policy=Origin(), steps=8, early_stop=False))
+    batch = [Request(prompt_ids=[5], max_new_tokens=8, seed=seed, early_stop=False) for seed in range(20)]
+    outputs = decode(net, batch, decoder_of(net, policy=Origin(), steps=8))
     assert all((output.step_G > 0).all() and output.num_forwards <= 8 for output in outputs)
     assert any(0 in output.step_G.bincount()[1:].tolist() for output in outputs)
     assert len({tuple(output.step_G.tolist()) for output in outputs}) > 10
@@ -383,7 +388,7 @@ def with_common_end_of_text(role: Any) -> tuple[Network, Request, Output]:
     """A network whose end-of-text is a token that it produces midway, and what it would give if nothing stopped it."""
     net = network(role)
     request = Request(prompt_ids=[5, 11, 30], max_new_tokens=22)
-    free = decode(net, [request], decoder_of(net, early_stop=False))[0]
+    free = decode(net, [replace(request, early_stop=False)], decoder_of(net))[0]
     ids = free.canvas_ids_G.tolist()
     use_as_end_of_text(net, next(token for i, token in enumerate(ids) if 5 <= i < 15 and token not in ids[:i]))
     return net, request, free
@@ -401,7 +406,7 @@ def test_early_stop_cuts_the_answer_and_the_passes(role: Any) -> None:
     assert stopped.finish_reason == "stop"
     assert stopped.num_forwards == int(free.step_G[:cut].max()), "stops in the step that finalises the last token"
 
-    whole = decode(net, [request], decoder_of(net, early_stop=False))[0]
+    whole = decode(net, [replace(request, early_stop=False)], decoder_of(net))[0]
     assert whole.token_ids == stopped.token_ids
     assert whole.num_forwards == int(free.step_G.max())
     assert (whole.step_G > 0).all()
@@ -419,7 +424,7 @@ def test_an_end_of_text_does_not_stop_while_something_before_it_is_open() -> Non
     net = network("bidirectional")
     decoder = decoder_of(net, block_size=8)
     request = Request(prompt_ids=[5, 9, 12], max_new_tokens=8)
-    free = decode(net, [request], decoder_of(net, block_size=8, early_stop=False))[0]
+    free = decode(net, [replace(request, early_stop=False)], decoder_of(net, block_size=8))[0]
     first = int(free.step_G.argmin())
     assert first > 0, "the first step finalises a later position"
     use_as_end_of_text(net, int(free.canvas_ids_G[first]))
@@ -431,8 +436,8 @@ def test_an_end_of_text_does_not_stop_while_something_before_it_is_open() -> Non
 @pytest.mark.parametrize("role", ROLES)
 def test_sampling_repeats_per_seed_and_differs_between_seeds(role: Any) -> None:
     net = network(role)
-    decoder = decoder_of(net, sampling=Sampling(temperature=2.0))
-    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=16, seed=1)
+    decoder = decoder_of(net)
+    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=16, seed=1, sampling=Sampling(temperature=2.0))
     first, again = (decode(net, [request], decoder)[0].token_ids for _ in range(2))
     assert first == again
     assert decode(net, [replace(request, seed=2)], decoder)[0].token_ids != first
@@ -665,7 +670,7 @@ def test_requests_that_cannot_run_are_refused(role: Any) -> None:
         decode(net, [Request(prompt_ids=[5], max_new_tokens=0)], decoder)
     with pytest.raises(FewstepError, match="batch_size"):
         decode(net, requests(1), decoder, batch_size=0)
-    if decoder.cached:
+    if decoder.traits.cached:
         with pytest.raises(FewstepError, match="prompt is empty"):
             decode(net, [Request(prompt_ids=[], max_new_tokens=8)], decoder)
     assert decode(net, [], decoder) == []

@@ -18,8 +18,9 @@ from fewstep.cli.main import main
 from fewstep.decode.loop import Record, decode
 from fewstep.decode.policies import DreamSchedule
 from fewstep.decode.requests import Request
-from fewstep.decode.sampling import noise_keys, uniform
+from fewstep.decode.sampling import Sampling, noise_keys, uniform
 from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.importers.convert import FAMILIES, import_checkpoint
 from fewstep.models.importers.shapes import SHAPES, tiny_tokenizer_for, write_random
@@ -356,8 +357,9 @@ def generate(
     lm: LanguageModel, prompt: list[int], max_new_tokens: int, *, seed: int = 0, **settings: Any
 ) -> tuple[list[int], Tensor]:
     """The whole canvas, and the step that finalised each position."""
-    request = Request(prompt_ids=prompt, max_new_tokens=max_new_tokens, seed=seed)
-    output = decode(lm.network, [request], lm.decoder(early_stop=False, max_new_tokens=max_new_tokens, **settings))[0]
+    chosen = GenerationSettings.of(early_stop=False, max_new_tokens=max_new_tokens, seed=seed, **settings)
+    decoder = lm.decoder(max_new_tokens=max_new_tokens, **settings)
+    output = decode(lm.network, [chosen.request(prompt)], decoder)[0]
     return output.canvas_ids_G.tolist(), output.step_G
 
 
@@ -498,8 +500,12 @@ def test_dreams_positions_are_drawn_as_the_temperature_and_the_seed_say(alg: str
 def test_drawn_positions_do_not_depend_on_companions(temperature: float, tmp_path: Path) -> None:
     lm = load(imported(tmp_path, "dream"))
     prompts = [PROMPT, PROMPT[:2], PROMPT[::-1], [7] * 19, PROMPT]
-    requests = [Request(prompt_ids=prompt, max_new_tokens=12, seed=seed) for seed, prompt in enumerate(prompts)]
-    decoder = lm.decoder(alg="entropy", alg_temp=0.5, steps=6, max_new_tokens=12, temperature=temperature)
+    sampling = Sampling(temperature=temperature)
+    requests = [
+        Request(prompt_ids=prompt, max_new_tokens=12, seed=seed, sampling=sampling)
+        for seed, prompt in enumerate(prompts)
+    ]
+    decoder = lm.decoder(alg="entropy", alg_temp=0.5, steps=6, max_new_tokens=12)
     for batch_size in (5, 2):
         for request, output in zip(requests, decode(lm.network, requests, decoder, batch_size=batch_size), strict=True):
             alone = decode(lm.network, [request], decoder)[0]
@@ -575,8 +581,8 @@ def test_names_that_users_of_llada_and_dream_know(tmp_path: Path) -> None:
 def test_recorded_rows_are_those_that_scored_the_tokens(kind: str, tmp_path: Path) -> None:
     lm = load(imported(tmp_path, kind))
     score = scorer(tmp_path / "source", shifted=kind == "dream")
-    request = Request(prompt_ids=PROMPT, max_new_tokens=8)
-    output = decode(lm.network, [request], lm.decoder(early_stop=False, block_size=8), record=Record(hidden=True))[0]
+    request = Request(prompt_ids=PROMPT, max_new_tokens=8, early_stop=False)
+    output = decode(lm.network, [request], lm.decoder(block_size=8), record=Record(hidden=True))[0]
     assert output.hidden_GD is not None
     rebuilt = lm.network.head(output.hidden_GD)
     for position, step in enumerate(output.step_G.tolist()):

@@ -264,8 +264,8 @@ def test_the_threshold_rule_is_the_one_that_decodes(
 def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
     role = replace(AUTOREGRESSIVE, jacobi_window=6)
     decoder = GenerationSettings().decoder_for(role)
-    assert (decoder.name, decoder.num_guessed) == ("jacobi", 6)
-    assert GenerationSettings(window=9).decoder_for(role).num_guessed == 9
+    assert (decoder.name, decoder.traits.num_guessed) == ("jacobi", 6)
+    assert GenerationSettings(window=9).decoder_for(role).traits.num_guessed == 9
     assert GenerationSettings(decoder="autoregressive").decoder_for(role).name == "autoregressive"
     assert GenerationSettings(temperature=0.7).decoder_for(role).name == "autoregressive"
     refusal = (

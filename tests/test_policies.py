@@ -106,7 +106,7 @@ def test_gaps_on_random_rows(gaps: int) -> None:
 
 def test_a_requests_own_threshold_says_what_a_gap_is() -> None:
     confidence = row(0.7, 0.5, 0.95, 0.2).expand(2, 4)
-    picked = Threshold(at_least=0.9, gaps=0)(confidence, ALL.expand(2, 4), torch.tensor([[0.6], [0.4]]))
+    picked = Threshold(at_least=0.9, gaps=0)(confidence, ALL.expand(2, 4), torch.tensor([[0.6, 0], [0.4, 0]]))
     assert [one.nonzero()[:, 0].tolist() for one in picked] == [[0], [0, 1, 2]]
 
 
@@ -125,14 +125,14 @@ def test_ties_below_every_bound_finalise_exactly_one(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", [*POLICIES, Origin()], ids=repr)
 def test_nothing_is_chosen_where_nothing_is_masked(policy: Policy) -> None:
     masked = torch.tensor([[False] * 4, [False, False, True, False]])
-    picked = policy(torch.tensor([[0.99] * 4, [0.99, 0.99, 0.1, 0.99]]), masked, torch.ones(2, 1))
+    picked = policy(torch.tensor([[0.99] * 4, [0.99, 0.99, 0.1, 0.99]]), masked, torch.ones(2, 2))
     assert not picked[0].any()
     assert picked[1].tolist() == [False, False, True, False]
 
 
-def test_one_setting_a_request_overrides_the_policys_own() -> None:
+def test_the_numbers_of_a_request_override_the_policys_own() -> None:
     confidence = row(0.3, 0.5, 0.7, 0.95).expand(2, 4)
-    picked = Threshold(at_least=0.9)(confidence, ALL.expand(2, 4), torch.tensor([[0.6], [0.4]]))
+    picked = Threshold(at_least=0.9)(confidence, ALL.expand(2, 4), torch.tensor([[0.6, 16], [0.4, 16]]))
     assert picked.sum(-1).tolist() == [2, 3]
 
 

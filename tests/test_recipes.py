@@ -75,8 +75,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load_network(folder / "teacher")
     rows = [PromptRow(str(i), [3, 5 + i, 6, 4], [7, 8 + i, 9, 1]) for i in range(NUM_PROMPTS)]
     distribution = distribution_of(teacher, top_k=8)
-    decoder = LanguageModel(teacher).decoder(max_new_tokens=CANVAS, early_stop=False)
-    decoding = decode_with(teacher, decoder, max_new_tokens=CANVAS, batch_size=NUM_PROMPTS, distribution=distribution)
+    decoder = LanguageModel(teacher).decoder(max_new_tokens=CANVAS)
+    asked: dict[str, Any] = {"max_new_tokens": CANVAS, "early_stop": False}
+    decoding = decode_with(teacher, decoder, batch_size=NUM_PROMPTS, distribution=distribution, **asked)
 
     def with_an_end(rows: Sequence[PromptRow], seeds: Sequence[int]) -> list[Output]:
         outputs = decoding(rows, seeds)

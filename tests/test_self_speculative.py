@@ -75,8 +75,9 @@ def test_greedy_texts_are_those_of_autoregressive_decoding(
 
 def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(base: Network) -> None:
     network, sampling = drafting(), Sampling(temperature=0.8, top_k=20)
-    wanted = decode(base, REQUESTS, Autoregressive(role=base.role, sampling=sampling))
-    outputs = decode(network, REQUESTS, self_speculative(network, window=4, sampling=sampling), batch_size=3)
+    asked = [replace(request, sampling=sampling) for request in REQUESTS]
+    wanted = decode(base, asked, Autoregressive(role=base.role))
+    outputs = decode(network, asked, self_speculative(network, window=4), batch_size=3)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
 
 
@@ -290,10 +291,9 @@ def test_texts_are_collected_read_and_trained_on(trained: Path, tmp_path: Path) 
 
 def test_sampled_texts_depend_on_the_seed_of_their_row_alone(base: Network, tmp_path: Path) -> None:
     rows = [PromptRow(f"p{i}", ids) for i, ids in enumerate(PROMPTS)]
-    decoder = Autoregressive(role=base.role, sampling=Sampling(temperature=1.0))
+    decoder, options = Autoregressive(role=base.role), {"max_new_tokens": 9, "settings": {}, "shard_size": 3}
     for folder, size in (("a", 2), ("b", 7)):
-        collect_texts(
-            base, rows, tmp_path / folder, decoder, max_new_tokens=9, batch_size=size, settings={}, shard_size=3
-        )
+        sampling = Sampling(temperature=1.0)
+        collect_texts(base, rows, tmp_path / folder, decoder, sampling=sampling, batch_size=size, **options)
     first, second = (read_texts(tmp_path / folder, base) for folder in ("a", "b"))
     assert torch.equal(first.completion_ids, second.completion_ids)

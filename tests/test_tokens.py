@@ -17,7 +17,8 @@ from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.jacobi import Jacobi, jacobi_trajectories
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.jacobi_windows import jacobi_trajectories
 from fewstep.decode.lookahead import Lookahead
 from fewstep.decode.loop import Event, Record, decode, stream
 from fewstep.decode.medusa import Medusa
@@ -83,7 +84,7 @@ def test_an_answer_ends_at_the_first_of_several_end_tokens(role: RoleName) -> No
     assert output.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
     assert (output.finish_reason, output.num_tokens) == ("stop", len(output.token_ids))
     assert output.num_forwards < free.num_forwards
-    late = answer(network, decoder_for(network, early_stop=False))
+    late = answer(network, early_stop=False)
     assert (late.token_ids, late.finish_reason) == (output.token_ids, "stop")
     assert late.num_forwards == free.num_forwards
     both = decode(network, [Request(prompt_ids=p, max_new_tokens=24) for p in (PROMPT, [7, 8])], decoder_for(network))
@@ -220,8 +221,7 @@ def padded(role: RoleName = "autoregressive", *, tokens: int = 60, rows: int = 9
 @pytest.mark.parametrize("role", ROLES)
 def test_rows_that_no_token_has_are_never_drawn(role: RoleName, temperature: float) -> None:
     network = padded(role)
-    decoder = decoder_for(network, sampling=Sampling(temperature=temperature))
-    output = answer(network, decoder, seed=2)
+    output = answer(network, seed=2, sampling=Sampling(temperature=temperature))
     assert max(output.token_ids) < 60
     assert 2 not in output.token_ids or role == "autoregressive"
 
@@ -246,8 +246,8 @@ def test_no_guess_is_a_row_that_no_token_has(name: str) -> None:
 @pytest.mark.parametrize(("rows", "draft_rows"), [(96, 64), (64, 96)])
 def test_a_draft_may_be_padded_otherwise(rows: int, draft_rows: int, temperature: float) -> None:
     network, draft = padded(rows=rows), padded(rows=draft_rows, seed=1)
-    decoder = Speculative(role=network.role, draft=draft, window=3, sampling=Sampling(temperature=temperature))
-    output = answer(network, decoder)
+    decoder = Speculative(role=network.role, draft=draft, window=3)
+    output = answer(network, decoder, sampling=Sampling(temperature=temperature))
     assert max(output.token_ids) < 60
     if not temperature:
         assert output.token_ids == answer(network).token_ids

@@ -364,8 +364,13 @@ def teacher_rows() -> list[PromptRow]:
 
 
 def collect_from_teacher(folder: Path, network, distribution, **changes):
-    decoder = Diffusion(role=network.role, block_size=4, sampling=Sampling(temperature=1.0))
-    options = {"max_new_tokens": 10, "batch_size": 2, "distribution": distribution}
+    decoder = Diffusion(role=network.role, block_size=4)
+    options = {
+        "max_new_tokens": 10,
+        "batch_size": 2,
+        "distribution": distribution,
+        "sampling": Sampling(temperature=1.0),
+    }
     decode_rows = decode_with(network, decoder, **options)
     return collect(
         decode_rows,

@@ -132,6 +132,7 @@ class _Run:
         decoder = lm.decoder(**{"decoder": Jacobi.name, **given})
         options: dict[str, Any] = {
             "max_new_tokens": self.settings.max_new_tokens,
+            "early_stop": self.settings.early_stop,
             "batch_size": self.batch_size,
             "settings": self._described(decoder.name),
             "on_output": self.on_output,
@@ -143,7 +144,7 @@ class _Run:
             )
         if most_repetition is not None:
             raise FewstepError("--most-repetition has no effect on texts, which are kept as they are; leave it out")
-        return collect_texts(lm.network, self.rows, self.output, decoder, **options)
+        return collect_texts(lm.network, self.rows, self.output, decoder, sampling=self.settings.sampling, **options)
 
     def diffusion(
         self,
@@ -167,6 +168,8 @@ class _Run:
             lm.network,
             decoder,
             max_new_tokens=self.settings.max_new_tokens,
+            sampling=self.settings.sampling,
+            early_stop=self.settings.early_stop,
             batch_size=self.batch_size,
             distribution=kept,
             on_output=self.on_output,

@@ -11,7 +11,7 @@ from rich.text import Text
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
-    from fewstep.decode.jacobi import Window
+    from fewstep.decode.jacobi_windows import Window
     from fewstep.decode.requests import Output
     from fewstep.engine.language_model import LanguageModel
 
@@ -26,8 +26,8 @@ def complete_in_view(lm: "LanguageModel", prompt: str, *, raw: bool = False, **s
 
     In a terminal tokens are coloured; elsewhere "|" ends what is fixed, and wrong tokens stand in brackets.
     """
-    from fewstep.decode.jacobi import Jacobi, jacobi_trajectories
-    from fewstep.decode.requests import Request
+    from fewstep.decode.jacobi import Jacobi
+    from fewstep.decode.jacobi_windows import jacobi_trajectories
     from fewstep.engine.settings import GenerationSettings
     from fewstep.models.text import decode_text
 
@@ -36,7 +36,7 @@ def complete_in_view(lm: "LanguageModel", prompt: str, *, raw: bool = False, **s
         if lm.role.name != "autoregressive":
             raise FewstepError("--show-iterations shows jacobi decoding, which needs a causal model, such as gsm-cllm")
         raise FewstepError(f"--show-iterations shows jacobi decoding, not {decoder.name}; add --decoder jacobi")
-    request = Request(prompt_ids=lm.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed)
+    request = chosen.request(lm.encode(prompt, raw=raw))
     trajectory = jacobi_trajectories(lm.network, [request], decoder)[0]
     output = replace(trajectory.output, text=decode_text(lm.network.tokenizer, trajectory.output.token_ids))
     draw_row = _coloured if sys.stdout.isatty() else _plain

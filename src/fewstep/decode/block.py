@@ -6,32 +6,29 @@ they are computed from its final tokens, and that commit shares the forward of t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
-from fewstep.decode.decoder import Drawing, Shape, cached_plan, canvas_length, grouped_passes, open_canvas
+from fewstep.decode.decoder import Shape, Traits, cached_plan, canvas_length, grouped_passes, open_canvas
 from fewstep.decode.policies import CONFIDENT, Policy
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.sampling import GREEDY, Sampling
 from fewstep.decode.state import State
+from fewstep.decode.steps import Finalising
 from fewstep.errors import FewstepError
 from fewstep.models.network import Plan
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block(Drawing):
+class Block(Finalising):
     """As many tokens per pass as the policy finds. Plan shapes: `denoise` (B rows), `commit` (2 B) and `prefill`."""
 
     name: ClassVar[str] = "block"
-    roles: ClassVar[tuple[RoleName, ...]] = ("block_causal",)
-    cached: ClassVar[bool] = True
 
     role: Role
     policy: Policy = CONFIDENT
-    sampling: Sampling = GREEDY
-    early_stop: bool = True
 
     def __post_init__(self) -> None:
         if self.policy.paced:
@@ -41,12 +38,16 @@ class Block(Drawing):
     def block_size(self) -> int:
         return self.role.block_size
 
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(roles=("block_causal",), cached=True, span=self.block_size)
+
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:
             raise FewstepError("the block decoder cannot infill: no block sees a later one; use a bidirectional model")
         assert self.role.mask_token_id is not None
         length = canvas_length(self.role, request, self.block_size)
-        return open_canvas(length, self.role.mask_token_id, limit=request.max_new_tokens, early_stop=self.early_stop)
+        return open_canvas(length, self.role.mask_token_id, limit=request.max_new_tokens, early_stop=request.early_stop)
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size):

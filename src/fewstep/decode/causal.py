@@ -12,56 +12,50 @@ in their slots, which no row sees before they are overwritten: a causal row sees
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from fewstep.decode.decoder import Decoder, Drawing, open_canvas
+from fewstep.decode.decoder import Accepted, Decoder, Shape, Traits, open_canvas
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.sampling import GREEDY, Sampling, confidence
-from fewstep.decode.state import StateT, draw_tokens, finalise, is_stop, scored_positions
+from fewstep.decode.sampling import confidence
+from fewstep.decode.state import StateT, is_stop, scored_positions
+from fewstep.decode.steps import Finalising, draw_tokens, finalise
 from fewstep.errors import FewstepError
 from fewstep.models.network import Scores
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import Role
 
 NGram = Annotated[int, Ge(1), Le(1024)]
 """Tokens of an n-gram or of a match, each of which costs every pass a look at the whole text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(Drawing):
-    """A subclass brings its name, `passes` and `plan`, and `accept` if it guesses."""
+class Causal(Finalising):
+    """A subclass brings its name, `passes` and `plan`, and `traits` and `accept` if it guesses."""
 
     name: ClassVar[str]
-    roles: ClassVar[tuple[RoleName, ...]] = ("autoregressive",)
-    cached: ClassVar[bool] = True
     block_size: ClassVar[int] = 1
     policy: ClassVar[Policy] = ONE_PER_STEP
 
     role: Role
-    sampling: Sampling = GREEDY
-    early_stop: bool = True
+
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(roles=("autoregressive",), cached=True, span=1)
 
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:
             raise FewstepError(f"the {self.name} decoder cannot infill; use a bidirectional model")
-        return open_canvas(request.max_new_tokens, 0, limit=request.max_new_tokens, early_stop=self.early_stop)
-
-    def refuse_sampling(self) -> None:
-        """FewstepError if tokens are to be drawn, for decoders that only take the most probable."""
-        if not self.sampling.greedy:
-            raise FewstepError(
-                f"the {self.name} decoder is greedy only; leave out the temperature, or sample with the decoder "
-                "autoregressive, prompt-lookup or speculative"
-            )
+        return open_canvas(request.max_new_tokens, 0, limit=request.max_new_tokens, early_stop=request.early_stop)
 
 
 def accept_agreed(
     decoder: Decoder, state: StateT, tokens_RS: Tensor, agreed_RS: Tensor, scores: Scores, end_R: Tensor | None = None
-) -> StateT:
+) -> Accepted[StateT]:
     """Make tokens final, of the S positions from the front on, that only agreed guesses precede.
 
     `agreed_RS`: whether the guess at the position is the token. None past an end-of-text, or from `end_R` on.
@@ -76,19 +70,24 @@ def accept_agreed(
     return finalise(decoder, state, tokens_RS, chosen_RS, confidence(scores.logits_RSV, tokens_RS))
 
 
-def keep_agreed(state: StateT) -> StateT:
+def keep_agreed(accepted: Accepted[StateT]) -> Accepted[StateT]:
     """After `accept_agreed` of guesses that stood in their own slots: all final tokens but the last are cached."""
-    return replace(state, cached_R=torch.where(state.done_R, state.cached_R, state.front_R - 1))
+    state = accepted.state
+    return replace(
+        accepted, state=replace(state, cached_R=torch.where(state.done_R, state.cached_R, state.front_R - 1))
+    )
 
 
-def verify(decoder: Decoder, state: StateT, scores: Scores, end_R: Tensor | None = None) -> tuple[StateT, Tensor]:
-    """The state after a pass over the guesses that stand at the open positions, and what it says belongs there [R, S].
+def verify(
+    decoder: Decoder, state: StateT, shape: Shape, scores: Scores, end_R: Tensor | None = None
+) -> tuple[Accepted[StateT], Tensor]:
+    """After a pass over the guesses that stand at the open positions, and what it says belongs there [R, S].
 
     The last of the S positions was not guessed, or its guess is not used. A position is drawn with the noise of the
     step in which autoregressive decoding comes to it, so that with the same seed sampled tokens are the same too.
     """
     positions_RS = scored_positions(state, scores.logits_RSV.shape[1])
     turn_RS = positions_RS - state.context_length_R[:, None] + 1
-    tokens_RS = draw_tokens(decoder.sampling, state, scores.logits_RSV, positions_RS, turn_RS)
+    tokens_RS = draw_tokens(shape.drawing, state, scores.logits_RSV, positions_RS, turn_RS)
     agreed_RS = state.tokens_RL.gather(1, positions_RS) == tokens_RS
     return keep_agreed(accept_agreed(decoder, state, tokens_RS, agreed_RS, scores, end_R)), tokens_RS

@@ -4,8 +4,8 @@ Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = roo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fewstep.decode.policies import Policy, Threshold
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.sampling import Sampling
-from fewstep.decode.state import State, accept
+from fewstep.decode.state import State
 from fewstep.models.network import Network, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
@@ -25,15 +24,70 @@ PREFILL_BUCKET = 16
 """Prefill shapes are multiples of this, so that there are few of them."""
 
 
+Drawing = Literal["greedy", "sampled", "filtered"]
+"""How the tokens of a pass are drawn: none of its requests samples; some do; some of them by top-k or top-p."""
+
+DRAWINGS: tuple[Drawing, ...] = get_args(Drawing)
+
+
+def drawing_of(request: Request) -> Drawing:
+    """What the request alone needs."""
+    if request.sampling.greedy:
+        return "greedy"
+    return "filtered" if request.sampling.filtered else "sampled"
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What fixes a pass: the plan's kind, and how many rows it has room for. Each is one capturable graph.
+    """The whole key of a captured graph: passes of equal shape differ in no tensor's shape, and in no computation.
 
-    `width` counts pending rows, in an uncached forward all rows.
+    A decoder's `passes` names the plan's kind and how many rows it has room for (`width` counts pending rows, in an
+    uncached forward all rows); the loop adds the number of requests, how many slots of the cache attention reads (0
+    without a cache), and the drawing.
     """
 
     kind: str
     width: int
+    rows: int = 0
+    cache_length: int = 0
+    drawing: Drawing = "greedy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the loop has to know of a decoder; a step does not read it.
+
+    `roles`: of the networks that it can run. `cached`: whether passes read and write a KV cache. `guided`: whether
+    logits come from two forwards, so that no hidden row gives them. `branching`: whether guesses branch, so that the
+    rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that sample. `span`:
+    positions from the front on that a pass may read, or write to the cache. `num_guessed`: positions from the front on
+    that guesses stand for, 0 for a decoder that does not guess. `companions`: the networks that plans name besides
+    "target", each with a cache of its own.
+    """
+
+    roles: tuple[RoleName, ...]
+    cached: bool
+    span: int
+    num_guessed: int = 0
+    guided: bool = False
+    branching: bool = False
+    greedy_only: bool = False
+    companions: Mapping[str, Network] = field(default_factory=dict)
+
+
+AnyState = TypeVar("AnyState", bound=State, covariant=True)
+
+
+@dataclass(frozen=True)
+class Accepted(Generic[AnyState]):
+    """What `accept` says: the state after the pass, the positions that it scored, and which of them it made final.
+
+    Both are None after a pass of a draft.
+    """
+
+    state: AnyState
+    positions_RS: Tensor | None = None
+    chosen_RS: Tensor | None = None
 
 
 class Decoder(Protocol):
@@ -41,11 +95,11 @@ class Decoder(Protocol):
 
     A step is one pass or several: each is `plan`, one forward of the network that the plan names, `accept`. What a
     decoder remembers from step to step is a tensor with the requests first, in a subclass of State that `start` makes.
+    A decoder keeps what shapes a forward; what a request may ask for by itself stands in the request. Its `policy` is
+    the kind of rule, and the numbers of requests that bring none.
     """
 
     name: ClassVar[str]
-    roles: ClassVar[tuple[RoleName, ...]]
-    cached: ClassVar[bool]
 
     @property
     def role(self) -> Role: ...
@@ -54,31 +108,12 @@ class Decoder(Protocol):
     @property
     def policy(self) -> Policy: ...
     @property
-    def sampling(self) -> Sampling: ...
-    @property
-    def guided(self) -> bool:
-        """Whether logits come from two forwards, so that no hidden row gives them."""
-
-    @property
-    def branching(self) -> bool:
-        """Whether guesses branch, so that the rows scored are not those of neighbouring positions."""
-
-    @property
-    def span(self) -> int:
-        """Positions from the front on that a pass may read, or write to the cache."""
-
-    @property
-    def num_guessed(self) -> int:
-        """Positions from the front on that guesses stand for, 0 for a decoder that does not guess."""
-
-    @property
-    def companions(self) -> Mapping[str, Network]:
-        """The networks that plans name besides "target", each with a cache of its own."""
+    def traits(self) -> Traits: ...
 
     def canvas(self, request: Request) -> Canvas:
         """The room for new tokens. FewstepError if the request cannot be decoded so."""
 
-    def start(self, state: State) -> State:
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         """The state of requests that begin, on the CPU, with what this decoder remembers."""
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
@@ -90,36 +125,8 @@ class Decoder(Protocol):
     def plan(self, state: State, shape: Shape) -> Plan:
         """What to score in a pass of this shape."""
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
-        """The state after the pass."""
-
-
-class Drawing:
-    """What decoders share that finalise tokens they have just drawn, and so remember nothing but the State."""
-
-    branching: ClassVar[bool] = False
-
-    @property
-    def guided(self) -> bool:
-        return False
-
-    @property
-    def companions(self) -> Mapping[str, Network]:
-        return {}
-
-    @property
-    def num_guessed(self) -> int:
-        return 0
-
-    @property
-    def span(self: Decoder) -> int:
-        return self.block_size
-
-    def start(self, state: State) -> State:
-        return state
-
-    def accept(self: Decoder, state: State, shape: Shape, scores: Scores) -> State:
-        return accept(self, state, scores)
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
+        """The state after the pass, and what it made final."""
 
 
 def threshold_rule(decoder: Decoder) -> dict[str, Any]:

@@ -6,20 +6,29 @@ first.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from fewstep.decode.decoder import Drawing, Shape, canvas_length, first_block_start, open_canvas, whole_blocks
+from fewstep.decode.decoder import (
+    Accepted,
+    Shape,
+    Traits,
+    canvas_length,
+    first_block_start,
+    open_canvas,
+    whole_blocks,
+)
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.sampling import GREEDY, Sampling
 from fewstep.decode.state import NEVER, State
+from fewstep.decode.steps import Finalising, accept, integers, padded_tokens
 from fewstep.errors import FewstepError
 from fewstep.models.network import Guidance, Plan, Scores
-from fewstep.models.roles import INVISIBLE, Role, RoleName
+from fewstep.models.roles import INVISIBLE, Role
 from fewstep.values import Count, check_fields
 
 LENGTH_BUCKET = 16
@@ -30,7 +39,18 @@ GuidanceScale = Annotated[float, Ge(0), Le(1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diffusion(Drawing):
+class DiffusionState(State):
+    """What paced policies and infilling need; E = tokens that end an answer."""
+
+    barred_RE: Tensor  # tokens that no position takes which something given follows; NEVER = none
+    block_step_R: Tensor  # steps spent in the current block
+    block_index_R: Tensor  # blocks finished before the current one
+    num_blocks_R: Tensor  # blocks with open positions, in all
+    num_steps_R: Tensor  # steps over the canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Finalising):
     """`steps` over the canvas are split evenly over its blocks, the remainder to the first; None is one per token.
 
     They matter to paced policies only (`EvenSplit`, `Origin`). A block whose masks are all final before its steps are
@@ -41,16 +61,12 @@ class Diffusion(Drawing):
     """
 
     name: ClassVar[str] = "diffusion"
-    roles: ClassVar[tuple[RoleName, ...]] = ("bidirectional", "block_causal")
-    cached: ClassVar[bool] = False
 
     role: Role
     block_size: Count
     policy: Policy = ONE_PER_STEP
     steps: Count | None = None
     canvas_length: Count | None = None
-    sampling: Sampling = GREEDY
-    early_stop: bool = True
     cfg_scale: GuidanceScale = 0.0
 
     def __post_init__(self) -> None:
@@ -60,9 +76,11 @@ class Diffusion(Drawing):
                 f"the attention has blocks of {self.role.block_size}, so the schedule cannot have {self.block_size}"
             )
 
-    @property
-    def guided(self) -> bool:
-        return self.cfg_scale > 0
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            roles=("bidirectional", "block_causal"), cached=False, span=self.block_size, guided=self.cfg_scale > 0
+        )
 
     def canvas(self, request: Request) -> Canvas:
         canvas = self._fresh_canvas(request) if request.canvas is None else self._given_canvas(request.canvas)
@@ -82,7 +100,7 @@ class Diffusion(Drawing):
                 f"max_new_tokens {request.max_new_tokens} exceeds the canvas of {length}; "
                 "lower it or raise canvas_length"
             )
-        return open_canvas(length, self._mask_token_id, limit=request.max_new_tokens, early_stop=self.early_stop)
+        return open_canvas(length, self._mask_token_id, limit=request.max_new_tokens, early_stop=request.early_stop)
 
     def _given_canvas(self, tokens: list[int]) -> Canvas:
         opened = [token == self._mask_token_id for token in tokens]
@@ -110,12 +128,30 @@ class Diffusion(Drawing):
             blocks_RQ=torch.where(inert_RQ, INVISIBLE, self.role.blocks(positions_RQ, state.context_length_R[:, None])),
             slots_RQ=None,
             scored_RS=state.front_R[:, None] + torch.arange(self.block_size, device=device),
-            guidance=self._guidance(state, tokens_RQ) if self.guided else None,
+            guidance=self._guidance(state, tokens_RQ) if self.traits.guided else None,
         )
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
+        zeros_R = torch.zeros_like(state.front_R)
+        ends = [(request.stop_token_ids or ()) if request.canvas is not None else () for request in requests]
+        return DiffusionState(
+            **vars(state),
+            barred_RE=padded_tokens(ends, state.settings.stop_tokens_RE.shape[1]),
+            block_step_R=zeros_R,
+            block_index_R=zeros_R,
+            num_blocks_R=integers(canvas.num_blocks for canvas in canvases),
+            num_steps_R=integers(canvas.num_steps for canvas in canvases),
+        )
+
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
+        assert isinstance(state, DiffusionState)
         _bar(state, scores.logits_RSV)
-        return super().accept(state, shape, scores)
+        accepted = accept(self, state, shape, scores, _steps_left(state)[:, None] if self.policy.paced else None)
+        after = accepted.state
+        moved_R = after.front_R != state.front_R
+        block_step_R = torch.where(moved_R, 0, state.block_step_R + ~state.done_R)
+        after = replace(after, block_step_R=block_step_R, block_index_R=state.block_index_R + moved_R)
+        return replace(accepted, state=after)
 
     def _guidance(self, state: State, tokens_RQ: Tensor) -> Guidance:
         """The same tokens, whatever was given masked."""
@@ -123,7 +159,15 @@ class Diffusion(Drawing):
         return Guidance(tokens_RQ.masked_fill(given_RQ, self._mask_token_id), self.cfg_scale)
 
 
-def _bar(state: State, logits_RSV: Tensor) -> None:
+def _steps_left(state: DiffusionState) -> Tensor:
+    """Steps left in the current block, this one included: the total split evenly, the remainder to the first blocks."""
+    num_blocks_R = state.num_blocks_R.clamp(min=1)  # a free slot has none
+    each_R = state.num_steps_R // num_blocks_R
+    has_one_more_R = state.block_index_R < state.num_steps_R % num_blocks_R
+    return (each_R + has_one_more_R - state.block_step_R).clamp(min=1)
+
+
+def _bar(state: DiffusionState, logits_RSV: Tensor) -> None:
     """Rule out, in place, what would end the text before something given: models that pad with the end-of-text would
     else fill a gap with it.
     """

@@ -19,7 +19,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, NGram, accept_agreed
-from fewstep.decode.decoder import Shape, grouped_passes
+from fewstep.decode.decoder import Accepted, Shape, Traits, grouped_passes
+from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.decode.state import State
 from fewstep.decode.tree import ROOT, Tree, along, check_size, longest_path, tree_plan
@@ -50,13 +51,11 @@ class Lookahead(Causal):
     """
 
     name: ClassVar[str] = "lookahead"
-    branching: ClassVar[bool] = True
 
     window: Count = 8
     ngram: Annotated[NGram, Ge(2)] = 4
 
     def __post_init__(self) -> None:
-        self.refuse_sampling()
         check_fields(self, self.name)
         check_size(2 * self.window * (self.ngram - 1), self.name)
 
@@ -78,18 +77,21 @@ class Lookahead(Causal):
                 parents.append(above if level else before)
         return Tree(tuple(parents))
 
-    @property
-    def num_guessed(self) -> int:
-        return self.window + self.ngram - 2
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            roles=("autoregressive",),
+            cached=True,
+            num_guessed=self.window + self.ngram - 2,
+            span=self.tree.num_guesses,
+            greedy_only=True,
+            branching=True,
+        )
 
-    @property
-    def span(self) -> int:
-        return self.tree.num_guesses
-
-    def start(self, state: State) -> State:
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         num_requests, num_cells = len(state.done_R), (self.ngram - 1) * self.window
         cells_RC = torch.arange(num_cells, device=state.tokens_RL.device).expand(num_requests, -1)
-        picks_RC = uniform(noise_keys(state.seed_R, cells_RC, state.num_forwards_R), 1)[..., 0]
+        picks_RC = uniform(noise_keys(state.settings.seed_R, cells_RC, state.num_forwards_R), 1)[..., 0]
         guesses_RC = state.tokens_RL.gather(1, (picks_RC * state.context_length_R[:, None]).long())
         pool_size = PASSES_KEPT * self.window
         return LookaheadState(
@@ -100,7 +102,7 @@ class Lookahead(Causal):
         )
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
-        for members, width in grouped_passes(pending_R, shapes=(self.ngram,), active=self.span):
+        for members, width in grouped_passes(pending_R, shapes=(self.ngram,), active=self.tree.num_guesses):
             yield members, [Shape("decode" if width == self.ngram else "prefill", width)]
 
     def plan(self, state: State, shape: Shape) -> Plan:
@@ -116,7 +118,7 @@ class Lookahead(Causal):
             scored=(*range(1, num_chained + 1), *range(tree.num_guesses - self.window + 1, tree.num_guesses + 1)),
         )
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
         assert isinstance(state, LookaheadState)
         chains = self.chains
         guesses_RT, parents_T = self._candidates(state), chains.on(scores.logits_RSV.device).parents_T
@@ -124,8 +126,9 @@ class Lookahead(Causal):
         path_RS, depth_R = longest_path(chains, guesses_RT == answers_RS[:, parents_T])
         tokens_RS = answers_RS.gather(1, path_RS)
         agreed_RS = torch.arange(tokens_RS.shape[1], device=tokens_RS.device) < depth_R[:, None]
-        after = accept_agreed(self, state, tokens_RS, agreed_RS, along(path_RS, scores))
-        return _gathered(after, answers_RS[:, -self.window :], after.front_R - state.front_R)
+        accepted = accept_agreed(self, state, tokens_RS, agreed_RS, along(path_RS, scores))
+        num_accepted_R = accepted.state.front_R - state.front_R
+        return replace(accepted, state=_gathered(accepted.state, answers_RS[:, -self.window :], num_accepted_R))
 
     def _candidates(self, state: LookaheadState) -> Tensor:
         """The latest n-grams of the pool that begin with the last final token, less that token, [R, G (N - 1)]."""

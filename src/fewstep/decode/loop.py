@@ -16,16 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.decode.decoder import Decoder, Shape, first_block_start, whole_blocks
+from fewstep.decode.decoder import (
+    DRAWINGS,
+    Accepted,
+    Decoder,
+    Shape,
+    drawing_of,
+    first_block_start,
+    whole_blocks,
+)
 from fewstep.decode.requests import Canvas, Output, Request, TopK
-from fewstep.decode.state import State, begin, free_slots
+from fewstep.decode.state import State
+from fewstep.decode.steps import begin, check_settings, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
-from fewstep.models.network import Network, Plan, Scores, check_draft
+from fewstep.models.network import Network, Scores, check_draft
 from fewstep.models.threads import sparing_threads
 
 REACH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
+
+ROOM_FOR_STOP_TOKENS = 4
+"""A request may name so many stop tokens, or as many as the network has."""
 
 Listener = Callable[[State], None]
 """Called after every round with the state of all slots; a free slot is `done`."""
@@ -55,14 +67,19 @@ class Event:
 
 def run_pass(
     networks: Mapping[str, Network], decoder: Decoder, state: State, caches: Mapping[str, KVCache], shape: Shape
-) -> tuple[State, Plan, Scores]:
+) -> tuple[Accepted[State], Scores]:
     """One pass of all requests in `state`: the seam where a captured engine replays the same calls as one graph.
 
     Networks and caches by the name that a plan gives them; an uncached decoder has no caches.
     """
     plan = decoder.plan(state, shape)
     scores = networks[plan.network].score(plan, caches.get(plan.network))
-    return decoder.accept(state, shape, scores), plan, scores
+    return decoder.accept(state, shape, scores), scores
+
+
+RunPass = Callable[
+    [Mapping[str, Network], Decoder, State, Mapping[str, KVCache], Shape], tuple[Accepted[State], Scores]
+]
 
 
 @dataclass(frozen=True)
@@ -83,22 +100,25 @@ def positions_needed(decoder: Decoder, request: Request) -> int:
 def _extent(decoder: Decoder, request: Request, canvas: Canvas) -> int:
     start = first_block_start(decoder.role, len(request.prompt_ids))
     blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
-    return start + blocks + decoder.span - decoder.block_size
+    return start + blocks + decoder.traits.span - decoder.block_size
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
     """The request's canvas. FewstepError if the network, or one that helps it, cannot decode it so."""
-    if not request.prompt_ids and (decoder.cached or network.role.scores_next_token):
+    if not request.prompt_ids and (decoder.traits.cached or network.role.scores_next_token):
         raise FewstepError("the prompt is empty; give at least one token")
     if request.max_new_tokens < 1:
         raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-    canvas = decoder.canvas(request)
+    check_settings(decoder, request)
     asked = request.max_new_tokens if request.canvas is None else len(request.canvas)
     # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
     asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
-    for each in (network, *decoder.companions.values()):
-        each.check_ids([*request.prompt_ids, *canvas.tokens])
+    networks = (network, *decoder.traits.companions.values())
+    for each in networks:  # before a canvas is made, which may be of any size
         _check_room(each, decoder, request, asked)
+    canvas = decoder.canvas(request)
+    for each in networks:
+        each.check_ids([*request.prompt_ids, *canvas.tokens])
     return canvas
 
 
@@ -106,9 +126,9 @@ def _check_room(network: Network, decoder: Decoder, request: Request, num_new: i
     num_given = len(request.prompt_ids)
     network.check_length(num_given, num_new)
     room = network.max_positions - num_given
-    if decoder.num_guessed > room:
+    if decoder.traits.num_guessed > room:
         raise FewstepError(
-            f"the {decoder.name} decoder guesses {decoder.num_guessed} positions ahead, and the prompt leaves "
+            f"the {decoder.name} decoder guesses {decoder.traits.num_guessed} positions ahead, and the prompt leaves "
             f"{room} of the {network.max_positions} of {network.name}; set a smaller window"
         )
 
@@ -140,28 +160,32 @@ class Loop:
         length: int,
         record: Record | None = None,
         listeners: Sequence[Listener] = (),
+        run_pass: RunPass = run_pass,
     ) -> None:
+        traits = decoder.traits
         if num_slots < 1:
             raise FewstepError(f"batch_size must be at least 1, got {num_slots}")
-        if network.role.name not in decoder.roles:
+        if network.role.name not in traits.roles:
             raise FewstepError(
                 f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
-                f"it needs {' or '.join(decoder.roles)}"
+                f"it needs {' or '.join(traits.roles)}"
             )
-        if record is not None and decoder.guided:
+        if record is not None and traits.guided:
             raise FewstepError("with cfg_scale no hidden row gives a token's distribution; record without it")
-        if record is not None and decoder.branching:
+        if record is not None and traits.branching:
             raise FewstepError(f"the {decoder.name} decoder records no rows; record with the autoregressive decoder")
         self.network = network
-        for companion in decoder.companions.values():
+        for companion in traits.companions.values():
             check_draft(network, companion)
-        self._networks = {"target": network, **decoder.companions}
+        self._networks = {"target": network, **traits.companions}
         self.decoder = decoder
+        self._run_pass = run_pass
+        self._num_stop_tokens = max(len(network.stop_token_ids), ROOM_FOR_STOP_TOKENS)
         # With the cache's scratch slot a multiple of the bucket, as attention kernels like it.
         self.length = length = whole_blocks(length + 1, REACH_BUCKET) - 1
         self.state = free_slots(self._begin([]), num_slots, network.device)
         self._caches = {
-            name: each.new_cache(num_slots, length) for name, each in self._networks.items() if decoder.cached
+            name: each.new_cache(num_slots, length) for name, each in self._networks.items() if traits.cached
         }
         self._num_parameters = network.num_parameters
         self._record = record
@@ -175,6 +199,7 @@ class Loop:
         self._pending_R = torch.full((num_slots,), -1)
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
         self._extent_R = torch.zeros(num_slots, dtype=torch.long)
+        self._drawing_R = torch.zeros(num_slots, dtype=torch.long)  # numbers of DRAWINGS
 
     @property
     def live(self) -> dict[int, int]:
@@ -187,6 +212,10 @@ class Loop:
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns the number with which `step` hands out its output. FewstepError if it cannot run."""
+        stops = self.network.stop_token_ids if request.stop_token_ids is None else request.stop_token_ids
+        request = replace(request, stop_token_ids=stops)
+        if len(stops) > self._num_stop_tokens:
+            raise FewstepError(f"a request names at most {self._num_stop_tokens} stop tokens")
         canvas = check_request(self.network, self.decoder, request)
         if _extent(self.decoder, request, canvas) > self.length:
             raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
@@ -228,6 +257,7 @@ class Loop:
         self._front_R[slots_r] = rows.front_R
         for slot, ticket in zip(slots, tickets, strict=True):
             self._extent_R[slot] = _extent(self.decoder, ticket.request, ticket.canvas)
+            self._drawing_R[slot] = DRAWINGS.index(drawing_of(ticket.request))
         self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
         for cache in self._caches.values():
             cache.reset(
@@ -241,20 +271,23 @@ class Loop:
             [ticket.canvas for ticket in tickets],
             self.length,
             pad_token_id=self.network.pad_token_id,
-            stop_token_ids=self.network.stop_token_ids,
+            num_stop_tokens=self._num_stop_tokens,
         )
 
     def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
         """One step of these slots; a subset is copied out and back, so that nothing is computed for the others."""
         subset_r = None if len(slots_r) == len(self._pending_R) else slots_r.to(self.network.device)
         state = self.state if subset_r is None else self.state.select(subset_r)
-        reach = whole_blocks(int(self._front_R[slots_r].max()) + self.decoder.span, REACH_BUCKET)
+        traits = self.decoder.traits
+        reach = whole_blocks(int(self._front_R[slots_r].max()) + traits.span, REACH_BUCKET) if traits.cached else 0
         caches = {name: cache.view(subset_r, reach) for name, cache in self._caches.items()}
+        drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
-            after, plan, scores = run_pass(self._networks, self.decoder, state, caches, shape)
-            if self._hidden_RLD is not None and plan.network == "target":
-                self._keep_hidden(subset_r, state, after, scores)
-            state = after
+            shape = replace(shape, rows=len(slots_r), cache_length=min(reach, self.length + 1), drawing=drawing)
+            accepted, scores = self._run_pass(self._networks, self.decoder, state, caches, shape)
+            if self._hidden_RLD is not None:
+                self._keep_hidden(subset_r, accepted, scores)
+            state = accepted.state
         if subset_r is None:
             self.state = state
         else:
@@ -265,12 +298,13 @@ class Loop:
         width = self.network.module.config.hidden_size
         return torch.zeros((num_slots, self.length + 1, width), device=self.network.device, dtype=self.network.dtype)
 
-    def _keep_hidden(self, subset_r: Tensor | None, before: State, after: State, scores: Scores) -> None:
+    def _keep_hidden(self, subset_r: Tensor | None, accepted: Accepted[State], scores: Scores) -> None:
         assert self._hidden_RLD is not None
-        positions_RS = before.front_R[:, None] + torch.arange(scores.hidden_RSD.shape[1], device=self.network.device)
-        chosen_RS = (after.step_RL != before.step_RL).gather(1, positions_RS)
+        if accepted.positions_RS is None or accepted.chosen_RS is None:
+            return
         slots_R = torch.arange(len(self._pending_R), device=self.network.device) if subset_r is None else subset_r
-        self._hidden_RLD[slots_R[:, None], torch.where(chosen_RS, positions_RS, self.length)] = scores.hidden_RSD
+        kept_RS = torch.where(accepted.chosen_RS, accepted.positions_RS, self.length)
+        self._hidden_RLD[slots_R[:, None], kept_RS] = scores.hidden_RSD
 
     def _collect(self, slots_r: Tensor) -> list[tuple[int, Output]]:
         """The outputs of slots that are done, which become free."""
@@ -284,7 +318,7 @@ class Loop:
         for row, slot in enumerate(slots_r.tolist()):
             ticket = self._live.pop(slot)
             self._free.append(slot)
-            output = _output(ticket, state, row, self.network.stop_token_ids, finished_s)
+            output = _output(ticket, state, row, finished_s)
             if hidden_rLD is not None:
                 start = len(ticket.request.prompt_ids)
                 output = self._with_record(output, hidden_rLD[row, start : start + len(ticket.canvas.tokens)])
@@ -302,7 +336,8 @@ class Loop:
         return replace(output, hidden_GD=hidden_GD.cpu() if self._record.hidden else None, top_k=top_k)
 
 
-def _output(ticket: _Ticket, state: State, row: int, stop_token_ids: Sequence[int], finished_s: float) -> Output:
+def _output(ticket: _Ticket, state: State, row: int, finished_s: float) -> Output:
+    stop_token_ids = ticket.request.stop_token_ids or ()
     start = len(ticket.request.prompt_ids)
     canvas = slice(start, start + len(ticket.canvas.tokens))
     canvas_ids_G = state.tokens_RL[row, canvas].clone()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed
-from fewstep.decode.decoder import Shape, grouped_passes
+from fewstep.decode.decoder import Accepted, Shape, Traits, grouped_passes
+from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.state import State
 from fewstep.decode.tree import ROOT, Tree, along, check_size, constant, longest_path, tree_plan
 from fewstep.errors import FewstepError
@@ -45,14 +46,12 @@ class Medusa(Causal):
     """
 
     name: ClassVar[str] = "medusa"
-    branching: ClassVar[bool] = True
 
     heads: MedusaHeads
     window: Count = 32
     typical: float | None = None
 
     def __post_init__(self) -> None:
-        self.refuse_sampling()
         check_fields(self, self.name)
         check_size(self.window, self.name)
         if self.typical is not None and not 0 < self.typical < 1:
@@ -68,15 +67,18 @@ class Medusa(Causal):
         number = {(): ROOT} | {path: i + 1 for i, path in enumerate(self._choices)}
         return Tree(tuple(number[path[:-1]] for path in self._choices))
 
-    @property
-    def num_guessed(self) -> int:
-        return len(self.heads)
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            roles=("autoregressive",),
+            cached=True,
+            num_guessed=len(self.heads),
+            span=max(self.tree.num_guesses, len(self.heads) + 1),
+            greedy_only=True,
+            branching=True,
+        )
 
-    @property
-    def span(self) -> int:
-        return max(self.tree.num_guesses, len(self.heads) + 1)
-
-    def start(self, state: State) -> State:
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         nothing_RT = torch.zeros((len(state.done_R), self.tree.num_guesses), dtype=torch.long)
         return MedusaState(**vars(state), guesses_RT=nothing_RT)
 
@@ -98,7 +100,7 @@ class Medusa(Causal):
             scored=every,
         )
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
         assert isinstance(state, MedusaState)
         guesses_RT, parents_T = state.guesses_RT, self.tree.on(state.guesses_RT.device).parents_T
         answers_RS = scores.logits_RSV.argmax(-1)
@@ -110,8 +112,9 @@ class Medusa(Causal):
         agreed_RS = torch.arange(path_RS.shape[1], device=path_RS.device) < depth_R[:, None]
         guessed_RS = guesses_RT.gather(1, (path_RS.roll(-1, 1) - 1).clamp(min=0))
         tokens_RS = torch.where(agreed_RS, guessed_RS, answers_RS.gather(1, path_RS))
-        after = accept_agreed(self, state, tokens_RS, agreed_RS, followed)
-        return replace(after, guesses_RT=torch.where(state.done_R[:, None], guesses_RT, self._guess(followed, depth_R)))
+        accepted = accept_agreed(self, state, tokens_RS, agreed_RS, followed)
+        next_RT = torch.where(state.done_R[:, None], guesses_RT, self._guess(followed, depth_R))
+        return replace(accepted, state=replace(accepted.state, guesses_RT=next_RT))
 
     def _guess(self, followed: Scores, depth_R: Tensor) -> Tensor:
         """The tree that follows the last token accepted, from the row that gave it, [R, T]."""

@@ -2,16 +2,17 @@
 
 Axes: R = requests, B = positions of a block, V = vocabulary.
 
-A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, setting_R1) -> chosen_RB`. It chooses masked
+A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, numbers_RN) -> chosen_RB`. It chooses masked
 positions only, at least one for every request that has any (`Origin` and `DreamSchedule` may choose none), and exactly
-one when nothing is certain enough, also on ties. Its setting is checked when it is built and handed over as a tensor at
-call time, so that a captured step serves every setting (`gaps` and `temperature` are a part of the step).
-`setting_R1=None` uses the policy's own setting.
+one when nothing is certain enough, also on ties. Its numbers are checked when it is built and handed over as a tensor
+at call time, one row a request, so that one step serves requests of different numbers (`order` and `temperature` are a
+part of the step). `numbers_RN=None` uses the policy's own.
 
 What "certain" means is the policy's `order`: see `certainty`. At a `temperature` above 0 the positions are drawn: see
 `perturbed`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -29,7 +30,7 @@ Order = Literal["low_confidence", "random", "margin", "entropy"]
 
 
 class Policy(Protocol):
-    """`setting` is the number handed to `__call__`; a `paced` policy gets the steps left in the block instead.
+    """`numbers` are handed to `__call__`, the N of each request; a `paced` policy gets the steps left in the block.
 
     `temperature`: see `perturbed`; 0 draws no positions.
     """
@@ -41,8 +42,8 @@ class Policy(Protocol):
     @property
     def temperature(self) -> float: ...
     @property
-    def setting(self) -> float: ...
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor: ...
+    def numbers(self) -> tuple[float, ...]: ...
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor: ...
 
 
 def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB: Callable[[], Tensor]) -> Tensor:
@@ -101,14 +102,15 @@ class Threshold:
         check_threshold(self.at_least)
 
     @property
-    def setting(self) -> float:
-        return self.at_least
+    def numbers(self) -> tuple[float, ...]:
+        """The threshold and the gaps."""
+        return self.at_least, math.inf if self.gaps is None else self.gaps
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        enough_RB = certainty_RB >= _number(self, setting_R1)
-        if self.gaps is not None:
-            uncertain_RB = (masked_RB & ~enough_RB).int()
-            masked_RB = masked_RB & (uncertain_RB.cumsum(-1) - uncertain_RB <= self.gaps)
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        enough_RB = certainty_RB >= _number(self, numbers_RN)
+        gaps = self.numbers[1] if numbers_RN is None else numbers_RN[:, 1:2]
+        uncertain_RB = (masked_RB & ~enough_RB).int()
+        masked_RB = masked_RB & (uncertain_RB.cumsum(-1) - uncertain_RB <= gaps)
         return _or_best(enough_RB, certainty_RB, masked_RB)
 
 
@@ -127,11 +129,11 @@ class Margin:
             raise FewstepError(f"the margin is a difference of probabilities in (0, 1], got {self.at_least}; try 0.8")
 
     @property
-    def setting(self) -> float:
-        return self.at_least
+    def numbers(self) -> tuple[float, ...]:
+        return (self.at_least,)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return _or_best(certainty_RB >= _number(self, setting_R1), certainty_RB, masked_RB)
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        return _or_best(certainty_RB >= _number(self, numbers_RN), certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +151,11 @@ class EntropyBelow:
             raise FewstepError(f"the entropy bound is in nats and above 0, got {self.nats}; try 0.3")
 
     @property
-    def setting(self) -> float:
-        return self.nats
+    def numbers(self) -> tuple[float, ...]:
+        return (self.nats,)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return _or_best(-certainty_RB <= _number(self, setting_R1), certainty_RB, masked_RB)
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        return _or_best(-certainty_RB <= _number(self, numbers_RN), certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +173,14 @@ class Factor:
             raise FewstepError(f"the factor must be above 0, got {self.factor}; try 1.0")
 
     @property
-    def setting(self) -> float:
-        return self.factor
+    def numbers(self) -> tuple[float, ...]:
+        return (self.factor,)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         descending_RB = certainty_RB.masked_fill(~masked_RB, float("-inf")).sort(-1, descending=True).values
         n_B = torch.arange(1, masked_RB.shape[-1] + 1, device=masked_RB.device)
         # The left side grows with n, so counting the positions that pass finds the largest n.
-        count_R1 = ((n_B + 1) * (1 - descending_RB) < _number(self, setting_R1)).sum(-1, keepdim=True)
+        count_R1 = ((n_B + 1) * (1 - descending_RB) < _number(self, numbers_RN)).sum(-1, keepdim=True)
         return _best(count_R1.clamp(min=1), certainty_RB, masked_RB)
 
 
@@ -195,31 +197,31 @@ class FixedCount:
         check_fields(self)
 
     @property
-    def setting(self) -> float:
-        return self.num_tokens
+    def numbers(self) -> tuple[float, ...]:
+        return (self.num_tokens,)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return _best(_number(self, setting_R1), certainty_RB, masked_RB)
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        return _best(_number(self, numbers_RN), certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvenSplit:
     """A block's masks split evenly over its steps, the remainder to the first steps. LLaDA, arXiv 2502.09992.
 
-    Its setting is the number of steps left in the block, this one included.
+    Its number is that of the steps left in the block, this one included.
     """
 
     order: Order = "low_confidence"
     paced: ClassVar[bool] = True
     temperature: ClassVar[float] = 0.0
-    setting: ClassVar[float] = 1.0
+    numbers: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         # Rounding up what is left at every step gives the first steps the remainder.
-        count_R1 = (masked_RB.sum(-1, keepdim=True) / _number(self, setting_R1)).ceil()
+        count_R1 = (masked_RB.sum(-1, keepdim=True) / _number(self, numbers_RN)).ceil()
         return _best(count_R1.clamp(min=1), certainty_RB, masked_RB)
 
 
@@ -228,17 +230,17 @@ class Origin:
     """Each mask on its own with probability 1 - s/t, for a step from time t to s. Dream, arXiv 2508.15487.
 
     Times are evenly spaced from 1 to 0 over the block's steps, so with n steps left that is 1/n and the last step
-    takes all. A step may choose nothing, as published. Its setting is the number of steps left in the block, this one
+    takes all. A step may choose nothing, as published. Its number is that of the steps left in the block, this one
     included.
     """
 
     order: ClassVar[Order] = "random"
     paced: ClassVar[bool] = True
     temperature: ClassVar[float] = 0.0
-    setting: ClassVar[float] = 1.0
+    numbers: ClassVar[tuple[float, ...]] = (1.0,)
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
-        return masked_RB & ((1 - certainty_RB) * _number(self, setting_R1) < 1)
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        return masked_RB & ((1 - certainty_RB) * _number(self, numbers_RN) < 1)
 
 
 DreamAlg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
@@ -259,7 +261,7 @@ class DreamSchedule:
     Times are evenly spaced from 1 to `eps`, and a step from time t to s finalises the share 1 - s/t of the masks: the
     best ones, rounded down, or with `origin` each mask on its own with that probability; the last step takes all. With
     `alg_temp` above 0 as many are drawn in place of the best, without replacement, from softmax(certainty / alg_temp)
-    over the masks. A step may choose nothing, as published. Its setting is the number of steps left, this one included.
+    over the masks. A step may choose nothing, as published. Its number is that of the steps left, this one included.
     """
 
     alg: DreamAlg = "origin"
@@ -267,7 +269,7 @@ class DreamSchedule:
     eps: float = 1e-3
     alg_temp: Temperature | None = None
     paced: ClassVar[bool] = True
-    setting: ClassVar[float] = 1.0
+    numbers: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -284,9 +286,9 @@ class DreamSchedule:
     def temperature(self) -> float:
         return self.alg_temp or 0.0
 
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, setting_R1: Tensor | None = None) -> Tensor:
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         # With n of N steps left t = eps + (1 - eps) n / N and s = eps + (1 - eps) (n - 1) / N.
-        left_R1 = torch.as_tensor(_number(self, setting_R1), device=certainty_RB.device)
+        left_R1 = torch.as_tensor(_number(self, numbers_RN), device=certainty_RB.device)
         share_R1 = 1 / (left_R1 + self.num_steps * self.eps / (1 - self.eps))
         share_R1 = torch.where(left_R1 <= 1, 1.0, share_R1)
         if self.alg == "origin":
@@ -294,8 +296,17 @@ class DreamSchedule:
         return _best((masked_RB.sum(-1, keepdim=True) * share_R1).floor(), certainty_RB, masked_RB)
 
 
-def _number(policy: Policy, setting_R1: Tensor | None) -> Tensor | float:
-    return policy.setting if setting_R1 is None else setting_R1
+def _number(policy: Policy, numbers_RN: Tensor | None) -> Tensor | float:
+    return policy.numbers[0] if numbers_RN is None else numbers_RN[:, :1]
+
+
+def same_kind(one: Policy, other: Policy) -> bool:
+    """Whether one step serves both: they differ in their numbers only."""
+
+    def kind(policy: Policy) -> object:
+        return policy if policy.paced else (type(policy), policy.order, policy.temperature)
+
+    return kind(one) == kind(other)
 
 
 def _or_best(enough_RB: Tensor, certainty_RB: Tensor, masked_RB: Tensor) -> Tensor:

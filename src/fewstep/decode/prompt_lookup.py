@@ -5,13 +5,15 @@ A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487. Axes: R = re
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, NGram, verify
-from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
+from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
+from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.models.network import Plan, Scores
 from fewstep.values import Count, check_fields
@@ -33,15 +35,11 @@ class PromptLookup(Causal):
     def __post_init__(self) -> None:
         check_fields(self, self.name)
 
-    @property
-    def num_guessed(self) -> int:
-        return self.window
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(roles=("autoregressive",), cached=True, num_guessed=self.window, span=1 + self.window)
 
-    @property
-    def span(self) -> int:
-        return 1 + self.window
-
-    def start(self, state: State) -> State:
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         return self._with_guesses(state)
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
@@ -51,8 +49,9 @@ class PromptLookup(Causal):
     def plan(self, state: State, shape: Shape) -> Plan:
         return cached_plan(shape.kind, state, self.role, width=shape.width, active=self.window)
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
-        return self._with_guesses(verify(self, state, scores)[0])
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
+        accepted, _ = verify(self, state, shape, scores)
+        return replace(accepted, state=self._with_guesses(accepted.state))
 
     def _with_guesses(self, state: State) -> State:
         positions_RC = scored_positions(state, self.window)

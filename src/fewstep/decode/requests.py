@@ -5,20 +5,31 @@ from typing import Literal
 
 from torch import Tensor
 
+from fewstep.decode.policies import Policy
+from fewstep.decode.sampling import GREEDY, Sampling
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sequence to decode.
+    """One sequence to decode, with settings of its own.
+
+    One batch mixes requests of different settings, and a result depends on its request alone.
 
     `max_new_tokens` is a limit of any size. `canvas`, for infilling, replaces it: the ids after the prompt, mask ids
     where open; it is filled completely and an end-of-text in it stops nothing. All noise of the request follows from
-    `seed`.
+    `seed`. `policy`: one of the kind that the decoder has, with numbers of its own (threshold, gaps); None is the
+    decoder's. `stop_token_ids`: tokens that end the answer; None is those of the network. Without `early_stop` all
+    passes of the canvas are run, and only the output ends there.
     """
 
     prompt_ids: list[int]
     max_new_tokens: int = 256
     seed: int = 0
     canvas: list[int] | None = None
+    sampling: Sampling = GREEDY
+    policy: Policy | None = None
+    early_stop: bool = True
+    stop_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

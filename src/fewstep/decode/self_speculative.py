@@ -11,14 +11,16 @@ masks stand in slots that no later forward sees.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, verify
-from fewstep.decode.decoder import Shape, cached_plan, grouped_passes
-from fewstep.decode.state import State, draw_tokens, scored_positions, write
+from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
+from fewstep.decode.state import State, scored_positions, write
+from fewstep.decode.steps import draw_tokens
 from fewstep.decode.tree import constant
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE
@@ -39,7 +41,6 @@ class SelfSpeculative(Causal):
     """
 
     name: ClassVar[str] = "self-speculative"
-    branching: ClassVar[bool] = True
 
     adapter: GatedAdapter
     window: Count = 16
@@ -47,13 +48,11 @@ class SelfSpeculative(Causal):
     def __post_init__(self) -> None:
         check_fields(self, self.name)
 
-    @property
-    def num_guessed(self) -> int:
-        return self.window + 1
-
-    @property
-    def span(self) -> int:
-        return 1 + self.window
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            roles=("autoregressive",), cached=True, num_guessed=self.window + 1, span=1 + self.window, branching=True
+        )
 
     def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
@@ -82,12 +81,12 @@ class SelfSpeculative(Causal):
             adapted_RQ=is_mask_Q.expand(len(places_RT), -1),
         )
 
-    def accept(self, state: State, shape: Shape, scores: Scores) -> State:
+    def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
         if shape.kind == "verify":
-            return verify(self, state, scores)[0]
+            return verify(self, state, shape, scores)[0]
         positions_RS = scored_positions(state, self.window + 1)
         turn_RS = positions_RS - state.context_length_R[:, None] + 1
-        tokens_RS = draw_tokens(self.sampling, state, scores.logits_RSV, positions_RS, turn_RS)
+        tokens_RS = draw_tokens(shape.drawing, state, scores.logits_RSV, positions_RS, turn_RS)
         open_RS = ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]
         guessed = replace(state, tokens_RL=write(state.tokens_RL, positions_RS, open_RS, tokens_RS))
         agreed_RS = constant((0,) * (self.window + 1), state.tokens_RL.device).bool().expand_as(open_RS)

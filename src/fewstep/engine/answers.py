@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from fewstep.decode.loop import check_request
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.settings import GenerationSettings
@@ -61,10 +61,7 @@ def check_prompts(
     decoder, chosen = lm.decoder(**settings), GenerationSettings.of(**settings)
     for prompt, name in zip(prompts, names, strict=True):
         try:
-            request = Request(
-                prompt_ids=lm.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed
-            )
-            check_request(lm.network, decoder, request)
+            check_request(lm.network, decoder, chosen.request(lm.encode(prompt, raw=raw)))
         except FewstepError as error:
             raise FewstepError(f"{name}: {error}") from None
 

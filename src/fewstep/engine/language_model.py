@@ -119,10 +119,7 @@ class LanguageModel:
         chosen = GenerationSettings.of(**settings)
         single = _is_single(prompt)
         prompts: Any = [prompt] if single else prompt
-        requests = [
-            Request(prompt_ids=self.encode(one, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed)
-            for one in prompts
-        ]
+        requests = [chosen.request(self.encode(one, raw=raw)) for one in prompts]
 
         def announce(index: int, output: Output) -> None:
             if on_output is not None:
@@ -143,10 +140,7 @@ class LanguageModel:
     def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> "Stream":
         """Decode one prompt and yield its tokens as they are finalised; see `Stream`."""
         chosen = GenerationSettings.of(**settings)
-        request = Request(
-            prompt_ids=self.encode(prompt, raw=raw), max_new_tokens=chosen.max_new_tokens, seed=chosen.seed
-        )
-        return Stream(self, request, self._decoder(chosen))
+        return Stream(self, chosen.request(self.encode(prompt, raw=raw)), self._decoder(chosen))
 
     def infill(
         self,
@@ -185,7 +179,7 @@ class LanguageModel:
             canvas = self._masks_in(text)
         lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
         canvas = canvas[len(lead_ids) :]
-        request = Request(prompt_ids=context_ids or lead_ids, canvas=canvas, seed=chosen.seed)
+        request = chosen.request(context_ids or lead_ids, canvas=canvas)
         output = decode(self.network, [request], self._decoder(chosen))[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
 

@@ -43,7 +43,7 @@ def answers_made_by(
         name: value for name, value in asdict(GenerationSettings.of(**settings)).items() if name not in _TOLD_OTHERWISE
     }
     heads = getattr(decoder, "heads", None)
-    helpers = {name: weights_hash(network) for name, network in decoder.companions.items()}
+    helpers = {name: weights_hash(network) for name, network in decoder.traits.companions.items()}
     if heads is not None:
         helpers["heads"] = module_hash(heads)
     return {

@@ -24,9 +24,11 @@ from fewstep.decode.policies import (
     check_threshold,
 )
 from fewstep.decode.prompt_lookup import PromptLookup
+from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling, TopK
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.speculative import Speculative
+from fewstep.decode.steps import check_settings
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -181,6 +183,24 @@ class GenerationSettings:
 
         FewstepError if a setting is not one of that decoder's.
         """
+        decoder = self._decoder_for(role, draft, heads, adapter)
+        check_settings(decoder, self.request([]))
+        return decoder
+
+    def request(self, prompt_ids: list[int], *, canvas: list[int] | None = None) -> Request:
+        """What a request with these settings asks for; its policy is the decoder's."""
+        return Request(
+            prompt_ids=prompt_ids,
+            canvas=canvas,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            sampling=self.sampling,
+            early_stop=self.early_stop,
+        )
+
+    def _decoder_for(
+        self, role: Role, draft: Network | None, heads: MedusaHeads | None, adapter: "GatedAdapter | None"
+    ) -> Decoder:
         name = self.decoder or ("self-speculative" if adapter is not None else self._default_decoder(role))
         for field in fields(self):
             special = any(field.name in names for names in _SPECIAL_SETTINGS.values())
@@ -198,8 +218,6 @@ class GenerationSettings:
             return Block(
                 role=role,
                 policy=self.policy or self._threshold(role),
-                sampling=self.sampling,
-                early_stop=self.early_stop,
             )
         return Diffusion(
             role=role,
@@ -208,8 +226,6 @@ class GenerationSettings:
             steps=self.steps,
             canvas_length=self.canvas_length,
             cfg_scale=self.cfg_scale,
-            sampling=self.sampling,
-            early_stop=self.early_stop,
         )
 
     def _default_decoder(self, role: Role) -> str:
@@ -228,7 +244,7 @@ class GenerationSettings:
         heads: MedusaHeads | None,
         adapter: "GatedAdapter | None",
     ) -> Decoder:
-        shared: dict[str, Any] = {"role": role, "sampling": self.sampling, "early_stop": self.early_stop}
+        shared: dict[str, Any] = {"role": role}
         counts = {"window": self.window, "ngram": self.ngram}
         given: dict[str, Any] = {key: value for key, value in counts.items() if value is not None}
         match name:
@@ -246,7 +262,7 @@ class GenerationSettings:
                     raise FewstepError(
                         "the speculative decoder needs a draft (--draft): name a small model of the same vocabulary"
                     )
-                return Speculative(**shared, **given, draft=draft)
+                return Speculative(**shared, **given, draft=draft, sampled=not self.sampling.greedy)
             case "self-speculative":
                 if adapter is None:
                     raise FewstepError(

@@ -64,21 +64,21 @@ def decode_with(
     network: Network,
     decoder: Decoder,
     *,
-    max_new_tokens: int,
     batch_size: int,
     distribution: Distribution,
     on_output: Callable[[], None] | None = None,
+    **asked: Any,
 ) -> Decode:
     """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution`.
 
-    `on_output` is called as each prompt is decoded.
+    `on_output` is called as each prompt is decoded. `asked`: fields of each Request, such as `max_new_tokens`.
     """
     hidden = distribution.kind == "hidden"
     record = Record(hidden=hidden, top_k=None if hidden else distribution.width)
 
     def run(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
         requests = [
-            Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed)
+            Request(prompt_ids=list(row.prompt_ids), **{**asked, "seed": seed})
             for row, seed in zip(rows, seeds, strict=True)
         ]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.health import REPEATED_NGRAM, repetition
-from fewstep.decode.jacobi import Jacobi, Trajectory, jacobi_trajectories
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.jacobi_windows import Trajectory, jacobi_trajectories
 from fewstep.decode.requests import Output, Request
 from fewstep.errors import FewstepError
 from fewstep.models.load import network_hash
@@ -88,6 +89,7 @@ def collect_jacobi(
     *,
     max_new_tokens: int,
     batch_size: int,
+    early_stop: bool = True,
     settings: Mapping[str, Any],
     most_repetition: float | None = None,
     keep: Callable[[PromptRow, Output], bool] | None = None,
@@ -104,7 +106,7 @@ def collect_jacobi(
 
     def decode(some: Sequence[PromptRow], seeds: Sequence[int]) -> list[Trajectory]:
         requests = [
-            Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed)
+            Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed, early_stop=early_stop)
             for row, seed in zip(some, seeds, strict=True)
         ]
 

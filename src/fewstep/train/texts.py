@@ -14,6 +14,7 @@ import torch
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Output, Request
+from fewstep.decode.sampling import GREEDY, Sampling
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.collect import CollectReport, collect_records
@@ -63,6 +64,8 @@ def collect_texts(
     *,
     max_new_tokens: int,
     batch_size: int,
+    sampling: Sampling = GREEDY,
+    early_stop: bool = True,
     settings: Mapping[str, Any],
     on_output: Callable[[], None] | None = None,
     **options: Any,
@@ -74,7 +77,13 @@ def collect_texts(
 
     def run(some: Sequence[PromptRow], seeds: Sequence[int]) -> list[Output]:
         requests = [
-            Request(prompt_ids=list(row.prompt_ids), max_new_tokens=max_new_tokens, seed=seed)
+            Request(
+                prompt_ids=list(row.prompt_ids),
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                sampling=sampling,
+                early_stop=early_stop,
+            )
             for row, seed in zip(some, seeds, strict=True)
         ]
 

@@ -1,0 +1,205 @@
+"""What decoders and the loop promise each other: requests of different settings in a batch, and the key of a pass."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from test_decoders import decoder_of, network, requests, same
+from torch import Tensor
+
+from fewstep.decode.decoder import Accepted, Decoder, Shape
+from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass
+from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
+from fewstep.decode.prompt_lookup import PromptLookup
+from fewstep.decode.requests import Output, Request
+from fewstep.decode.sampling import Sampling
+from fewstep.decode.speculative import Speculative
+from fewstep.decode.state import State
+from fewstep.errors import FewstepError
+from fewstep.models.cache import KVCache
+from fewstep.models.network import Network, Scores
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.8),
+    Sampling(temperature=1.5, top_k=9),
+    Sampling(temperature=0.7, top_p=0.9),
+]
+RULES = [None, Threshold(at_least=0.2), Threshold(at_least=0.5, gaps=0), Threshold(at_least=0.4, gaps=2)]
+
+
+def mixed(policies: list[Policy | None], samplings: list[Sampling]) -> list[Request]:
+    """Requests of which no two have the same settings, in an order in which they leave at different times."""
+    return [
+        replace(
+            request,
+            policy=policies[i % len(policies)],
+            sampling=samplings[(i + i // 4) % len(samplings)],
+            seed=i % 3,
+            early_stop=i % 5 != 0,
+            stop_token_ids=None if i % 2 else (1, 7 + i, 20 + i),
+        )
+        for i, request in enumerate(requests(8))
+    ]
+
+
+def speculative(net: Network) -> Speculative:
+    draft = network("autoregressive")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        for weight in draft.module.base_model.parameters():
+            weight.add_(0.2 * weight.std(correction=0) * torch.randn_like(weight))
+    return Speculative(role=net.role, draft=draft, window=3)
+
+
+def case(name: str) -> tuple[Network, Decoder, list[Request]]:
+    net = network({"block": "block_causal", "diffusion": "bidirectional"}.get(name, "autoregressive"))
+    match name:
+        case "block":
+            return net, decoder_of(net), mixed(RULES, SAMPLINGS)
+        case "diffusion":
+            return net, decoder_of(net, policy=Threshold(at_least=0.3), block_size=8), mixed(RULES, SAMPLINGS)
+        case "jacobi":
+            return net, Jacobi(role=net.role, window=5), mixed([None], SAMPLINGS[:1])
+        case "prompt-lookup":
+            return net, PromptLookup(role=net.role), mixed([None], SAMPLINGS)
+        case "speculative":
+            return net, speculative(net), mixed([None], SAMPLINGS)
+        case _:
+            return net, decoder_of(net), mixed([None], SAMPLINGS)
+
+
+CASES = ["block", "diffusion", "autoregressive", "jacobi", "prompt-lookup", "speculative"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_of_a_mixed_batch_gets_what_it_gets_alone(name: str) -> None:
+    net, decoder, asked = case(name)
+    loop = Loop(net, decoder, num_slots=3, length=max(positions_needed(decoder, request) for request in asked))
+    outputs: dict[int, Output] = {}
+    for request in asked:  # they join while others are under way
+        loop.submit(request)
+        outputs.update(loop.step())
+    while loop.busy:
+        outputs.update(loop.step())
+    for number, request in enumerate(asked):
+        same(outputs[number], decode(net, [request], decoder)[0])
+    assert len({tuple(output.token_ids) for output in outputs.values()}) == len(asked)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_greedy_request_among_sampled_ones_takes_the_most_probable_tokens(name: str) -> None:
+    net, decoder, asked = case(name)
+    if decoder.traits.greedy_only:
+        return
+    greedy = replace(asked[2], sampling=Sampling(top_k=3), policy=None)
+    expected = decode(net, [replace(greedy, sampling=Sampling())], decoder)[0]
+    same(decode(net, [greedy, *asked], decoder)[0], expected)
+
+
+def test_a_temperature_changes_the_answer_or_is_refused() -> None:
+    net = network("autoregressive")
+    hot = requests(1, sampling=Sampling(temperature=3.0))
+    for decoder in (decoder_of(net), PromptLookup(role=net.role), speculative(net)):
+        assert decode(net, hot, decoder)[0].token_ids != decode(net, requests(1), decoder)[0].token_ids
+    for decoder in (Jacobi(role=net.role), replace(speculative(net), sampled=False)):
+        with pytest.raises(FewstepError, match=f"the {decoder.name} decoder is greedy only"):
+            decode(net, hot, decoder)
+
+
+def test_policies_of_another_kind_are_refused() -> None:
+    net = network("bidirectional")
+    decoder = decoder_of(net, policy=Threshold())
+    for policy in (Margin(), Factor(), EvenSplit()):
+        with pytest.raises(FewstepError, match="requests of one batch share a kind of policy, which is Threshold"):
+            decode(net, requests(1, policy=policy), decoder)
+
+
+@pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
+def test_an_answer_ends_at_the_stop_tokens_of_its_request(role: Any) -> None:
+    net = network(role)
+    free = decode(net, requests(4)[3:], decoder_of(net))[0].token_ids
+    end = next(token for i, token in enumerate(free) if i > 2 and token not in free[:i])
+    output = decode(net, [replace(requests(4)[3], stop_token_ids=(end,))], decoder_of(net))[0]
+    assert output.token_ids == free[: free.index(end) + 1]
+    assert output.finish_reason == "stop"
+    with pytest.raises(FewstepError, match="a request names at most 4 stop tokens"):
+        decode(net, requests(1, stop_token_ids=tuple(range(5))), decoder_of(net))
+
+
+# The key of a pass
+
+
+class Watched:
+    """Runs passes, and notes the shapes of all their tensors under the pass's own Shape."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Shape, list[Any]] = {}
+        self.num_passes = 0
+
+    def __call__(
+        self,
+        networks: Mapping[str, Network],
+        decoder: Decoder,
+        state: State,
+        caches: Mapping[str, KVCache],
+        shape: Shape,
+    ) -> tuple[Accepted[State], Scores]:
+        self.num_passes += 1
+        plan = decoder.plan(state, shape)
+        sizes = [tensor.shape for tensor in state.tensors().values()]
+        sizes += [v.shape for f in fields(plan) if isinstance(v := getattr(plan, f.name), Tensor)]
+        sizes += [cache.blocks_RK.shape for cache in caches.values()]
+        accepted, scores = run_pass(networks, decoder, state, caches, shape)
+        sizes += [tensor.shape for tensor in (scores.logits_RSV, scores.hidden_RSD)]
+        sizes += [tensor.shape for tensor in accepted.state.tensors().values()]
+        assert self.seen.setdefault(shape, sizes) == sizes
+        return accepted, scores
+
+
+@pytest.mark.parametrize("free_rows", [0, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_passes_of_equal_shape_have_equal_tensor_shapes(
+    name: str, free_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.decode.decoder.FREE_ROWS", free_rows)
+    net, decoder, asked = case(name)
+    watched = Watched()
+    loop = Loop(net, decoder, num_slots=4, length=100, run_pass=watched)
+    for request in asked * 2:
+        loop.submit(request)
+    while loop.busy:
+        loop.step()
+    assert 1 < len(watched.seen) < watched.num_passes / 2
+
+
+def test_rows_are_recorded_when_passes_reuse_the_memory_of_the_state() -> None:
+    net = network()
+
+    def in_place(*pass_of: Any) -> tuple[Accepted[State], Scores]:
+        state = pass_of[2]
+        accepted, scores = run_pass(*pass_of)
+        for mine, its in zip(state.tensors().values(), accepted.state.tensors().values(), strict=True):
+            mine.copy_(its.clone())
+        return replace(accepted, state=state), scores
+
+    expected = decode(net, requests(3), decoder_of(net), record=Record(hidden=True), batch_size=1)
+    loop = Loop(net, decoder_of(net), num_slots=1, length=100, record=Record(hidden=True), run_pass=in_place)
+    for request, wanted in zip(requests(3), expected, strict=True):
+        loop.submit(request)
+        completed: list[tuple[int, Output]] = []
+        while loop.busy:
+            completed += loop.step()
+        same(completed[0][1], wanted)
+        assert wanted.hidden_GD is not None
+        assert completed[0][1].hidden_GD is not None
+        torch.testing.assert_close(completed[0][1].hidden_GD, wanted.hidden_GD)
+
+
+def test_the_contract_is_small() -> None:
+    members = {name for name in vars(Decoder) if not name.startswith("_")} | set(Decoder.__annotations__)
+    assert len(members) == 10
+    assert len(fields(State)) <= 16
