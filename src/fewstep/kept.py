@@ -1,4 +1,4 @@
-"""Results kept one by one, so that a run that was killed goes on where it was: one guard for commands and recipes.
+"""Results kept one by one, so that a run that was killed goes on where it was: one guard for all commands.
 
 They stand in a file beside the one that will hold them all (`out.jsonl.kept`): what made them in its first line, then a
 line for each, written as it comes. Results of other weights, settings or inputs are never mixed in. A kill may cut the

@@ -10,6 +10,7 @@ from fewstep.cli.options import Json
 from fewstep.cli.report import note, write_report
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG
 
 
 def merge(
@@ -29,9 +30,9 @@ def merge(
     from fewstep.models.load import load_network, resolve, save_network
 
     source = resolve(adapter)
-    if not (source / "adapter_config.json").exists():
+    if not (source / ADAPTER_CONFIG).exists():
         raise FewstepError(
-            f"{adapter} has no adapter_config.json, so there is nothing to merge; it is a plain model already"
+            f"{adapter} has no {ADAPTER_CONFIG}, so there is nothing to merge; it is a plain model already"
         )
     network = load_network(source, dtype=dtype, device="cpu")
     if network.adapter is not None:

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import within_window
-from fewstep.models.masks import Layout
+from fewstep.models.masks import Layout, added_to_scores
 from fewstep.models.network import Network
 
 _FLEX = "fewstep_flex"
@@ -74,9 +74,6 @@ def training_mask(network: Network, layout: Layout, positions_RT: Tensor, *, com
     whole, window = layout.dense(), network.architecture.window
     windowed = None if window is None else whole & within_window(positions_RT, positions_RT, window)
     if not _takes_plain_attention(network.module):  # such attention adds the mask to its scores
-        whole, windowed = _as_numbers(whole), None if windowed is None else _as_numbers(windowed)
+        whole = added_to_scores(whole, torch.float32)
+        windowed = None if windowed is None else added_to_scores(windowed, torch.float32)
     return network.architecture.attention_mask(whole, windowed)
-
-
-def _as_numbers(mask: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))

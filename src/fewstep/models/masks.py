@@ -93,6 +93,11 @@ def cached_mask(row_blocks_RQ: Tensor, slot_blocks_RK: Tensor) -> Tensor:
     return (slot_blocks_RK[:, None, :] <= row_blocks_RQ[:, :, None])[:, None]
 
 
+def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the numbers that attention adds to its scores: 0 where it is true, minus infinity elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
 def show_tree(mask_R1QK: Tensor, slots_RQ: Tensor, tree_TT: Tensor) -> None:
     """Let each of the last T rows see those of them that `tree_TT` ([T, T], or [R, T, T]) marks in its line, in place.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import LongRope, adjust_logits, examine, within_window
 from fewstep.models.cache import KVCache
-from fewstep.models.masks import cached_mask, show_tree
+from fewstep.models.masks import added_to_scores, cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.vocabulary import end_tokens, ids_without_token
 
@@ -235,7 +235,7 @@ class Network:
                 tree_TT = tree_TT & within_window(guessed_RT, guessed_RT, window)[:, 0]
         if tree_TT is not None and plan.slots_RQ is not None:
             show_tree(mask, plan.slots_RQ, tree_TT)
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+        return added_to_scores(mask, self.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; what is never drawn gets -inf."""
