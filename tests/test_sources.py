@@ -23,7 +23,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = (
         "data.jsonl", "store/blob", "models/base/config.json", "models/base/tokenizer.json", "models/base/eval.json",
         "models/adapter/adapter_model.safetensors", "traj/manifest.json", "traj/shard-00000.parquet",
-        "run/samples.jsonl", "run/rows.jsonl", "run/logs/old.jsonl", "models/base/sub/x",
+        "run/samples.jsonl", "run/rows.jsonl", "run/logs/old.jsonl", "models/base/sub/x", "heads/medusa.json",
+        "gsm8k/test.jsonl", "models/base/tekken.json", "models/base/test.jsonl",
     )  # fmt: skip
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((MODEL, "models/base"), (REPLACES, "models/base/sub")),
         ((MODEL, "models/base"), (REPLACES, "store")),
         ((MODEL, "models/adapter"), (REPLACES, "models/base")),
+        ((MODEL, "models/base"), (WRITES, "models/base/tekken.json")),
+        ((MODEL, "heads"), (WRITES, "heads/medusa.json")),
+        ((READS, "gsm8k"), (WRITES, "gsm8k/test.jsonl")),
         ((READS, "traj"), (WRITES, "traj/manifest.json")),
         ((READS, "traj"), (WRITES, "traj/shard-00000.parquet")),
         ((READS, "traj/shard-00000.parquet"), (FILLS, "traj")),
@@ -81,6 +85,7 @@ def test_what_is_read_is_not_replaced(place: Path, source: tuple[Touches, str], 
         ((READS, "/dev/stdin"), (WRITES, "/dev/stdout")),
         ((READS, "data.jsonl"), (WRITES, "-")),
         ((MODEL, "models/base"), (WRITES, "models/base/eval.json")),  # a report that an earlier run laid there
+        ((MODEL, "models/base"), (WRITES, "models/base/test.jsonl")),
         ((MODEL, "models/base"), (WRITES, "models/base/new.json")),
         ((MODEL, "models/base"), (REPLACES, "models/base/new")),
         ((MODEL, "models/base"), (REPLACES, "models/adapter")),

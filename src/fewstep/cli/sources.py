@@ -16,8 +16,9 @@ from pathlib import Path
 
 from fewstep.errors import FewstepError
 from fewstep.files import MANIFEST_NAME
-from fewstep.models.checkpoint_files import ADAPTER_CONFIG
+from fewstep.models.checkpoint_files import ADAPTER_CONFIG, HEADS, VOCABULARIES
 from fewstep.models.names import BUNDLED
+from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, REPORT, SAMPLES
 
 
 class Touches(Enum):
@@ -104,12 +105,12 @@ _MOST_FILES = 20_000
 """In a folder that is looked through."""
 
 _OWN_FILES = (
-    "*config.json", "*.index.json", "tokenizer.json", "vocab.json", "*tokens*.json", "chat_template*", MANIFEST_NAME,
-    "report.json", "samples.jsonl",
+    "*config.json", "*.index.json", *VOCABULARIES, "*tokens*.json", "chat_template*", HEADS, MANIFEST_NAME, REPORT,
+    SAMPLES,
 )  # fmt: skip
 """Names, among those of reports and tables, of the files that make up a model, a training or a folder of shards."""
 
-_OWN_FOLDERS = ("logs", "checkpoints", "finished")
+_OWN_FOLDERS = (LOGS, CHECKPOINTS, FINISHED)
 """What a training writes below its output."""
 
 
@@ -124,6 +125,7 @@ class _Source:
     """What one option reads: files named as such, folders, the files in these, and where all of them lie."""
 
     option: str
+    is_model: bool
     files: dict[_Identity, Path] = field(default_factory=dict)
     folders: dict[_Identity, Path] = field(default_factory=dict)
     inside: dict[_Identity, Path] = field(default_factory=dict)
@@ -131,8 +133,8 @@ class _Source:
 
     @classmethod
     def of(cls, touched: Touched) -> "_Source":
-        source = cls(touched.option)
-        paths = _model_paths(str(touched.path)) if touched.touches is Touches.READS_MODEL else [touched.path]
+        source = cls(touched.option, is_model=touched.touches is Touches.READS_MODEL)
+        paths = _model_paths(str(touched.path)) if source.is_model else [touched.path]
         for path in paths:
             source._add(path)
         return source
@@ -152,6 +154,10 @@ class _Source:
                 self.inside[identity] = file
                 self._add_place(file)
 
+    def _reads_inside(self, name: str) -> bool:
+        """Whether a file of this name in a folder is read: a folder of data may be one of JSONL files."""
+        return _is_own(name) or (not self.is_model and Path(name).suffix == ".jsonl")
+
     def _add_place(self, path: Path) -> None:
         """The place that was named and, if that is a link, where it leads."""
         self.places |= {Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))}
@@ -164,7 +170,7 @@ class _Source:
         if known in self.files or known in self.folders:
             return f"is what {self.option} reads"
         if target.touches is Touches.WRITES:
-            if known in self.inside and _is_own(self.inside[known].name):
+            if known in self.inside and self._reads_inside(self.inside[known].name):
                 return f"is a file of what {self.option} reads"
         elif target.touches is Touches.REPLACES:
             if any(known == _identity(folder) for place in self.places for folder in place.parents):

@@ -33,7 +33,7 @@ from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.monitor import CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
-from fewstep.train.output import check_output
+from fewstep.train.output import SAMPLES, check_output
 from fewstep.train.samples import Samples
 from fewstep.train.settings import TrainSettings
 from fewstep.values import Count, Weight, check_fields
@@ -406,7 +406,7 @@ def _run(
         built[TrainSettings],
         output,
         lora=lora,
-        evaluate=_samples(network, built[Watch], output / "samples.jsonl", monitor, decoding),
+        evaluate=_samples(network, built[Watch], output / SAMPLES, monitor, decoding),
         monitor=monitor,
     )
     _told(result, json)

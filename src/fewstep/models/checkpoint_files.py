@@ -19,6 +19,10 @@ SINGLE, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.j
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Of which a tokenizer needs one."""
+HEADS = "medusa.json"
+"""What describes Medusa heads."""
+DESCRIPTIONS = (CONFIG, HEADS)
+"""Of a model and of Medusa heads: the file that says what a folder holds."""
 GATED = "gated_adapter"
 """The key of a config.json that describes a gated adapter."""
 _OTHER_JSON = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")

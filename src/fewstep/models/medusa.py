@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_folder_whole, write_json_whole
+from fewstep.models.checkpoint_files import HEADS
 from fewstep.models.load import weights_hash
 from fewstep.models.network import Network
 
-WEIGHTS, DESCRIPTION = "medusa.safetensors", "medusa.json"
+WEIGHTS = "medusa.safetensors"
 
 
 class MedusaHead(nn.Module):
@@ -87,7 +88,7 @@ def write_heads(heads: MedusaHeads, folder: Path, network: Network) -> None:
         folder / WEIGHTS,
     )
     write_json_whole(
-        folder / DESCRIPTION,
+        folder / HEADS,
         {
             "num_heads": len(heads),
             "width": heads.width,
@@ -101,9 +102,9 @@ def write_heads(heads: MedusaHeads, folder: Path, network: Network) -> None:
 def load_heads(folder: str | Path, network: Network) -> MedusaHeads:
     """Heads for this network, on its device; FewstepError if they are damaged or another's."""
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
-        raise FewstepError(f"no Medusa heads in {folder}: it holds no {DESCRIPTION}")
-    described = read_json(folder / DESCRIPTION)
+    if not (folder / HEADS).is_file():
+        raise FewstepError(f"no Medusa heads in {folder}: it holds no {HEADS}")
+    described = read_json(folder / HEADS)
     try:
         sizes = tuple(int(described[key]) for key in ("num_heads", "width", "vocab_size"))
         base, base_hash = str(described["base"]), str(described["base_hash"])

@@ -18,12 +18,9 @@ from fewstep.files import read_json, write_json_whole
 from fewstep.models.checkpoint_files import ADAPTER_WEIGHTS, CONFIG, GATED
 from fewstep.models.gated import MASK_EMBEDDING, GatedAdapter, new_gated_adapter
 from fewstep.models.load import weights_hash
-from fewstep.models.medusa import DESCRIPTION, MedusaHeads, write_heads
+from fewstep.models.medusa import MedusaHeads, write_heads
 from fewstep.models.network import Network
 from fewstep.values import check_fields
-
-DESCRIPTIONS = (CONFIG, DESCRIPTION)
-"""Of a model and of Medusa heads: the file that says what a folder holds."""
 
 MAX_SHARD_SIZE = "15MB"
 """Small files, so that a small model can be kept in a repository."""

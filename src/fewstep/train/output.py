@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fewstep.errors import FewstepError
 from fewstep.files import read_json
-from fewstep.train.lora import DESCRIPTIONS
+from fewstep.models.checkpoint_files import DESCRIPTIONS
 
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.json"
+SAMPLES = "samples.jsonl"
 FINISHED = "finished"
 """Where the finished files lie until all of them are whole."""
 

@@ -33,11 +33,12 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 from fewstep.files import remove_leftovers, write_folder_whole
 from fewstep.models.attention import prepare_attention
+from fewstep.models.checkpoint_files import DESCRIPTIONS
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.checkpoint import Checkpoints
 from fewstep.train.learner import Learner
-from fewstep.train.lora import DESCRIPTIONS, LoRASettings, save_trained
+from fewstep.train.lora import LoRASettings, save_trained
 from fewstep.train.monitor import CollapseMonitor
 from fewstep.train.objectives import Objective
 from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, REPORT, check_output, check_space
