@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
-from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass
+from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass, stream
 from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import State
+from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores
@@ -197,6 +199,64 @@ def test_rows_are_recorded_when_passes_reuse_the_memory_of_the_state() -> None:
         assert wanted.hidden_GD is not None
         assert completed[0][1].hidden_GD is not None
         torch.testing.assert_close(completed[0][1].hidden_GD, wanted.hidden_GD)
+
+
+# Requests that are given up, what every slot tells, and loops that are kept
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cancelled_request_leaves_the_others_alone_and_its_slot_to_the_next(name: str) -> None:
+    net, decoder, asked = case(name)
+    loop = Loop(net, decoder, num_slots=2, length=max(positions_needed(decoder, request) for request in asked))
+    numbers = [loop.submit(request) for request in asked[:5]]
+    outputs = dict(loop.step())
+    begun = next(number for number in loop.live.values())
+    partial = loop.cancel(begun)
+    assert partial is not None
+    assert partial.num_forwards == 1
+    assert loop.cancel(numbers[4]) is None
+    for number in (begun, numbers[4], 99):
+        with pytest.raises(FewstepError, match=f"there is no request {number} to cancel"):
+            loop.cancel(number)
+    while loop.busy:
+        outputs.update(loop.step())
+    assert sorted(outputs) == sorted(set(numbers) - {begun, numbers[4]})
+    for number, output in outputs.items():
+        same(output, decode(net, [asked[number]], decoder)[0])
+
+
+@pytest.mark.parametrize("name", ["block", "diffusion", "speculative"])
+def test_events_of_every_slot_are_those_of_its_request_alone(name: str) -> None:
+    net, decoder, asked = case(name)
+    loop = Loop(net, decoder, num_slots=3, length=max(positions_needed(decoder, request) for request in asked))
+    numbers = [loop.submit(request) for request in asked[:5]]
+    assert loop.events() == []
+    told: dict[int, list[Any]] = {number: [] for number in numbers}
+    while loop.busy:
+        loop.step()
+        for number, event in loop.events():
+            told[number].append((event.position, event.token_id, event.step))
+    for number in numbers:
+        alone = [(event.position, event.token_id, event.step) for event in stream(net, asked[number], decoder)]
+        assert told[number] == alone
+
+
+def test_a_model_keeps_its_loop_for_calls_that_it_fits() -> None:
+    lm, prompts = LanguageModel(network()), ["ab", "what is 2+2?", "no"]
+    expected = [LanguageModel(lm.network).generate(prompt, max_new_tokens=8).token_ids for prompt in prompts]
+    with mock.patch.object(Network, "new_cache", autospec=True, side_effect=Network.new_cache) as new_cache:
+        for _ in range(2):
+            for prompt, ids in zip(prompts, expected, strict=True):
+                assert lm.generate(prompt, max_new_tokens=8).token_ids == ids
+                streamed = lm.stream(prompt, max_new_tokens=8, temperature=0.0, seed=4)
+                assert len(list(streamed)) == len(ids)
+        assert new_cache.call_count == 1
+        hot = lm.generate("ab", max_new_tokens=8, temperature=2.0, seed=1).token_ids
+        assert new_cache.call_count == 1
+        assert hot == LanguageModel(lm.network).generate("ab", max_new_tokens=8, temperature=2.0, seed=1).token_ids
+        assert [output.token_ids for output in lm.generate(prompts, max_new_tokens=8)] == expected
+        assert next(iter(lm.stream("ab", max_new_tokens=8))).step == 1  # and given up
+        assert lm.generate("ab", max_new_tokens=8).token_ids == expected[0]
 
 
 def test_the_contract_is_small() -> None:

@@ -134,14 +134,60 @@ def _check_room(network: Network, decoder: Decoder, request: Request, num_new: i
 
 
 def loop_for(
-    network: Network, decoder: Decoder, requests: Sequence[Request], *, batch_size: int, **options: Any
+    network: Network,
+    decoder: Decoder,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    kept: "KeptLoop | None" = None,
+    **options: Any,
 ) -> tuple["Loop", dict[int, int]]:
     """A loop that has the requests queued, longest first, and each one's index by its number; nothing is allocated
-    before all are checked. `options`: of `Loop`.
+    before all are checked. `options`: of `Loop`. `kept`: where a loop may lie that fits.
     """
     lengths = [_extent(decoder, request, check_request(network, decoder, request)) for request in requests]
-    loop = Loop(network, decoder, num_slots=min(batch_size, len(requests)), length=max(lengths), **options)
+    sizes: dict[str, Any] = {"num_slots": min(batch_size, len(requests)), "length": max(lengths)}
+    taken = None if kept is None else kept.take(network, decoder, **sizes, **options)
+    loop = taken or Loop(network, decoder, **sizes, **options)
     return loop, {loop.submit(requests[i]): i for i in sorted(range(len(requests)), key=lambda i: -lengths[i])}
+
+
+class KeptLoop:
+    """Where a loop lies between two calls, so that the next one that it fits allocates nothing.
+
+    A loop is taken out while it is in use, and put back only once all its requests are done.
+    """
+
+    def __init__(self) -> None:
+        self._loop: Loop | None = None
+
+    def take(
+        self,
+        network: Network,
+        decoder: Decoder,
+        *,
+        num_slots: int,
+        length: int,
+        record: "Record | None" = None,
+        listeners: Sequence[Listener] = (),
+    ) -> "Loop | None":
+        """The loop, if it can stand for a new one; otherwise it is given up, and its memory with it."""
+        loop, self._loop = self._loop, None
+        if loop is None or loop.network is not network or loop.decoder != decoder or loop.record != record:
+            return None
+        # A much longer slot would make every pass of short requests slower.
+        if loop.num_slots != num_slots or not length <= loop.length < 2 * length + REACH_BUCKET:
+            return None
+        if (loop.state.done_R.device, loop.dtype) != (network.device, network.dtype):
+            return None
+        loop.listeners = list(listeners)
+        return loop
+
+    def put(self, loop: "Loop") -> None:
+        """Keep a loop, unless it still has requests."""
+        if not loop.busy:
+            loop.listeners = []
+            self._loop = loop
 
 
 class Loop:
@@ -188,11 +234,14 @@ class Loop:
             name: each.new_cache(num_slots, length) for name, each in self._networks.items() if traits.cached
         }
         self._num_parameters = network.num_parameters
-        self._record = record
+        self.record = record
+        self.dtype = network.dtype
+        self.num_slots = num_slots
         self._hidden_RLD = self._new_hidden_rows(num_slots) if record else None
-        self._listeners = list(listeners)
+        self.listeners = list(listeners)
         self._queue: deque[_Ticket] = deque()
         self._live: dict[int, _Ticket] = {}
+        self._seen: dict[int, _Ticket] = {}  # slot -> request of the last round, also of those that it completed
         self._free = list(range(num_slots))[::-1]
         self._num_submitted = 0
         # The host's copy of what decides the passes of a round.
@@ -228,7 +277,49 @@ class Loop:
         """One round: admit what is queued, give every live request one step; returns those that it completed."""
         num_requests = min(len(self._live) + len(self._queue), len(self._pending_R))
         with sparing_threads(self.network.device, self._num_parameters, num_requests):
-            return self._collect(self._round())
+            completed_r = self._round()
+            self._seen = dict(self._live)
+            return self._collect(completed_r)
+
+    def events(self) -> list[tuple[int, Event]]:
+        """What the last round finalised in every slot, each with the number of its request; by slot, then by position.
+
+        Tokens past `max_new_tokens`, or past an end-of-text that is final, are left out. One finalised before the
+        end-of-text in front of it was may have been told; the output cuts it.
+        """
+        if not self._seen:
+            return []
+        slots_r = torch.tensor(list(self._seen), device=self.network.device)
+        state = self.state
+        told = (state.tokens_RL, state.step_RL, state.confidence_RL, state.num_forwards_R)
+        rows = zip(*(field[slots_r].cpu() for field in told), strict=True)
+        return [
+            (ticket.number, event)
+            for ticket, row in zip(self._seen.values(), rows, strict=True)
+            for event in _new_events(ticket.request, *row)
+        ]
+
+    def cancel(self, number: int) -> Output | None:
+        """Give a request up; its slot is free for the next. What it had until now, None if it was not begun yet.
+
+        FewstepError if it is neither queued nor under way.
+        """
+        queued = next((ticket for ticket in self._queue if ticket.number == number), None)
+        if queued is not None:
+            self._queue.remove(queued)
+            return None
+        slot = next((slot for slot, ticket in self._live.items() if ticket.number == number), None)
+        if slot is None:
+            raise FewstepError(f"there is no request {number} to cancel: it is done, or was never submitted")
+        self._stop(slot)
+        with torch.no_grad():
+            return self._collect(torch.tensor([slot]))[0][1]
+
+    @torch.inference_mode()
+    def _stop(self, slot: int) -> None:
+        slot_r = torch.tensor([slot], device=self.network.device)
+        self.state = replace(self.state, done_R=self.state.done_R.index_fill(0, slot_r, True))
+        self._pending_R[slot] = -1
 
     @torch.inference_mode()  # a tenth of a small pass on a CPU; outputs are made outside it, since training uses them
     def _round(self) -> Tensor:
@@ -240,7 +331,7 @@ class Loop:
         for members, shapes in self.decoder.passes(self._pending_R[live_r], self._extent_R[live_r]):
             self._run(live_r[members], shapes)
         self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(self.state)
         return live_r[self._pending_R[live_r] < 0]
 
@@ -326,14 +417,14 @@ class Loop:
         return completed
 
     def _with_record(self, output: Output, hidden_GD: Tensor) -> Output:
-        assert self._record is not None
+        assert self.record is not None
         top_k = None
-        if self._record.top_k is not None:
+        if self.record.top_k is not None:
             log_probs_GV = self.network.head(hidden_GD).log_softmax(-1)
-            best = log_probs_GV.topk(min(self._record.top_k, self.network.most_recorded), dim=-1)
+            best = log_probs_GV.topk(min(self.record.top_k, self.network.most_recorded), dim=-1)
             tail_G = (1 - best.values.exp().sum(-1)).clamp(min=0)
             top_k = TopK(best.indices.cpu(), best.values.cpu(), tail_G.cpu())
-        return replace(output, hidden_GD=hidden_GD.cpu() if self._record.hidden else None, top_k=top_k)
+        return replace(output, hidden_GD=hidden_GD.cpu() if self.record.hidden else None, top_k=top_k)
 
 
 def _output(ticket: _Ticket, state: State, row: int, finished_s: float) -> Output:
@@ -374,51 +465,61 @@ def decode(
     record: Record | None = None,
     listeners: Sequence[Listener] = (),
     on_output: Callable[[int, Output], None] | None = None,
+    kept: KeptLoop | None = None,
 ) -> list[Output]:
     """Decode all requests, longest first, in `batch_size` slots that are refilled at once; outputs in the given order.
 
-    `on_output(index, output)` is called as each completes.
+    `on_output(index, output)` is called as each completes. `kept`: a loop to use if it fits, and to keep this one in.
     """
     if not requests:
         return []
-    loop, index_of = loop_for(network, decoder, requests, batch_size=batch_size, record=record, listeners=listeners)
+    loop, index_of = loop_for(
+        network, decoder, requests, batch_size=batch_size, record=record, listeners=listeners, kept=kept
+    )
     outputs: dict[int, Output] = {}
     while loop.busy:
         for number, output in loop.step():
             outputs[index_of[number]] = output
             if on_output is not None:
                 on_output(index_of[number], output)
+    if kept is not None:
+        kept.put(loop)
     return [outputs[i] for i in range(len(requests))]
 
 
 def stream(
-    network: Network, request: Request, decoder: Decoder, *, record: Record | None = None
+    network: Network,
+    request: Request,
+    decoder: Decoder,
+    *,
+    record: Record | None = None,
+    kept: KeptLoop | None = None,
 ) -> Generator[Event, None, Output]:
-    """Yield the tokens of one request as they are finalised, by step, then by position; returns the output.
-
-    Tokens past `max_new_tokens`, or past an end-of-text that is final, are left out. One finalised before the
-    end-of-text in front of it was may have been yielded; the output cuts it.
+    """Yield the tokens of one request as they are finalised, by step, then by position, as `Loop.events` tells them;
+    returns the output.
     """
-    loop, _ = loop_for(network, decoder, [request], batch_size=1, record=record)
+    loop, _ = loop_for(network, decoder, [request], batch_size=1, record=record, kept=kept)
     while True:
         completed = loop.step()
-        if request.canvas is None:
-            yield from _new_events(loop.state, request.max_new_tokens, network.stop_token_ids)
-        else:
-            yield from _new_events(loop.state, len(request.canvas), ())
+        for _, event in loop.events():
+            yield event
         if completed:
+            if kept is not None:
+                kept.put(loop)
             return completed[0][1]
 
 
-def _new_events(state: State, limit: int, stop_token_ids: Sequence[int]) -> Iterator[Event]:
-    """What the last step of the only request finalised among its first `limit` positions."""
-    start = int(state.context_length_R[0])
-    answer = slice(start, start + limit)
-    tokens_G, steps_G = state.tokens_RL[0, answer].cpu(), state.step_RL[0, answer].cpu()
-    confidence_G = state.confidence_RL[0, answer].cpu()
-    step = int(state.num_forwards_R[0])
-    stops_G = torch.isin(tokens_G, torch.tensor(stop_token_ids, dtype=tokens_G.dtype)) & (steps_G > 0)
+def _new_events(
+    request: Request, tokens_L: Tensor, step_L: Tensor, confidence_L: Tensor, num_forwards: Tensor
+) -> Iterator[Event]:
+    """What the last step of the request finalised in its answer."""
+    infilled = request.canvas is not None
+    start, limit = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
+    answer, step = slice(start, start + limit), int(num_forwards)
+    tokens_G, steps_G = tokens_L[answer], step_L[answer]
+    ends = torch.tensor(() if infilled else request.stop_token_ids or (), dtype=tokens_G.dtype)
+    stops_G = torch.isin(tokens_G, ends) & (steps_G > 0)
     for position in (steps_G == step).nonzero()[:, 0].tolist():
         if stops_G[:position].any():
             return
-        yield Event(position, int(tokens_G[position]), step, float(confidence_G[position]))
+        yield Event(position, int(tokens_G[position]), step, float(confidence_L[start + position]))

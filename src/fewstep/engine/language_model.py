@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Event, Listener, Record, decode, stream
+from fewstep.decode.loop import Event, KeptLoop, Listener, Record, decode, stream
 from fewstep.decode.requests import Output, Request
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
@@ -45,6 +45,7 @@ class LanguageModel:
         self.network = network
         self._drafts: dict[str, Network] = {}
         self._heads: dict[str, MedusaHeads] = {}
+        self._kept = KeptLoop()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.network.name!r}, role={self.role.name!r}, device={str(self.network.device)!r})"
@@ -133,6 +134,7 @@ class LanguageModel:
             record=record,
             listeners=listeners,
             on_output=announce,
+            kept=self._kept,
         )
         answers = [self._with_text(output) for output in outputs]
         return answers[0] if single else answers
@@ -180,7 +182,7 @@ class LanguageModel:
         lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
         canvas = canvas[len(lead_ids) :]
         request = chosen.request(context_ids or lead_ids, canvas=canvas)
-        output = decode(self.network, [request], self._decoder(chosen))[0]
+        output = decode(self.network, [request], self._decoder(chosen), kept=self._kept)[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -230,7 +232,7 @@ class Stream:
         self._model = model
         self._tokens: dict[int, int] = {}
         self._answer = GrowingText(model.network.tokenizer)
-        self._events = self._run(stream(model.network, request, decoder))
+        self._events = self._run(stream(model.network, request, decoder, kept=model._kept))
 
     def __iter__(self) -> Iterator[Event]:
         return self._events
