@@ -191,7 +191,9 @@ class _Run:
 
     def _described(self, decoder: str) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
-        values = {name: value for name, value in asdict(self.settings).items() if name not in ("seed", "policy")}
+        values = {
+            name: value for name, value in asdict(self.settings).items() if name not in ("seed", "policy", "stop")
+        }
         return {**values, "decoder": decoder}
 
 

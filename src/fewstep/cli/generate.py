@@ -50,6 +50,10 @@ def generate(
         bool,
         typer.Option("--show-iterations", help="Show what the jacobi decoder guesses in every pass, in fixed windows."),
     ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before this text; give the option again for another."),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Completes one prompt, or every prompt of a file."""
@@ -59,19 +63,22 @@ def generate(
         raise FewstepError("give a prompt or --input, not both")
     if show_iterations and input_file is not None:
         raise FewstepError("--show-iterations shows one prompt; leave out --input")
+    if show_iterations and stop:
+        raise FewstepError("--stop has no effect on windows, which are shown whole; leave out --show-iterations")
+    settings = decoding.given() | ({"stop": tuple(stop)} if stop else {})
     check_model_name(model.model)
     if input_file is not None:
-        _complete_file(model, decoding.given(), input_file, output_file, json, batch_size=batch_size, raw=raw)
+        _complete_file(model, settings, input_file, output_file, json, batch_size=batch_size, raw=raw)
         return
     text = _read_prompt(prompt)
     lm = model.load_model()
     rest: list[str] = []
     if show_iterations:
-        output = complete_in_view(lm, text, raw=raw, **decoding.given())
+        output = complete_in_view(lm, text, raw=raw, **settings)
     else:
-        output, unprinted = _complete_one(lm, text, raw=raw, **decoding.given())
+        output, unprinted = _complete_one(lm, text, raw=raw, **settings)
         rest = [unprinted]
-    report = summary(lm, [output], decoding.given())
+    report = summary(lm, [output], settings)
     deliver(json, report, show=lambda: print(*rest) if rest else None)
     note(describe(report))
 

@@ -465,11 +465,13 @@ def decode(
     record: Record | None = None,
     listeners: Sequence[Listener] = (),
     on_output: Callable[[int, Output], None] | None = None,
+    watch: Callable[[int, Event], bool] | None = None,
     kept: KeptLoop | None = None,
 ) -> list[Output]:
     """Decode all requests, longest first, in `batch_size` slots that are refilled at once; outputs in the given order.
 
-    `on_output(index, output)` is called as each completes. `kept`: a loop to use if it fits, and to keep this one in.
+    `on_output(index, output)` is called as each completes. `watch(index, event)` is told all that becomes final, and
+    True from it ends the request with this round. `kept`: a loop to use if it fits, and to keep this one in.
     """
     if not requests:
         return []
@@ -478,7 +480,11 @@ def decode(
     )
     outputs: dict[int, Output] = {}
     while loop.busy:
-        for number, output in loop.step():
+        completed = dict(loop.step())
+        if watch is not None:
+            ended = {number: None for number, event in loop.events() if watch(index_of[number], event)}
+            completed |= {number: _cancelled(loop, number) for number in ended if number not in completed}
+        for number, output in completed.items():
             outputs[index_of[number]] = output
             if on_output is not None:
                 on_output(index_of[number], output)
@@ -493,20 +499,31 @@ def stream(
     decoder: Decoder,
     *,
     record: Record | None = None,
+    watch: Callable[[Event], bool] | None = None,
     kept: KeptLoop | None = None,
 ) -> Generator[Event, None, Output]:
     """Yield the tokens of one request as they are finalised, by step, then by position, as `Loop.events` tells them;
-    returns the output.
+    returns the output. `watch`: as for `decode`; it is told a round's events before the first of them is yielded.
     """
-    loop, _ = loop_for(network, decoder, [request], batch_size=1, record=record, kept=kept)
+    loop, index_of = loop_for(network, decoder, [request], batch_size=1, record=record, kept=kept)
+    (number,) = index_of
     while True:
-        completed = loop.step()
-        for _, event in loop.events():
-            yield event
-        if completed:
+        output = dict(loop.step()).get(number)
+        events = [event for _, event in loop.events()]
+        if watch is not None and any(watch(event) for event in events) and output is None:
+            output = _cancelled(loop, number)
+        yield from events
+        if output is not None:
             if kept is not None:
                 kept.put(loop)
-            return completed[0][1]
+            return output
+
+
+def _cancelled(loop: Loop, number: int) -> Output:
+    """What a request under way had until now."""
+    output = loop.cancel(number)
+    assert output is not None, "it has been told of, so it was begun"
+    return output
 
 
 def _new_events(

@@ -14,7 +14,16 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
 from fewstep.models.network import Network, check_draft
 from fewstep.models.roles import Role, RoleName
-from fewstep.models.text import GrowingText, Message, check_text, decode_text, encode_plain, encode_prompt
+from fewstep.models.text import (
+    AnswerText,
+    Message,
+    before_stop,
+    check_text,
+    decode_text,
+    encode_plain,
+    encode_prompt,
+    num_ids_to_stop,
+)
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation: messages of `role` and `content`."""
@@ -124,7 +133,13 @@ class LanguageModel:
 
         def announce(index: int, output: Output) -> None:
             if on_output is not None:
-                on_output(index, self._with_text(output))
+                on_output(index, self._with_text(output, chosen.stop))
+
+        texts = [self.answer_text(chosen.stop) for _ in requests]
+
+        def watch(index: int, event: Event) -> bool:
+            texts[index].add(event.position, event.token_id)
+            return texts[index].stopped
 
         outputs = decode(
             self.network,
@@ -134,15 +149,16 @@ class LanguageModel:
             record=record,
             listeners=listeners,
             on_output=announce,
+            watch=watch if chosen.stop else None,
             kept=self._kept,
         )
-        answers = [self._with_text(output) for output in outputs]
+        answers = [self._with_text(output, chosen.stop) for output in outputs]
         return answers[0] if single else answers
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> "Stream":
         """Decode one prompt and yield its tokens as they are finalised; see `Stream`."""
         chosen = GenerationSettings.of(**settings)
-        return Stream(self, chosen.request(self.encode(prompt, raw=raw)), self._decoder(chosen))
+        return Stream(self, chosen.request(self.encode(prompt, raw=raw)), self._decoder(chosen), chosen.stop)
 
     def infill(
         self,
@@ -162,7 +178,7 @@ class LanguageModel:
         `num_tokens` are new. Settings are those of the diffusion decoder, less `max_new_tokens`, `canvas_length`,
         `early_stop` and `alg`.
         """
-        for name in ("max_new_tokens", "canvas_length", "early_stop"):
+        for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
             if name in settings:
                 raise FewstepError(f"infilling takes no {name}: what is open is given by the gap or the mask tokens")
         if "alg" in settings:
@@ -216,8 +232,24 @@ class LanguageModel:
         check_text(text)
         return encode_plain(self.network.tokenizer, text) if text else []
 
-    def _with_text(self, output: Output) -> Output:
-        return replace(output, text=decode_text(self.network.tokenizer, output.token_ids))
+    def answer_text(self, stop: Sequence[str] = ()) -> AnswerText:
+        """What assembles the text of an answer of this model."""
+        return AnswerText(self.network.tokenizer, ends=self.network.stop_token_ids, stop=stop)
+
+    def _with_text(self, output: Output, stop: Sequence[str]) -> Output:
+        """With its text; one that has a stop text ends with the step that completed it, whatever was run beyond."""
+        tokenizer, ids = self.network.tokenizer, output.token_ids
+        count = num_ids_to_stop(tokenizer, ids, stop) if stop else None
+        if count is None:
+            return replace(output, text=decode_text(tokenizer, ids))
+        return replace(
+            output,
+            token_ids=ids[:count],
+            num_tokens=count,
+            num_forwards=int(output.step_G[:count].max()),
+            finish_reason="stop",
+            text=before_stop(decode_text(tokenizer, ids[:count]), stop),
+        )
 
 
 class Stream:
@@ -227,34 +259,35 @@ class Stream:
     final, up to an end-of-text: it only grows, so it can be printed as it comes.
     """
 
-    def __init__(self, model: LanguageModel, request: Request, decoder: Decoder) -> None:
+    def __init__(self, model: LanguageModel, request: Request, decoder: Decoder, stop: Sequence[str] = ()) -> None:
         self.output: Output | None = None
         self._model = model
-        self._tokens: dict[int, int] = {}
-        self._answer = GrowingText(model.network.tokenizer)
-        self._events = self._run(stream(model.network, request, decoder, kept=model._kept))
+        self._stop = stop
+        self._answer, ahead = model.answer_text(stop), model.answer_text(stop)
+
+        def watch(event: Event) -> bool:
+            ahead.add(event.position, event.token_id)
+            return ahead.stopped
+
+        events = stream(model.network, request, decoder, watch=watch if stop else None, kept=model._kept)
+        self._events = self._run(events)
 
     def __iter__(self) -> Iterator[Event]:
         return self._events
 
     def answer_text(self) -> str:
-        """Text of the contiguous final tokens; a character whose bytes have not all arrived is held back."""
-        return self._answer.text
+        """Text of the contiguous final tokens; what may change is held back until the answer is complete."""
+        return self._answer.text if self.output is None else self.output.text
 
     def _run(self, events: Generator[Event, None, Output]) -> Iterator[Event]:
-        tokenizer, stops = self._model.network.tokenizer, self._model.network.stop_token_ids
-        answer_ids = self._answer.ids
         while True:
             try:
                 event = next(events)
             except StopIteration as finished:
-                self.output = self._model._with_text(finished.value)
+                self.output = self._model._with_text(finished.value, self._stop)
                 return
-            self._tokens[event.position] = event.token_id
-            # Behind an end-of-text stand tokens that were final before it; the answer is without them.
-            while len(answer_ids) in self._tokens and not (answer_ids and answer_ids[-1] in stops):
-                answer_ids.append(self._tokens[len(answer_ids)])
-            yield replace(event, text=str(tokenizer.decode([event.token_id])))
+            self._answer.add(event.position, event.token_id)
+            yield replace(event, text=str(self._model.network.tokenizer.decode([event.token_id])))
 
 
 def _is_single(prompt: Prompt | Prompts) -> bool:

@@ -42,6 +42,8 @@ def answers_made_by(
     chosen = {
         name: value for name, value in asdict(GenerationSettings.of(**settings)).items() if name not in _TOLD_OTHERWISE
     }
+    if not chosen["stop"]:
+        del chosen["stop"]  # answers that were kept before there were any are the same
     heads = getattr(decoder, "heads", None)
     helpers = {name: weights_hash(network) for name, network in decoder.traits.companions.items()}
     if heads is not None:

@@ -92,6 +92,8 @@ class GenerationSettings:
     at temperature `alg_temp` (by default 0, the most certain ones); see `DreamSchedule`. `early_stop=False` runs all
     passes of the canvas. Temperature 0 is argmax. `cfg_scale` (diffusion): LLaDA's classifier-free guidance.
 
+    `stop`: a text, or several; the answer ends before the first of them, its counts with the step that completed it.
+
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
     `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
     drafted (speculative, 4; self-speculative, 16; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`:
@@ -125,9 +127,12 @@ class GenerationSettings:
     ngram: NGram | None = None
     fixed_windows: bool = False
     typical: float | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if "" in self.stop:
+            raise FewstepError("a stop text must not be empty; leave it out, or give some text")
         _check_choice("decoder", self.decoder, _SPECIAL_SETTINGS)
         _check_choice("order", self.order, ORDERS)
         if self.policy is not None and not callable(self.policy):
@@ -160,6 +165,8 @@ class GenerationSettings:
                 if name in options:
                     raise FewstepError(f"{alias} is another name of {name}; give one of them")
                 options[name] = options.pop(alias)
+        if isinstance(options.get("stop"), str):
+            options["stop"] = (options["stop"],)
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:

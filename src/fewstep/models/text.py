@@ -1,5 +1,6 @@
 """Prompts to token ids and back."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -120,6 +121,63 @@ class GrowingText:
         if text.startswith(self._text):  # not so where a tokenizer's later tokens change the text of earlier ones
             self._text = text
         return self._text
+
+
+class AnswerText:
+    """The text of an answer whose tokens become final in any order, as far as everything before them is final too.
+
+    It ends with the first of the tokens `ends`, or before the first of the texts `stop`. What it once was it begins
+    with for ever: a character whose bytes have not all arrived, and what a stop text may begin with, are held back.
+    `stopped`: whether a stop text is complete.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, ends: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        self._growing = GrowingText(tokenizer)
+        self._ends, self._stop = set(ends), tuple(stop)
+        self._waiting: dict[int, int] = {}
+        self.stopped = False
+
+    def add(self, position: int, token_id: int) -> None:
+        """A token is final; positions count from 0."""
+        self._waiting[position] = token_id
+        ids = self._growing.ids
+        # Behind an end stand tokens that were final before it; the answer is without them.
+        while len(ids) in self._waiting and not self.stopped and not (ids and ids[-1] in self._ends):
+            ids.append(self._waiting.pop(len(ids)))
+            self.stopped = any(text in self._growing.text for text in self._stop)
+
+    @property
+    def text(self) -> str:
+        """What can be shown."""
+        whole = self._growing.text
+        if self.stopped:
+            return before_stop(whole, self._stop)
+        held = max((_num_begun(whole, text) for text in self._stop), default=0)
+        return whole[: len(whole) - held]
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop texts, all of it if it has none."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def _num_begun(text: str, stop: str) -> int:
+    """How many of the last characters a stop text begins with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def num_ids_to_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]) -> int | None:
+    """How many of the ids it takes until one of the stop texts is complete; None if none is."""
+
+    def complete(count: int) -> bool:
+        text = decode_text(tokenizer, ids[:count])
+        return any(one in text for one in stop)
+
+    if not complete(len(ids)):
+        return None
+    return bisect_left(range(len(ids)), True, key=complete)
 
 
 def _well_formed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
