@@ -3,12 +3,12 @@
     python recipes/draft.py STAGE                                   on a CPU or one GPU
     torchrun --nproc-per-node 4 recipes/draft.py STAGE              on four
 
-Stages, in order: `questions` (training problems), `texts` (what the model itself answers, greedily), `train` (the
-adapter), `measure` (texts identical to the model's own, tokens per pass) and `bundle`. Each writes under --runs; what
-is there is left alone, and training that was interrupted resumes.
+Stages, in order: `texts` (what the model itself answers, greedily), `train` (the adapter), `measure` (texts identical
+to the model's own, tokens per pass) and `bundle`. Each writes under --runs; what is there is left alone, and training
+that was interrupted resumes.
 
 Drafts begin where others failed, so a second round pays: `texts --model runs/draft/first --name visited` tells where
-the first adapter's drafts began, and `train --begin first --texts visited` goes on from there.
+the first adapter's drafts began, and `train --begin first --store visited` goes on from there.
 
 Any causal model can be the base: `--base runs/smollm/ar --mask-token-id 0 --runs runs/smollm-draft`.
 """
@@ -17,44 +17,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from run_recipe import run_recipe
-from safetensors.torch import load_file, save_file
 from stages import Runs, device, gpu_settings, is_there, worker
-from word_problems import MAX_ANSWER, MAX_PROMPT
+from word_problems import MAX_ANSWER
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Request
 from fewstep.decode.self_speculative import SelfSpeculative
-from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_json_whole, write_rows_whole, write_whole
+from fewstep.files import read_rows, write_json_whole
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.text import encode_prompt
-from fewstep.tasks.gsm_symbolic import problems, training_rows
+from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.draft import DraftObjective, DraftSettings
-from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings, add_gated_lora
+from fewstep.train.texts import collect_texts, read_texts
 from fewstep.train.trainer import Evaluate, train
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Base = Annotated[str, typer.Option(help="the causal model: a bundled name or a folder")]
 
 RUNS = Path("runs/draft")
-ROWS_PER_PART = 8192
-
-
-@app.command()
-def questions(runs: Runs = RUNS, count: int = 300_000, seed: int = 15) -> None:
-    """Training problems whose answers the model will write, one a line."""
-    file = runs / "questions.jsonl"
-    if not is_there(file):
-        asked = (row["prompt"] for row in training_rows(seed * 1_000_000) if row["kind"] == "cot")
-        write_rows_whole(file, ({"prompt": prompt} for prompt in islice(asked, count)))
 
 
 @app.command()
@@ -62,48 +49,34 @@ def texts(
     runs: Runs = RUNS,
     model: Annotated[str, typer.Option(help="the causal model, or an adapter on it, which is faster")] = "gsm-ar",
     name: Annotated[str, typer.Option(help="folder of the texts under --runs")] = "texts",
+    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 400_000,
     batch_size: int = 2048,
-    most: Annotated[int | None, typer.Option(help="parts of the questions; by default all")] = None,
+    shard_size: int = 8192,
+    seed: int = 15,
 ) -> None:
-    """The model's own greedy answers, as token tables; those that do not end within the limit are left out.
+    """The model's own greedy answers to training problems; those that do not end within the limit are left out.
 
-    With an adapter the tables also say where its drafts began.
+    With an adapter the texts also say where its drafts began.
     """
     network = load_network(model, device=device())
-    adapter = network.adapter
     decoder: Decoder = Autoregressive(role=network.role)
-    if adapter is not None:
-        decoder = SelfSpeculative(role=network.role, adapter=adapter, window=adapter.block_size - 1)
-    asked = [row["prompt"] for row in read_rows(runs / "questions.jsonl", required=("prompt",))]
-    (runs / name).mkdir(parents=True, exist_ok=True)
-    rank, world = worker()
-    for part in range(-(-len(asked) // ROWS_PER_PART))[:most][rank::world]:
-        path = runs / name / f"part-{part:04d}.safetensors"
-        if is_there(path):
-            continue
-        some = asked[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-        prompts = [ids for ids in (encode_prompt(network.tokenizer, one) for one in some) if len(ids) <= MAX_PROMPT]
-        requests = [Request(prompt_ids=ids, max_new_tokens=MAX_ANSWER) for ids in prompts]
-        outputs = decode(network, requests, decoder, batch_size=batch_size)
-        ended = [(ids, o) for ids, o in zip(prompts, outputs, strict=True) if o.finish_reason == "stop"]
-        table = Examples.from_ids([ids for ids, _ in ended], [o.token_ids for _, o in ended]).tensors()
-        if adapter is not None:
-            # Drafts are made in a request's first, third, fifth ... pass, which finalises the token they begin at.
-            table = {**table, "visited": torch.cat([o.step_G[: o.num_tokens] % 2 == 1 for _, o in ended])}
-        with write_whole(path) as temporary:
-            save_file(table, temporary)
-        passes = sum(o.num_forwards for _, o in ended)
-        tokens = sum(o.num_tokens for _, o in ended)
-        print(f"{path}: {len(ended)} of {len(prompts)} answers end, {tokens / passes:.2f} tokens per pass", flush=True)
-
-
-def own_texts(folder: Path) -> tuple[Examples, torch.Tensor | None]:
-    """All parts of a folder as one table, and where drafts began if it says so."""
-    parts = [load_file(file) for file in sorted(folder.glob("part-*.safetensors"))]
-    if not parts:
-        raise FewstepError(f"{folder} holds no texts; make them with the stage `texts`")
-    visited = torch.cat([part.pop("visited") for part in parts]) if "visited" in parts[0] else None
-    return Examples.joined([Examples(**part, origins=()) for part in parts]), visited
+    if network.adapter is not None:
+        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=network.adapter.block_size - 1)
+    rows, _ = prompt_rows(network.tokenizer, prompts, seed)
+    report = collect_texts(
+        network,
+        rows,
+        runs / name,
+        decoder,
+        max_new_tokens=MAX_ANSWER,
+        batch_size=batch_size,
+        settings={"decoder": decoder.name, "max_new_tokens": MAX_ANSWER, "keep": "ended"},
+        keep=lambda row, output: output.finish_reason == "stop",
+        seed=seed,
+        shard_size=shard_size,
+        worker=worker(),
+    )
+    print(report, flush=True)
 
 
 @app.command("train")
@@ -111,7 +84,7 @@ def train_adapter(
     runs: Runs = RUNS,
     base: Base = "gsm-ar",
     name: str = "gsm-draft",
-    texts: Annotated[str, typer.Option(help="folder of texts under --runs")] = "texts",
+    store: Annotated[str, typer.Option(help="folder of texts under --runs")] = "texts",
     begin: Annotated[str | None, typer.Option(help="folder of an adapter under --runs to train on")] = None,
     steps: int = 6000,
     rows: int = 48,
@@ -123,7 +96,7 @@ def train_adapter(
     starts: int = 16,
     hard: float = 1.0,
     divergence: float = 0.0,
-    length: float = 0.0,
+    length: float = 1.0,
     reach: float = 0.9,
     warm: Annotated[str | None, typer.Option(help="begin with what this model has learnt beyond the base")] = None,
     seed: int = 0,
@@ -146,7 +119,7 @@ def train_adapter(
         assert other.role.mask_token_id is not None
         embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
         start_from(network.adapter, other.module, embedding.detach())
-    examples, visited = own_texts(runs / texts)
+    examples, visited = read_texts(runs / store, network)
     objective = DraftObjective(
         network,
         examples,

@@ -281,8 +281,8 @@ def test_texts_are_collected_read_and_trained_on(trained: Path, tmp_path: Path) 
     collected = ["collect", "--model", base, "--data", str(rows), "--output", str(tmp_path / "texts")]
     assert exit_code(*collected, "--decoder", "autoregressive", "--max-new-tokens", "12") == 0
     network = load_network(base)
-    texts = read_texts(tmp_path / "texts", network)
-    assert len(texts) == 6
+    texts, visited = read_texts(tmp_path / "texts", network)
+    assert (len(texts), visited) == (6, None)
     options = ["--lora-rank", "4", "--block-size", "4", "--max-steps", "2", "--rows", "1", "--row-length", "256"]
     trains = ["train", "draft", "--model", base, "--texts", str(tmp_path / "texts"), "--output", str(tmp_path / "d")]
     assert exit_code(*trains, *options) == 0
@@ -295,5 +295,21 @@ def test_sampled_texts_depend_on_the_seed_of_their_row_alone(base: Network, tmp_
     for folder, size in (("a", 2), ("b", 7)):
         sampling = Sampling(temperature=1.0)
         collect_texts(base, rows, tmp_path / folder, decoder, sampling=sampling, batch_size=size, **options)
-    first, second = (read_texts(tmp_path / folder, base) for folder in ("a", "b"))
+    first, second = (read_texts(tmp_path / folder, base)[0] for folder in ("a", "b"))
     assert torch.equal(first.completion_ids, second.completion_ids)
+
+
+def test_texts_decoded_with_the_adapter_are_the_bases_and_say_where_drafts_began(
+    trained: Path, own_texts: list[Output], tmp_path: Path
+) -> None:
+    network, base = load_network(trained / "draft"), load_network(trained / "base")
+    rows = [PromptRow(f"p{i}", ids) for i, ids in enumerate(PROMPTS)]
+    decoder = self_speculative(network, window=BLOCK - 1)
+    collect_texts(network, rows, tmp_path / "t", decoder, max_new_tokens=20, batch_size=7, settings={}, shard_size=3)
+    texts, visited = read_texts(tmp_path / "t", base)  # the base reads them as its own
+    answers = [ids.tolist() for ids in texts.completion_ids.split(texts.completion_offsets.diff().tolist())]
+    assert answers == [output.token_ids[:20] for output in own_texts]
+    assert visited is not None
+    starts = visited.split(texts.completion_offsets.diff().tolist())
+    assert all(marks[0] for marks in starts)  # the first pass drafts from the first token
+    assert 7 < int(visited.sum()) < len(visited) / 2  # a cycle is a draft and what it accepted

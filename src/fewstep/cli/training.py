@@ -313,12 +313,14 @@ def draft(built: Built, json: Path | None) -> None:
     from fewstep.train.texts import read_texts
 
     network = NetworkSettings(device=start.device).load(start.model)
-    examples = read_texts(start.texts, network)
+    examples, visited = read_texts(start.texts, network)
+    if visited is None:
+        built.refuse(("visited",), "on texts that were decoded without an adapter")
     settings = built[DraftSettings]
     network = add_gated_lora(
         network, built[LoRASettings], mask_token_id=start.mask_token_id, block_size=settings.block_size
     )
-    objective = DraftObjective(network, examples, settings=settings)
+    objective = DraftObjective(network, examples, visited=visited, settings=settings)
     _run(network, objective, built, json, start.output, decoder=SelfSpeculative.name)
 
 

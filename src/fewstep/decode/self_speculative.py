@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, verify
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
+from fewstep.decode.requests import Output
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.decode.steps import draw_tokens
-from fewstep.decode.tree import constant
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE
 from fewstep.values import Count, check_fields
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from fewstep.models.gated import GatedAdapter
 else:  # its file loads PEFT, which takes a second
     GatedAdapter = Any
+
+
+def where_drafts_began(output: Output) -> Tensor:
+    """Of each token of an answer of this decoder, whether a draft began at it; boolean, on the CPU.
+
+    A request's passes draft and verify in turn, and a draft pass finalises the one token at which its draft begins.
+    """
+    return output.step_G[: output.num_tokens] % 2 == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,5 +97,4 @@ class SelfSpeculative(Causal):
         tokens_RS = draw_tokens(shape.drawing, state, scores.logits_RSV, positions_RS, turn_RS)
         open_RS = ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]
         guessed = replace(state, tokens_RL=write(state.tokens_RL, positions_RS, open_RS, tokens_RS))
-        agreed_RS = constant((0,) * (self.window + 1), state.tokens_RL.device).bool().expand_as(open_RS)
-        return accept_agreed(self, guessed, tokens_RS, agreed_RS, scores)
+        return accept_agreed(self, guessed, tokens_RS, torch.zeros_like(open_RS), scores)

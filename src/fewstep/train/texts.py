@@ -1,6 +1,7 @@
 """A causal network's own texts on disk, greedy or sampled: what drafts learn from.
 
-The shards are those of `record_shards`; a record is a prompt and the answer.
+The shards are those of `record_shards`; a record is a prompt and the answer, and, where the texts were decoded with a
+gated adapter, the places at which its drafts began.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import GREEDY, Sampling
-from fewstep.models.load import network_hash
+from fewstep.decode.self_speculative import SelfSpeculative, where_drafts_began
+from fewstep.models.load import weights_hash
 from fewstep.models.network import Network
 from fewstep.train.collect import CollectReport, collect_records
 from fewstep.train.examples import Examples, Origin
@@ -37,7 +40,9 @@ class TextShards(RecordShards[Output]):
     counts: ClassVar[tuple[str, ...]] = ("num_positions",)
 
     def _describe(self, manifest: Mapping[str, Any]) -> None:
-        """Nothing of its own."""
+        self.drafted = manifest["drafted"]
+        if type(self.drafted) is not bool:
+            raise TypeError(f"drafted is {self.drafted!r:.40}, neither true nor false")
 
     @staticmethod
     def output_of(record: Output) -> Output:
@@ -47,13 +52,21 @@ class TextShards(RecordShards[Output]):
         self, index: int, names: Sequence[str], records: Sequence[Output]
     ) -> tuple[dict[str, pa.Array], dict[str, int]]:
         answers = [record.token_ids for record in records]
-        return {"answer_ids": list_column(answers)}, {"num_positions": sum(map(len, answers))}
+        columns = {"answer_ids": list_column(answers)}
+        if self.drafted:
+            columns["began_draft"] = list_column([where_drafts_began(record).int().tolist() for record in records])
+        return columns, {"num_positions": sum(map(len, answers))}
 
     def _arrays(self, column: Mapping[str, pa.Array]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         answers = column["answer_ids"]
         arrays = {"answer_ids": answers.flatten().to_numpy(), "lengths": answers.value_lengths().to_numpy()}
         check_range("the lengths of texts", arrays["lengths"], 1)
-        return arrays, {"answer_ids": "num_positions"}
+        counted_by = {"answer_ids": "num_positions"}
+        if self.drafted:
+            arrays["began_draft"] = column["began_draft"].flatten().to_numpy()
+            check_range("the marks of drafts", arrays["began_draft"], 0, 2)
+            counted_by["began_draft"] = "num_positions"
+        return arrays, counted_by
 
 
 def collect_texts(
@@ -98,20 +111,25 @@ def collect_texts(
         run,
         rows,
         folder,
-        maker_hash=network_hash(network),
-        described={},
+        maker_hash=_writer_hash(network),
+        described={"drafted": isinstance(decoder, SelfSpeculative)},
         settings=settings,
         stop_token_ids=network.stop_token_ids,
         **options,
     )
 
 
-def read_texts(folder: str | Path, network: Network) -> Examples:
-    """The prompts and texts in `folder`.
+def _writer_hash(network: Network) -> str:
+    """Whose texts they are: with a gated adapter they are its base's."""
+    return weights_hash(network) if network.adapter is None else network.adapter.base_hash
+
+
+def read_texts(folder: str | Path, network: Network) -> tuple[Examples, Tensor | None]:
+    """The prompts and texts in `folder`, and of each of their tokens whether a draft began at it, if that is known.
 
     FewstepError for a store that is damaged, unfinished, empty, of another kind or schema, or made by another network.
     """
-    store = RecordStore(folder, TextShards, teacher_hash=network_hash(network))
+    store = RecordStore(folder, TextShards, teacher_hash=_writer_hash(network))
     store.check_not_empty()
     parts = [store.files.read(index) for index in store.finished]
 
@@ -123,4 +141,6 @@ def read_texts(folder: str | Path, network: Network) -> Examples:
     origin = Origin(str(folder), "record", names)
     texts = Examples(*joined("prompt_ids", "prompt_lengths"), *joined("answer_ids", "lengths"), (origin,))
     texts.check_tokens(network.vocab_size)
-    return texts
+    if not store.files.drafted:
+        return texts, None
+    return texts, torch.from_numpy(np.concatenate([part["began_draft"] for part in parts]).astype(bool))
