@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from run_recipe import run_recipe
 from stages import Runs, device, gpu_settings, is_there, worker
-from word_problems import MAX_ANSWER
+from word_problems import MAX_ANSWER, prompt_rows
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder
