@@ -67,7 +67,15 @@ def test_a_file_without_results_is_begun_anew_for_others(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "tail", [b'{"key": "two", "resu', b'{"key": "two", "result": 2}', b"\xff\n", b"[]\n", b"\0" * 40]
+    "tail",
+    [
+        b'{"key": "two", "resu',
+        b'{"key": "two", "result": 2}',
+        b"\xff\n",
+        b"[]\n",
+        b'{"key": [[]], "result": 2}\n',
+        b"\0" * 40,
+    ],
 )
 def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path, tail: bytes) -> None:
     keep(tmp_path / "out", {}, one=1)

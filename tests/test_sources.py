@@ -153,3 +153,8 @@ def test_every_command_refuses_before_any_work(place: Path, line: str, capsys: p
     assert stopped.value.code == 2
     assert "would replace it" in told or "would write the same file" in told, told
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_a_deeply_nested_adapter_config_is_left_to_what_loads_it(place: Path) -> None:
+    (place / "models/adapter/adapter_config.json").write_text("[" * 100_000)
+    check_sources([Touched("--model", MODEL, Path("models/adapter")), Touched("--output", WRITES, Path("out"))])

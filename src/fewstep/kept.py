@@ -128,7 +128,7 @@ def _begin(kept: Kept, stream: IO[bytes], made_by: Mapping[str, Any]) -> None:
             raise FewstepError(f"{kept.path} holds no kept results; move it away")
         for line in stream:
             entry = _read(line) if line.endswith(b"\n") else {}
-            if not {"key", "result"} <= entry.keys():
+            if "result" not in entry or not isinstance(entry.get("key"), str):
                 break
             kept.results[entry["key"]] = entry["result"]
             end += len(line)

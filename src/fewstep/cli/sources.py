@@ -215,7 +215,7 @@ def _model_paths(name: str) -> Iterator[Path]:
         yield path
         try:
             base = str(json.loads((path / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"])
-        except (OSError, ValueError, TypeError, KeyError):  # no adapter, or one whose loading will say what is wrong
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or loading will say what is wrong
             return
         choices = [path / base, BUNDLED / base, Path(base)]
         path = next((choice for choice in choices if os.path.isdir(choice)), path)
