@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel, Prompt
@@ -15,14 +15,16 @@ from fewstep.errors import FewstepError
 from fewstep.files import describe_difference
 from fewstep.models.load import module_hash, weights_hash
 
+_HASHES: WeakKeyDictionary[LanguageModel, str] = WeakKeyDictionary()
 _TOLD_OTHERWISE = ("policy", "draft", "heads")
 
 
-@cache
 def made_by(lm: LanguageModel) -> dict[str, str]:
     """Weights, numbers and kind of device: answers of others are not these. Hashed once a model."""
     network = lm.network
-    return {"weights": weights_hash(network), "dtype": str(network.dtype), "device": network.device.type}
+    if lm not in _HASHES:
+        _HASHES[lm] = weights_hash(network)
+    return {"weights": _HASHES[lm], "dtype": str(network.dtype), "device": network.device.type}
 
 
 def check_made_by(lm: LanguageModel, result: Mapping[str, Any], file: Path) -> None:
