@@ -427,3 +427,12 @@ def test_folders_that_are_no_shards_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(FewstepError, match="is damaged"):
         Shards.open(tmp_path)
+
+
+def test_a_row_that_ends_in_the_middle_is_named_by_line_and_column(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "1"}\n{"prompt": "is cut o\n')
+    with pytest.raises(
+        FewstepError, match=r"rows\.jsonl line 2 is not valid JSON: Invalid control character at column"
+    ):
+        list(read_rows(file, ["prompt"]))

@@ -396,7 +396,9 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise FewstepError(f"{path} line {number} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise FewstepError(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}") from None
+        raise FewstepError(
+            f"{path} line {number} is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        ) from None
     if not isinstance(row, dict):
         raise FewstepError(f'{path} line {number} is not a JSON object, such as {{"id": "1", "prompt": "..."}}')
     return row
