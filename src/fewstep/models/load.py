@@ -273,6 +273,8 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
                 f"{folder / CONFIG} describes a larger network than the one whose weights lie beside it, of "
                 f"{num_layers} layers; its files hold {len(places)} tensors with {stored} numbers"
             )
+    doubt = f"either the file is damaged, or fewstep cannot run a {type(module).__name__}"
+    with reading(folder / CONFIG, advice=doubt):
         _try_forward(module)
 
 
