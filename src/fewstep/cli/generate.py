@@ -9,7 +9,7 @@ import typer
 
 from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import DecodingOptions, Json, ModelOptions
+from fewstep.cli.options import DecodingOptions, Json, ModelOptions, written_file_check
 from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar
 from fewstep.cli.sources import STANDARD_OUTPUT, Touches
 from fewstep.errors import FewstepError
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from fewstep.decode.requests import Output
     from fewstep.engine.answers import Answer
     from fewstep.engine.language_model import LanguageModel
+
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw the answer as an SVG: positions from left to right, and one row for each pass.",
+        callback=written_file_check("--picture"),
+    ),
+    Touches.WRITES,
+]
 
 
 def generate(
@@ -54,6 +64,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End the answer before this text; give the option again for another."),
     ] = None,
+    picture: Picture = None,
     json: Json = None,
 ) -> None:
     """Completes one prompt, or every prompt of a file."""
@@ -63,6 +74,10 @@ def generate(
         raise FewstepError("give a prompt or --input, not both")
     if show_iterations and input_file is not None:
         raise FewstepError("--show-iterations shows one prompt; leave out --input")
+    if picture is not None and input_file is not None:
+        raise FewstepError("--picture draws the answer to one prompt; leave out --input")
+    if picture == STANDARD_OUTPUT:
+        raise FewstepError("--picture is drawn to a file, since standard output has the answer; name a file")
     if show_iterations and stop:
         raise FewstepError("--stop has no effect on windows, which are shown whole; leave out --show-iterations")
     settings = decoding.given() | ({"stop": tuple(stop)} if stop else {})
@@ -79,6 +94,8 @@ def generate(
         output, unprinted = _complete_one(lm, text, raw=raw, **settings)
         rest = [unprinted]
     report = summary(lm, [output], settings)
+    if picture is not None:
+        _draw(lm, output, picture, title=f"{Path(report['model']).name}, {report['decoder']}: {_counts(report)}")
     deliver(json, report, show=lambda: print(*rest) if rest else None)
     note(describe(report))
 
@@ -129,6 +146,16 @@ def _complete_one(lm: "LanguageModel", prompt: str, **settings: Any) -> "tuple[O
             printed = text
     assert stream.output is not None
     return stream.output, stream.output.text.removeprefix(printed)
+
+
+def _draw(lm: "LanguageModel", output: "Output", path: Path, *, title: str) -> None:
+    from fewstep.files import write_whole
+    from fewstep.measure.picture import decoding_svg
+
+    tokens = [str(lm.network.tokenizer.decode([token_id])) for token_id in output.token_ids]
+    with write_whole(path) as temporary:
+        drawing = decoding_svg(tokens, output.step_G[: len(tokens)].tolist(), title=title)
+        temporary.write_text(drawing, encoding="utf-8")
 
 
 def _complete_file(
@@ -210,9 +237,11 @@ def summary(lm: "LanguageModel", outputs: "Sequence[Output | Answer]", settings:
 
 def describe(report: dict[str, Any]) -> str:
     """The report in one line."""
-    drafts = f" and {report['num_draft_forwards']} of the draft" if report["num_draft_forwards"] else ""
-    return (
-        f"{report['num_tokens']} tokens in {report['num_forwards']} passes{drafts} "
-        f"({report['tokens_per_forward']:.1f} per pass), {max(report['seconds']):.2f} s"
-        + (f" for the slowest of {report['n']} prompts" if report["n"] > 1 else "")
+    return f"{_counts(report)} ({report['tokens_per_forward']:.1f} per pass), {max(report['seconds']):.2f} s" + (
+        f" for the slowest of {report['n']} prompts" if report["n"] > 1 else ""
     )
+
+
+def _counts(report: dict[str, Any]) -> str:
+    drafts = f" and {report['num_draft_forwards']} of the draft" if report["num_draft_forwards"] else ""
+    return f"{report['num_tokens']} tokens in {report['num_forwards']} passes{drafts}"

@@ -30,18 +30,26 @@ _MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
 _DEFAULT_TASK = "gsm-symbolic"
 
 
-def _check_report(path: Path | None) -> Path | None:
-    """FewstepError for a report that could not be written, before the work whose end it is."""
-    if path is not None and os.path.isdir(path):
-        raise FewstepError(f"--json {path} is a folder, not a file; name a file")
-    if path is not None and not os.path.isdir(path.parent):
-        raise FewstepError(f"the folder of --json {path} does not exist; make it first, or name another")
-    return path
+def written_file_check(option: str) -> Callable[[Path | None], Path | None]:
+    """A callback of an option that names a file to write: FewstepError for a file that could not be written, before the
+    work whose result it is for.
+    """
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and os.path.isdir(path):
+            raise FewstepError(f"{option} {path} is a folder, not a file; name a file")
+        if path is not None and not os.path.isdir(path.parent):
+            raise FewstepError(f"the folder of {option} {path} does not exist; make it first, or name another")
+        return path
+
+    return check
 
 
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the report to this file as JSON.", callback=_check_report),
+    typer.Option(
+        "--json", metavar="FILE", help="Write the report to this file as JSON.", callback=written_file_check("--json")
+    ),
     Touches.WRITES,
 ]
 
