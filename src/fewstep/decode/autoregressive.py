@@ -18,7 +18,7 @@ class Autoregressive(Causal):
 
     name: ClassVar[str] = "autoregressive"
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=0):
             yield members, [Shape("decode" if width == 1 else "prefill", width)]
 

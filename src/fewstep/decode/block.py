@@ -40,16 +40,16 @@ class Block(Finalising):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("block_causal",), cached=True, span=self.block_size)
+        return Traits(roles=("block_causal",), cached=True, pass_length=self.block_size)
 
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:
             raise FewstepError("the block decoder cannot infill: no block sees a later one; use a bidirectional model")
         assert self.role.mask_token_id is not None
         length = canvas_length(self.role, request, self.block_size)
-        return open_canvas(length, self.role.mask_token_id, limit=request.max_new_tokens, early_stop=request.early_stop)
+        return open_canvas(request, length, self.role.mask_token_id)
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(0, self.block_size), active=self.block_size):
             yield members, [Shape({0: "denoise", self.block_size: "commit"}.get(width, "prefill"), width)]
 

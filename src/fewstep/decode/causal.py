@@ -45,12 +45,12 @@ class Causal(Finalising):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("autoregressive",), cached=True, span=1)
+        return Traits(roles=("autoregressive",), cached=True, pass_length=1)
 
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:
             raise FewstepError(f"the {self.name} decoder cannot infill; use a bidirectional model")
-        return open_canvas(request.max_new_tokens, 0, limit=request.max_new_tokens, early_stop=request.early_stop)
+        return open_canvas(request, request.max_new_tokens, 0)
 
 
 def accept_agreed(

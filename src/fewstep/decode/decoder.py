@@ -59,15 +59,15 @@ class Traits:
 
     `roles`: of the networks that it can run. `cached`: whether passes read and write a KV cache. `guided`: whether
     logits come from two forwards, so that no hidden row gives them. `branching`: whether guesses branch, so that the
-    rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that sample. `span`:
-    positions from the front on that a pass may read, or write to the cache. `num_guessed`: positions from the front on
-    that guesses stand for, 0 for a decoder that does not guess. `companions`: the networks that plans name besides
-    "target", each with a cache of its own.
+    rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that sample.
+    `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`: how many
+    positions from the front on hold guesses, 0 for a decoder that does not guess. `companions`: the networks that plans
+    name besides "target", each with a cache of its own.
     """
 
     roles: tuple[RoleName, ...]
     cached: bool
-    span: int
+    pass_length: int
     num_guessed: int = 0
     guided: bool = False
     branching: bool = False
@@ -116,10 +116,10 @@ class Decoder(Protocol):
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         """The state of requests that begin, on the CPU, with what this decoder remembers."""
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         """Split live requests into groups: indices into them, and the passes of their step; every request once.
 
-        CPU tensors: `pending_R` as in State, `extent_R` the positions a request takes up, in whole blocks.
+        CPU tensors: `pending_R` as in State, `length_R` the positions a request takes up, in whole blocks.
         """
 
     def plan(self, state: State, shape: Shape) -> Plan:
@@ -160,13 +160,13 @@ def canvas_length(role: Role, request: Request, block_size: int) -> int:
     return whole_blocks(tail + request.max_new_tokens, block_size) - tail
 
 
-def open_canvas(length: int, placeholder: int, *, limit: int, early_stop: bool) -> Canvas:
-    """A canvas of open positions only; without early stop all of it is decoded, beyond the limit too."""
+def open_canvas(request: Request, length: int, placeholder: int) -> Canvas:
+    """A canvas of `length` open positions; all of it is decoded if the request does not stop early."""
     return Canvas(
         tokens=[placeholder] * length,
         open=[True] * length,
-        limit=limit if early_stop else length,
-        stops_early=early_stop,
+        decode_length=request.max_new_tokens if request.early_stop else length,
+        stops_early=request.early_stop,
     )
 
 

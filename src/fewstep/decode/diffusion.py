@@ -79,7 +79,10 @@ class Diffusion(Finalising):
     @cached_property
     def traits(self) -> Traits:
         return Traits(
-            roles=("bidirectional", "block_causal"), cached=False, span=self.block_size, guided=self.cfg_scale > 0
+            roles=("bidirectional", "block_causal"),
+            cached=False,
+            pass_length=self.block_size,
+            guided=self.cfg_scale > 0,
         )
 
     def canvas(self, request: Request) -> Canvas:
@@ -100,21 +103,21 @@ class Diffusion(Finalising):
                 f"max_new_tokens {request.max_new_tokens} exceeds the canvas of {length}; "
                 "lower it or raise canvas_length"
             )
-        return open_canvas(length, self._mask_token_id, limit=request.max_new_tokens, early_stop=request.early_stop)
+        return open_canvas(request, length, self._mask_token_id)
 
     def _given_canvas(self, tokens: list[int]) -> Canvas:
         opened = [token == self._mask_token_id for token in tokens]
         if not any(opened):
             raise FewstepError("there is nothing to fill in: the canvas holds no mask token")
-        return Canvas(tokens=tokens, open=opened, limit=len(tokens), stops_early=False)
+        return Canvas(tokens=tokens, open=opened, decode_length=len(tokens), stops_early=False)
 
     @property
     def _mask_token_id(self) -> int:
         assert self.role.mask_token_id is not None  # Role refuses a diffusion role without one
         return self.role.mask_token_id
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
-        yield torch.arange(len(extent_R)), [Shape("full", whole_blocks(int(extent_R.max()), LENGTH_BUCKET))]
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+        yield torch.arange(len(length_R)), [Shape("full", whole_blocks(int(length_R.max()), LENGTH_BUCKET))]
 
     def plan(self, state: State, shape: Shape) -> Plan:
         device = state.tokens_RL.device

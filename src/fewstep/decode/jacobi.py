@@ -45,13 +45,13 @@ class Jacobi(Causal):
     @cached_property
     def traits(self) -> Traits:
         return Traits(
-            roles=("autoregressive",), cached=True, num_guessed=self.window, span=self.window, greedy_only=True
+            roles=("autoregressive",), cached=True, num_guessed=self.window, pass_length=self.window, greedy_only=True
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         return self._filled(state, state.front_R, ~state.done_R)
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window - 1):
             yield members, [Shape("iterate" if width == 1 else "prefill", width)]
 

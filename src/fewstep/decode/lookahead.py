@@ -83,7 +83,7 @@ class Lookahead(Causal):
             roles=("autoregressive",),
             cached=True,
             num_guessed=self.window + self.ngram - 2,
-            span=self.tree.num_guesses,
+            pass_length=self.tree.num_guesses,
             greedy_only=True,
             branching=True,
         )
@@ -101,7 +101,7 @@ class Lookahead(Causal):
             cursor_R=torch.zeros_like(state.front_R),
         )
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(self.ngram,), active=self.tree.num_guesses):
             yield members, [Shape("decode" if width == self.ngram else "prefill", width)]
 

@@ -33,7 +33,7 @@ from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores, check_draft
 from fewstep.models.threads import sparing_threads
 
-REACH_BUCKET = 64
+CACHE_LENGTH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
 
 ROOM_FOR_STOP_TOKENS = 4
@@ -92,15 +92,14 @@ class _Ticket:
     submitted_s: float
 
 
-def positions_needed(decoder: Decoder, request: Request) -> int:
-    """Positions that a request takes up: its context, its canvas in whole blocks, and what a pass sees beyond it."""
-    return _extent(decoder, request, decoder.canvas(request))
-
-
-def _extent(decoder: Decoder, request: Request, canvas: Canvas) -> int:
+def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None = None) -> int:
+    """The positions that a request takes up: its context, its canvas (made by the decoder if not given) in whole
+    blocks, and what a pass reads or writes beyond it.
+    """
+    canvas = canvas or decoder.canvas(request)
     start = first_block_start(decoder.role, len(request.prompt_ids))
     blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
-    return start + blocks + decoder.traits.span - decoder.block_size
+    return start + blocks + decoder.traits.pass_length - decoder.block_size
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
@@ -145,7 +144,7 @@ def loop_for(
     """A loop that has the requests queued, longest first, and each one's index by its number; nothing is allocated
     before all are checked. `options`: of `Loop`. `kept`: where a loop may lie that fits.
     """
-    lengths = [_extent(decoder, request, check_request(network, decoder, request)) for request in requests]
+    lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     sizes: dict[str, Any] = {"num_slots": min(batch_size, len(requests)), "length": max(lengths)}
     taken = None if kept is None else kept.take(network, decoder, **sizes, **options)
     loop = taken or Loop(network, decoder, **sizes, **options)
@@ -176,7 +175,7 @@ class KeptLoop:
         if loop is None or loop.network is not network or loop.decoder != decoder or loop.record != record:
             return None
         # A much longer slot would make every pass of short requests slower.
-        if loop.num_slots != num_slots or not length <= loop.length < 2 * length + REACH_BUCKET:
+        if loop.num_slots != num_slots or not length <= loop.length < 2 * length + CACHE_LENGTH_BUCKET:
             return None
         if (loop.state.done_R.device, loop.dtype) != (network.device, network.dtype):
             return None
@@ -228,7 +227,7 @@ class Loop:
         self._run_pass = run_pass
         self._num_stop_tokens = max(len(network.stop_token_ids), ROOM_FOR_STOP_TOKENS)
         # With the cache's scratch slot a multiple of the bucket, as attention kernels like it.
-        self.length = length = whole_blocks(length + 1, REACH_BUCKET) - 1
+        self.length = length = whole_blocks(length + 1, CACHE_LENGTH_BUCKET) - 1
         self.state = free_slots(self._begin([]), num_slots, network.device)
         self._caches = {
             name: each.new_cache(num_slots, length) for name, each in self._networks.items() if traits.cached
@@ -247,7 +246,7 @@ class Loop:
         # The host's copy of what decides the passes of a round.
         self._pending_R = torch.full((num_slots,), -1)
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
-        self._extent_R = torch.zeros(num_slots, dtype=torch.long)
+        self._length_R = torch.zeros(num_slots, dtype=torch.long)
         self._drawing_R = torch.zeros(num_slots, dtype=torch.long)  # numbers of DRAWINGS
 
     @property
@@ -266,7 +265,7 @@ class Loop:
         if len(stops) > self._num_stop_tokens:
             raise FewstepError(f"a request names at most {self._num_stop_tokens} stop tokens")
         canvas = check_request(self.network, self.decoder, request)
-        if _extent(self.decoder, request, canvas) > self.length:
+        if positions_needed(self.decoder, request, canvas) > self.length:
             raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
         self._num_submitted += 1
         self._queue.append(_Ticket(self._num_submitted - 1, request, canvas, time.perf_counter()))
@@ -328,7 +327,7 @@ class Loop:
         live_r = (self._pending_R >= 0).nonzero()[:, 0]
         if not len(live_r):
             return live_r
-        for members, shapes in self.decoder.passes(self._pending_R[live_r], self._extent_R[live_r]):
+        for members, shapes in self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]):
             self._run(live_r[members], shapes)
         self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()
         for listener in self.listeners:
@@ -347,7 +346,7 @@ class Loop:
         self._pending_R[slots_r] = rows.pending_R
         self._front_R[slots_r] = rows.front_R
         for slot, ticket in zip(slots, tickets, strict=True):
-            self._extent_R[slot] = _extent(self.decoder, ticket.request, ticket.canvas)
+            self._length_R[slot] = positions_needed(self.decoder, ticket.request, ticket.canvas)
             self._drawing_R[slot] = DRAWINGS.index(drawing_of(ticket.request))
         self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
         for cache in self._caches.values():
@@ -370,11 +369,14 @@ class Loop:
         subset_r = None if len(slots_r) == len(self._pending_R) else slots_r.to(self.network.device)
         state = self.state if subset_r is None else self.state.select(subset_r)
         traits = self.decoder.traits
-        reach = whole_blocks(int(self._front_R[slots_r].max()) + traits.span, REACH_BUCKET) if traits.cached else 0
-        caches = {name: cache.view(subset_r, reach) for name, cache in self._caches.items()}
+        cache_length = 0
+        if traits.cached:
+            needed = int(self._front_R[slots_r].max()) + traits.pass_length
+            cache_length = min(whole_blocks(needed, CACHE_LENGTH_BUCKET), self.length + 1)
+        caches = {name: cache.view(subset_r, cache_length) for name, cache in self._caches.items()}
         drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
-            shape = replace(shape, rows=len(slots_r), cache_length=min(reach, self.length + 1), drawing=drawing)
+            shape = replace(shape, rows=len(slots_r), cache_length=cache_length, drawing=drawing)
             accepted, scores = self._run_pass(self._networks, self.decoder, state, caches, shape)
             if self._hidden_RLD is not None:
                 self._keep_hidden(subset_r, accepted, scores)
@@ -531,8 +533,8 @@ def _new_events(
 ) -> Iterator[Event]:
     """What the last step of the request finalised in its answer."""
     infilled = request.canvas is not None
-    start, limit = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
-    answer, step = slice(start, start + limit), int(num_forwards)
+    start, length = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
+    answer, step = slice(start, start + length), int(num_forwards)
     tokens_G, steps_G = tokens_L[answer], step_L[answer]
     ends = torch.tensor(() if infilled else request.stop_token_ids or (), dtype=tokens_G.dtype)
     stops_G = torch.isin(tokens_G, ends) & (steps_G > 0)

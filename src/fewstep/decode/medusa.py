@@ -73,7 +73,7 @@ class Medusa(Causal):
             roles=("autoregressive",),
             cached=True,
             num_guessed=len(self.heads),
-            span=max(self.tree.num_guesses, len(self.heads) + 1),
+            pass_length=max(self.tree.num_guesses, len(self.heads) + 1),
             greedy_only=True,
             branching=True,
         )
@@ -82,7 +82,7 @@ class Medusa(Causal):
         nothing_RT = torch.zeros((len(state.done_R), self.tree.num_guesses), dtype=torch.long)
         return MedusaState(**vars(state), guesses_RT=nothing_RT)
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         most = len(self.heads) + 1
         for members, width in grouped_passes(pending_R, shapes=(most,), active=self.tree.num_guesses):
             yield members, [Shape("decode" if width == most else "prefill", width)]

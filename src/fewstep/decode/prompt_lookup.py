@@ -37,12 +37,12 @@ class PromptLookup(Causal):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("autoregressive",), cached=True, num_guessed=self.window, span=1 + self.window)
+        return Traits(roles=("autoregressive",), cached=True, num_guessed=self.window, pass_length=1 + self.window)
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         return self._with_guesses(state)
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
             yield members, [Shape("verify" if width == 1 else "prefill", width)]
 

@@ -36,14 +36,14 @@ class Request:
 class Canvas:
     """The room after a request's context, as a decoder lays it out.
 
-    `tokens`: ids, the placeholder where `open`. The request is done when `limit` positions are final, or early, when
-    an end-of-text and everything before it is and `stops_early`. `num_blocks` of its blocks have open positions; paced
-    policies share `num_steps` among them.
+    `tokens`: ids, the placeholder where `open`. The request is done when the first `decode_length` positions are final;
+    earlier, if `stops_early`, when an end-of-text and everything before it are final. `num_blocks` of its blocks have
+    open positions; paced policies share `num_steps` among them.
     """
 
     tokens: list[int]
     open: list[bool]
-    limit: int
+    decode_length: int
     stops_early: bool
     num_blocks: int = 1
     num_steps: int = 1

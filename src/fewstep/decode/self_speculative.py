@@ -59,10 +59,14 @@ class SelfSpeculative(Causal):
     @cached_property
     def traits(self) -> Traits:
         return Traits(
-            roles=("autoregressive",), cached=True, num_guessed=self.window + 1, span=1 + self.window, branching=True
+            roles=("autoregressive",),
+            cached=True,
+            num_guessed=self.window + 1,
+            pass_length=1 + self.window,
+            branching=True,
         )
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
             yield members, [Shape("draft", width), Shape("verify", 1)]
 

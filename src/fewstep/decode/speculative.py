@@ -62,7 +62,7 @@ class Speculative(Causal):
             roles=("autoregressive",),
             cached=True,
             num_guessed=self.window,
-            span=1 + self.window,
+            pass_length=1 + self.window,
             companions={"draft": self.draft},
             greedy_only=not self.sampled,
         )
@@ -76,7 +76,7 @@ class Speculative(Causal):
             draft_probability_RCV=torch.zeros((num_requests, self.window, num_tokens), dtype=torch.float64),
         )
 
-    def passes(self, pending_R: Tensor, extent_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
+    def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
             drafts = [Shape("draft", max(width, 2)), *[Shape("draft", 1)] * (self.window - 1)]
             yield members, [*drafts, Shape("verify", width)]

@@ -81,7 +81,9 @@ class State(Rows):
     step_RL: Tensor  # the request's step, from 1, that finalised the position; 0 = given, NEVER = open
     confidence_RL: Tensor  # untempered probability of the token when it was finalised; 1 = given
     context_length_R: Tensor
-    end_R: Tensor  # the request is done when every position before this one is final, or an end of the text before it
+    decode_end_R: (
+        Tensor  # the request is done once all positions before it, or an end of the text among them, are final
+    )
     canvas_end_R: Tensor
     front_R: Tensor
     cached_R: Tensor

@@ -50,7 +50,7 @@ def begin(
         step_RL=torch.where(final_RL, 0, NEVER),
         confidence_RL=final_RL.float(),
         context_length_R=context_length_R,
-        end_R=context_length_R + integers(canvas.limit for canvas in canvases),
+        decode_end_R=context_length_R + integers(canvas.decode_length for canvas in canvases),
         canvas_end_R=context_length_R + integers(len(canvas.tokens) for canvas in canvases),
         front_R=zeros_R,
         cached_R=zeros_R,
@@ -177,7 +177,7 @@ def _advance(decoder: Decoder, state: StateT) -> StateT:
     stops_RL = state.final_RL & is_stop(state, state.tokens_RL)
     stops_RL &= position_L >= state.context_length_R[:, None]
     stopped_R = (stops_RL & (position_L < first_open_R[:, None])).any(1)
-    done_R = state.done_R | stopped_R | (first_open_R >= state.end_R)
+    done_R = state.done_R | stopped_R | (first_open_R >= state.decode_end_R)
 
     front_R = _block_start(first_open_R, state.context_length_R, decoder.role, decoder.block_size)
     front_R = torch.where(done_R, state.front_R, front_R)

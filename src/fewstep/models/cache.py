@@ -35,18 +35,18 @@ class KVCache(Cache):
         self._slots_RQ = torch.zeros((num_requests, 0), dtype=torch.long, device=device)
         self._request_R1 = torch.arange(num_requests, device=device)[:, None]
         self._subset: Tensor | None = None
-        self._reach = self.num_slots
+        self._length = self.num_slots
 
-    def view(self, requests_r: Tensor | None, reach: int) -> "KVCache":
-        """The same memory for a forward of these requests (None = all), none of which has a row at or past `reach`.
+    def view(self, requests_r: Tensor | None, length: int) -> "KVCache":
+        """The same memory for a forward of these requests (None = all), none of which has a row at or past `length`.
 
-        Attention then reads `reach` slots only, of a subset a copy.
+        Attention then reads `length` slots only, of a subset a copy.
         """
         view = copy(self)
         if requests_r is not None:
             view._subset = requests_r
             view._request_R1 = requests_r[:, None]
-        view._reach = min(reach, self.num_slots)
+        view._length = min(length, self.num_slots)
         return view
 
     @property
@@ -70,7 +70,7 @@ class KVCache(Cache):
         return self._read(keys.transpose(1, 2)).transpose(1, 2), self._read(values.transpose(1, 2)).transpose(1, 2)
 
     def _read(self, slots_RK: Tensor) -> Tensor:
-        slots_RK = slots_RK[:, : self._reach]
+        slots_RK = slots_RK[:, : self._length]
         return slots_RK if self._subset is None else slots_RK[self._subset]
 
     def reset(self, requests_R: Tensor) -> None:

@@ -137,21 +137,21 @@ class _States:
                     f"a prompt of {len(prompt)} tokens and a canvas of {canvas} exceed the {teacher.max_positions} "
                     f"positions of {teacher.name}; lower canvas_length"
                 )
-        extents = [len(prompt) + canvas for prompt, canvas in zip(prompts, canvases, strict=True)]
-        length = whole_blocks(max(extents), LENGTH_BUCKET)
+        canvas_ends = [len(prompt) + canvas for prompt, canvas in zip(prompts, canvases, strict=True)]
+        length = whole_blocks(max(canvas_ends), LENGTH_BUCKET)
         tokens_ML = torch.full((len(outputs), length), int(self._role.mask_token_id or 0))
         steps_ML = torch.full((len(outputs), length), -1)
-        for m, (prompt, output, extent) in enumerate(zip(prompts, outputs, extents, strict=True)):
-            kept = extent - len(prompt)
+        for m, (prompt, output, canvas_end) in enumerate(zip(prompts, outputs, canvas_ends, strict=True)):
+            kept = canvas_end - len(prompt)
             tokens_ML[m, : len(prompt)], steps_ML[m, : len(prompt)] = torch.tensor(list(prompt)), 0
             canvas_ids, steps = output.canvas_ids_G[:kept], output.step_G[:kept]
             tokens_ML[m, len(prompt) : len(prompt) + len(canvas_ids)] = canvas_ids
             steps_ML[m, len(prompt) : len(prompt) + len(steps)] = steps
         self._tokens_ML, self._steps_ML = tokens_ML.to(device), steps_ML.to(device)
         self._context_M = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._extent_M = torch.tensor(extents, device=device)
+        self._canvas_end_M = torch.tensor(canvas_ends, device=device)
         self._visited = sorted(
-            (extents[m], m, int(number))
+            (canvas_ends[m], m, int(number))
             for m, output in enumerate(outputs)
             for number in output.step_G[output.step_G > 0].unique()
         )
@@ -159,7 +159,7 @@ class _States:
     def batches(self) -> list[_Batch]:
         batches, start = [], 0
         while start < len(self._visited):
-            # Extents ascend, so a batch is as long as its last state; the first state's is a close enough guess.
+            # Canvas ends ascend, so a batch is as long as its last state; the first state's is a close enough guess.
             count = max(1, self._tokens_per_forward // self._visited[start][0])
             chosen = self._visited[start : start + count]
             batches.append(self._batch(chosen))
@@ -186,7 +186,7 @@ class _States:
         open_NL = (steps_NL < 0) | (steps_NL >= batch.pass_N[:, None])
         positions_NL = torch.arange(batch.length, device=tokens_NL.device).expand_as(tokens_NL)
         context_N1 = self._context_M[batch.record_N][:, None]
-        inert_NL = positions_NL >= self._extent_M[batch.record_N][:, None]
+        inert_NL = positions_NL >= self._canvas_end_M[batch.record_N][:, None]
         return Plan(
             kind="full",
             tokens_RQ=tokens_NL.masked_fill(open_NL, int(self._role.mask_token_id or 0)),
