@@ -758,7 +758,7 @@ def test_packed_training_of_an_imported_student_scores_what_uncached_decoding_sc
                 noisy, clean = (token_T[segment_T == segment].tolist() for segment in (NOISY, CLEAN))
                 for i in range(len(noisy) if states == "references" else length):
                     is_first = shifted and i % 4 == 0
-                    # A first position is scored whether it is hidden or not, but for the consistency loss's goal.
+                    # A first position is scored whether it is masked or not, but for the consistency loss's goal.
                     if noisy[i] == MASK or (is_first and number == 0):
                         start = i // 4 * 4
                         sequence = [*prompt, *clean[:start], *noisy[start : start + 4]]

@@ -137,7 +137,7 @@ def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_firs
             clean = tokens[here & (documents.packed.segment_RT == 2)].tolist()
             for start in range(0, len(noisy), 4):
                 block = noisy[start : start + 4]
-                assert block[0] != 2 or block == [2] * 4, "the first position opens first"
+                assert block[0] != 2 or block == [2] * 4, "the first position is unmasked first"
                 whole += block == [2] * 4
                 rows = unpacked_logits(network, prompt + clean[:start] + block, len(prompt)).log_softmax(-1)[-5:-1]
                 scored = [j for j in range(4) if j == 0 or block[j] == 2]
@@ -207,7 +207,7 @@ def test_canvases_share_a_context_only_if_it_does_not_see_them(examples):
             MaskedDiffusionObjective(tiny_network("bidirectional", **shape).role, examples, 1, canvases=2)
 
 
-def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_the_active_one(examples):
+def test_leftward_corruption_unmasks_earlier_blocks_masks_later_ones_and_scores_the_active_one(examples):
     network = tiny_network("bidirectional")
     objective = MaskedDiffusionObjective(
         network.role,
@@ -223,20 +223,20 @@ def test_leftward_corruption_opens_earlier_blocks_hides_later_ones_and_scores_th
     block = documents.block_of_response().flatten()
     for document in range(3):
         here = (documents.packed.document_RT == document).flatten()
-        hidden = here & (tokens.flatten() == 2)
-        scored = torch.zeros_like(hidden)
+        masked = here & (tokens.flatten() == 2)
+        scored = torch.zeros_like(masked)
         scored[rows] = True
         active = block[scored & here].unique()
         assert len(active) <= 1
         for later in block[here & documents.is_noisy_RT.flatten()].unique():
             inside = here & documents.is_noisy_RT.flatten() & (block == later)
             if len(active) and later > active:
-                assert hidden[inside].all()
+                assert masked[inside].all()
             if len(active) and later < active:
-                assert not hidden[inside].any()
+                assert not masked[inside].any()
 
 
-def test_visited_states_open_the_networks_most_confident_positions_and_score_the_rest(examples):
+def test_visited_states_unmask_the_networks_most_confident_positions_and_score_the_rest(examples):
     network = tiny_network("bidirectional")
     objective = MaskedDiffusionObjective(
         network.role,
@@ -245,35 +245,35 @@ def test_visited_states_open_the_networks_most_confident_positions_and_score_the
         corruption=Corruption(leftward=0.8, visited=0.8),
         canvas=CanvasLengths(block_size=4, weights=(0, 0, 1)),
     )
-    opened_counts = []
+    unmasked_counts = []
     for seed in range(20):
         batch, calls = batch_of(objective, 3, 30), []
         prepared = objective.prepare(batch, torch.Generator().manual_seed(seed))
         loss = objective.loss(forward_of(network, calls), prepared)
         (before, _, _, rows), (after, _, _, same_rows) = calls
         assert rows.tolist() == same_rows.tolist()
-        truth = dict(zip(prepared.opening.targets_S.tolist(), prepared.truth_S.tolist(), strict=True))
+        truth = dict(zip(prepared.unmasking.targets_S.tolist(), prepared.truth_S.tolist(), strict=True))
         logp = forward_of(network)(*prepared.inputs).log_softmax(-1).amax(-1)
-        confidence = dict(zip(prepared.opening.targets_S.tolist(), logp.tolist(), strict=True))
-        opened = [i for i in truth if before.flatten()[i] != after.flatten()[i]]
-        assert (before != after).sum() == len(opened)
-        assert all(after.flatten()[i] == truth[i] for i in opened)
-        units = dict(zip(prepared.opening.targets_S.tolist(), prepared.opening.unit_S.tolist(), strict=True))
+        confidence = dict(zip(prepared.unmasking.targets_S.tolist(), logp.tolist(), strict=True))
+        unmasked = [i for i in truth if before.flatten()[i] != after.flatten()[i]]
+        assert (before != after).sum() == len(unmasked)
+        assert all(after.flatten()[i] == truth[i] for i in unmasked)
+        units = dict(zip(prepared.unmasking.targets_S.tolist(), prepared.unmasking.unit_S.tolist(), strict=True))
         for canvas in set(units.values()):
             mine = sorted((i for i in units if units[i] == canvas), key=lambda i: -confidence[i])
-            count = sum(i in opened for i in mine)
-            assert set(mine[:count]) == {i for i in mine if i in opened}
+            count = sum(i in unmasked for i in mine)
+            assert set(mine[:count]) == {i for i in mine if i in unmasked}
             assert count < len(mine)
             assert count == 0 or canvas < 3
-        left = [k for k, i in enumerate(truth) if i not in opened]
+        left = [k for k, i in enumerate(truth) if i not in unmasked]
         scored = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
         expected = -torch.stack([scored[k, prepared.truth_S[k]] for k in left]).mean()
         assert_close(loss.total, expected, atol=1e-5, rtol=1e-5)
-        opened_counts.append(len(opened))
-    assert sum(opened_counts) > 5
+        unmasked_counts.append(len(unmasked))
+    assert sum(unmasked_counts) > 5
 
 
-def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
+def test_late_tokens_are_masked_from_a_point_on_and_others_seldom():
     late = (20, 21, 22, 23, 24)
     network = tiny_network("bidirectional")
     examples = Examples.from_ids([[3, 9]], [[20, 30, 21, 31, 22, 32, 23, 33, 24, 34, 20, 35]])
@@ -288,10 +288,10 @@ def test_late_tokens_are_hidden_from_a_point_on_and_others_seldom():
     for seed in range(200):
         batch, calls = batch_of(objective, 1, 32, [0]), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
-        hidden = calls[0][0].flatten()[2:14] == 2
-        of_late = hidden[0::2].tolist()
+        masked = calls[0][0].flatten()[2:14] == 2
+        of_late = masked[0::2].tolist()
         assert of_late == sorted(of_late)
-        counts += hidden
+        counts += masked
     assert counts[10] > 180  # open only if the point lies in the last tenth
     assert (counts[1::2] / 200 < 0.4).all()  # a quarter is expected
 
@@ -323,23 +323,23 @@ def test_shares_that_mean_nothing_for_a_role_are_refused(examples, role, shares,
         MaskedDiffusionObjective(tiny_network(role).role, examples, 1, corruption=Corruption(**shares))
 
 
-def test_blocks_of_a_block_causal_network_hide_late_tokens_or_all_after_a_point():
+def test_blocks_of_a_block_causal_network_mask_late_tokens_or_all_after_a_point():
     late = (20, 21, 22, 23, 24)
     role = replace(tiny_network("block_causal").role, block_size=6)
     examples = Examples.from_ids([[3, 9]], [[20, 30, 21, 31, 22, 32, 23, 33, 24, 34, 20, 35]])
 
-    def hidden_blocks(**shares):
+    def masked_blocks(**shares):
         objective = MaskedDiffusionObjective(role, examples, 1, corruption=Corruption(untouched=0, **shares))
         for seed in range(100):
             batch = batch_of(objective, 1, 32, [0])
             inputs = objective.prepare(batch, torch.Generator().manual_seed(seed)).inputs
             yield from (inputs.tokens_RT.flatten()[2:14] == 2).view(2, 6)
 
-    seen = torch.stack(list(hidden_blocks(late=1.0, late_tokens=late)))
+    seen = torch.stack(list(masked_blocks(late=1.0, late_tokens=late)))
     assert all(block[0::2].tolist() == sorted(block[0::2].tolist()) for block in seen)
     assert seen[:, 4].float().mean() > 0.75
     assert (seen[:, 1::2].float().mean(0) < 0.4).all()
-    assert all(block.tolist() == sorted(block.tolist()) for block in hidden_blocks(frontier=1.0))
+    assert all(block.tolist() == sorted(block.tolist()) for block in masked_blocks(frontier=1.0))
 
 
 def test_a_block_causal_network_goes_on_from_a_state_of_each_block(examples):
@@ -352,21 +352,21 @@ def test_a_block_causal_network_goes_on_from_a_state_of_each_block(examples):
         loss = objective.loss(forward_of(network, calls), prepared)
         documents = PackedDocuments(network.role, examples, batch, 1)
         before, after = calls[0][0], calls[1][0]
-        opened_RT = before != after
-        # All that stays hidden is learned, and the settled positions in every state.
-        left_S = ~opened_RT.flatten()[prepared.opening.targets_S] | prepared.opening.settled_S
+        unmasked_RT = before != after
+        # All that stays masked is learned, and the settled positions in every state.
+        left_S = ~unmasked_RT.flatten()[prepared.unmasking.targets_S] | prepared.unmasking.settled_S
         logp_SV = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
         expected_S = -logp_SV.gather(1, prepared.truth_S[:, None])[:, 0]
         assert_close(loss.total, expected_S[left_S].mean(), atol=1e-5, rtol=1e-5)
-        went_on += int(opened_RT.sum())
-        assert (documents.clean_RT[opened_RT] == after[opened_RT]).all()
+        went_on += int(unmasked_RT.sum())
+        assert (documents.clean_RT[unmasked_RT] == after[unmasked_RT]).all()
         # A state that shows anything of a block shows its settled first position.
         unit_RT, _ = documents.block_units(3, torch.Generator().manual_seed(0))
-        hidden_RT = (after == network.role.mask_token_id) & documents.is_noisy_RT
+        masked_RT = (after == network.role.mask_token_id) & documents.is_noisy_RT
         for unit in unit_RT[documents.is_noisy_RT].unique():
             block = (unit_RT == unit) & documents.is_noisy_RT
-            assert hidden_RT[block].all() or not (hidden_RT & documents.settled_RT)[block].any()
-            assert hidden_RT[block].any() or not opened_RT[block].any()
+            assert masked_RT[block].all() or not (masked_RT & documents.settled_RT)[block].any()
+            assert masked_RT[block].any() or not unmasked_RT[block].any()
     assert went_on > 10
 
 
@@ -405,9 +405,9 @@ def test_positions_of_one_pass_open_together_and_a_later_state_is_another_one():
         now, later = (call[0][0, 3:11].tolist() for call in calls)
         for block in range(2):
             inside = range(4 * block, 4 * block + 4)
-            hidden, hidden_later = (sum(tokens[i] == 2 for i in inside) for tokens in (now, later))
-            seen[block][hidden, hidden_later] += 1
-    # (hidden now, hidden in y*): three of four draws name the pass that finalises three tokens.
+            masked, masked_later = (sum(tokens[i] == 2 for i in inside) for tokens in (now, later))
+            seen[block][masked, masked_later] += 1
+    # (masked now, masked in y*): three of four draws name the pass that finalises three tokens.
     assert seen[0].keys() == seen[1].keys() == {(4, 1), (1, 0)}
     assert all(0.7 < block[4, 1] / 300 < 0.8 for block in seen)
 
@@ -442,19 +442,19 @@ def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later()
             for start in range(0, len(final), 4):
                 block = list(range(start, min(start + 4, len(final))))
                 by_rank = sorted(block, key=lambda i: ranks[document][i])
-                opened = [i for i in by_rank if now[i] != 2]
-                opened_later = [i for i in by_rank if later[i] != 2]
-                assert opened == by_rank[: len(opened)]
-                assert opened_later == by_rank[: len(opened_later)]
-                assert len(opened) < len(opened_later)
-                assert len(opened) < len(block)
-                assert all(now[i] == final[i] for i in opened)
+                unmasked = [i for i in by_rank if now[i] != 2]
+                unmasked_later = [i for i in by_rank if later[i] != 2]
+                assert unmasked == by_rank[: len(unmasked)]
+                assert unmasked_later == by_rank[: len(unmasked_later)]
+                assert len(unmasked) < len(unmasked_later)
+                assert len(unmasked) < len(block)
+                assert all(now[i] == final[i] for i in unmasked)
 
 
 def test_cdlm_states_with_shifted_logits_open_a_blocks_first_position_first():
     network = tiny_network("block_causal", context_attention="causal", right_shift_logits=True)
     objective, finals, _ = cdlm(network, CDLMSettings(denoising=0.0))
-    opened_early = 0
+    unmasked_early = 0
     for seed in range(20):
         batch, calls = batch_of(objective), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
@@ -465,8 +465,8 @@ def test_cdlm_states_with_shifted_logits_open_a_blocks_first_position_first():
                 for start in range(0, len(final), 4):
                     block = noisy[start : min(start + 4, len(final))]
                     assert block[0] != 2 or set(block) == {2}
-                    opened_early += block[0] != 2 and set(block[1:]) == {2}
-    assert opened_early, "states in which the first position is open although the teacher took it later"
+                    unmasked_early += block[0] != 2 and set(block[1:]) == {2}
+    assert unmasked_early, "states in which the first position is unmasked although the teacher took it later"
 
 
 def test_cdlm_losses_equal_plain_sums():
@@ -513,12 +513,12 @@ def test_in_cdlm_references_go_on_by_themselves_and_trajectories_stay_as_they_ar
     loss = objective.loss(forward_of(network, calls), prepared)
     (before, _, _, _), (after, _, _, _), _ = calls
     documents = PackedDocuments(network.role, objective.examples, batch, 1)
-    opened_RT = before != after
-    assert opened_RT.any()
-    assert (batch.examples_N[documents.document_RT[opened_RT]] >= objective.num_trajectories).all()
+    unmasked_RT = before != after
+    assert unmasked_RT.any()
+    assert (batch.examples_N[documents.document_RT[unmasked_RT]] >= objective.num_trajectories).all()
     logp = forward_of(network)(*prepared.inputs._replace(tokens_RT=after)).log_softmax(-1)
-    open_rows = set(opened_RT.flatten().nonzero()[:, 0].tolist())
-    left = [i for i in prepared.denoised.tolist() if prepared.opening.targets_S[i].item() not in open_rows]
+    unmasked_rows = set(unmasked_RT.flatten().nonzero()[:, 0].tolist())
+    left = [i for i in prepared.denoised.tolist() if prepared.unmasking.targets_S[i].item() not in unmasked_rows]
     assert_close(loss.parts["denoising"], -torch.stack([logp[i, prepared.truth_S[i]] for i in left]).mean())
 
 
@@ -534,9 +534,9 @@ def test_untouched_blocks_of_trajectories_and_of_references_are_counted_apart(ex
         whole = {True: [], False: []}
         for seed in range(5):
             tokens_RT = objective.prepare(batch, torch.Generator().manual_seed(seed)).inputs.tokens_RT
-            hidden_RT = (tokens_RT == network.role.mask_token_id)[documents.is_noisy_RT]
+            masked_RT = (tokens_RT == network.role.mask_token_id)[documents.is_noisy_RT]
             for reference in (True, False):
-                whole[reference].append(hidden_RT[reference_RT[documents.is_noisy_RT] == reference].all().item())
+                whole[reference].append(masked_RT[reference_RT[documents.is_noisy_RT] == reference].all().item())
         assert all(whole[True]) == bool(of_references)
         assert all(whole[False]) == bool(of_trajectories)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance, arXiv 2207.12598: the same rows once more, what they answer hidden in `tokens_RQ`.
+    """Classifier-free guidance, arXiv 2207.12598: the same rows once more, what they answer masked in `tokens_RQ`.
 
     The logits are u + (1 + scale) (c - u), from c with the condition and u without; LLaDA calls it `cfg_scale`.
     """

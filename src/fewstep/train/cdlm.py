@@ -2,9 +2,9 @@
 
 Axes as in `objectives.py`; P = flat positions of all stored trajectories, K = stored top tokens, D = hidden width.
 
-States are rebuilt, not stored: before a pass, a position is open if its step rank is lower. Every block of a document
-draws its own state; all blocks train in one packed forward. Consistency is within the block: y* is a later state of the
-same block, scored by a second packed forward without gradient.
+States are rebuilt, not stored: before a pass, a position is masked unless its step rank is lower. Every block of a
+document draws its own state; all blocks train in one packed forward. Consistency is within the block: y* is a later
+state of the same block, scored by a second packed forward without gradient.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
 from fewstep.train import corruption, losses
 from fewstep.train.corruption import BlockCorruption
-from fewstep.train.documents import Batch, Forward, Inputs, Opening, PackedDocuments, check_packable
+from fewstep.train.documents import Batch, Forward, Inputs, PackedDocuments, Unmasking, check_packable
 from fewstep.train.examples import Examples, fingerprint
 from fewstep.train.objectives import Loss
 from fewstep.train.trajectory_table import HiddenDistributions, TopDistributions, TrajectoryTable
@@ -65,7 +65,7 @@ class BlockOrders:
 class CDLMSettings:
     """Weights of the three losses and how each is formed.
 
-    A share `untouched` of the trajectories' blocks is shown with nothing open, the state that decoding meets in every
+    A share `untouched` of the trajectories' blocks is shown fully masked, the state that decoding meets in every
     block; the others draw their state with equal chances (as published, with `untouched` 0). FewstepError for a
     consistency loss without an anchor, unless forced.
     """
@@ -76,11 +76,11 @@ class CDLMSettings:
     direction: Annotated[
         Distillation, "Distillation by KL(teacher, student), by KL(student, teacher), or on the teacher's tokens."
     ] = "forward"
-    later_state: Annotated[
-        LaterState, "A block's later state is one token on, any, or the last that hides something."
-    ] = "uniform"
+    later_state: Annotated[LaterState, "A block's later state is one token on, any, or the last that has a mask."] = (
+        "uniform"
+    )
     temperature: Annotated[float, Gt(0), Le(1e6), "Softens both sides of the consistency loss."] = 1.0
-    untouched: Annotated[Share, "Share of the trajectories' blocks that are shown hidden whole."] = 0.1
+    untouched: Annotated[Share, "Share of the trajectories' blocks that are shown fully masked."] = 0.1
     allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class CDLMObjective:
         settings: CDLMSettings | None = None,
         corruption: BlockCorruption | None = None,
     ) -> None:
-        """`corruption`: how the blocks of references are hidden. FewstepError for what has no meaning together."""
+        """`corruption`: how the blocks of references are masked. FewstepError for what has no meaning together."""
         if role.name != "block_causal":
             raise FewstepError(f"CDLM trains a block_causal student, not {role.name}")
         check_packable(role)
@@ -158,14 +158,15 @@ class CDLMObjective:
         unit_RT, cut_U = documents.block_units(num_documents, generator)
         _, whole_U = documents.block_units(num_documents, generator)
         state_RT = torch.where((whole_U < settings.untouched)[unit_RT], 0, (cut_U[unit_RT] * states.count_RT).long())
-        hidden_RT = states.hidden_in(state_RT)
-        distilled_RT = (hidden_RT | (documents.settled_RT & ~states.reference_RT)) & states.recorded_RT
-        masked = documents.hide_blocks(num_documents, self.corruption, generator)
-        masked_RT, denoised_RT = masked.hidden_RT & states.reference_RT, masked.scored_RT & states.reference_RT
+        masked_RT = states.masked_in(state_RT)
+        distilled_RT = (masked_RT | (documents.settled_RT & ~states.reference_RT)) & states.recorded_RT
+        references = documents.mask_blocks(num_documents, self.corruption, generator)
+        reference_masked_RT = references.masked_RT & states.reference_RT
+        denoised_RT = references.scored_RT & states.reference_RT
         targets, rows = documents.rows(distilled_RT | denoised_RT, batch)
 
-        def inputs(hidden_RT: Tensor, rows: Tensor) -> Inputs:
-            noisy_RT = documents.with_masks(hidden_RT | masked_RT)
+        def inputs(masked_RT: Tensor, rows: Tensor) -> Inputs:
+            noisy_RT = documents.with_masks(masked_RT | reference_masked_RT)
             return Inputs(noisy_RT, documents.positions_RT, documents.layout(), rows)
 
         is_distilled_S = distilled_RT.flatten()[targets]
@@ -180,20 +181,20 @@ class CDLMObjective:
             later_RT = corruption.later_state(
                 states.last_of_pass(state_RT), states.count_RT, settings.later_state, later_U[unit_RT]
             )
-            still_hidden_RT = states.hidden_in(later_RT)
-            scored_RT = still_hidden_RT & states.recorded_RT & (later_RT < states.count_RT)
+            still_masked_RT = states.masked_in(later_RT)
+            scored_RT = still_masked_RT & states.recorded_RT & (later_RT < states.count_RT)
             later, later_rows = documents.rows(scored_RT, batch)
-            later_inputs = inputs(still_hidden_RT, later_rows)
-            # What a later state hides, this one hides too, so its logits are at hand.
+            later_inputs = inputs(still_masked_RT, later_rows)
+            # What is masked in a later state is masked in this one too, so its logits are at hand.
             later_S = torch.searchsorted(targets, later)
-        opening = None
+        unmasking = None
         if settings.denoising and self.corruption.visited:
-            masked = masked._replace(goes_on_RT=masked.goes_on_RT & states.reference_RT)
-            opening = documents.opening(masked, targets, self.corruption.visited, generator)
+            references = references._replace(goes_on_RT=references.goes_on_RT & states.reference_RT)
+            unmasking = documents.unmasking(references, targets, self.corruption.visited, generator)
         return CDLMBatch(
-            inputs=inputs(hidden_RT, rows),
+            inputs=inputs(masked_RT, rows),
             truth_S=truth_S,
-            opening=opening,
+            unmasking=unmasking,
             distilled=distilled,
             goals_D=goals,
             denoised=denoised,
@@ -204,8 +205,8 @@ class CDLMObjective:
     def loss(self, forward: Forward, prepared: "CDLMBatch") -> Loss:
         settings, inputs, truth_S = self.settings, prepared.inputs, prepared.truth_S
         left_S = torch.ones_like(truth_S, dtype=torch.float)
-        if prepared.opening is not None:
-            inputs, left_S = prepared.opening.go_on(forward, inputs, truth_S)
+        if prepared.unmasking is not None:
+            inputs, left_S = prepared.unmasking.go_on(forward, inputs, truth_S)
         logits_SV = forward(*inputs)
         parts: dict[str, Tensor] = {}
         if settings.distillation:
@@ -241,12 +242,12 @@ class CDLMBatch:
 
     `truth_S`: what belongs at the first's S scored rows, and indices into these: `distilled` [D], whose teacher drew
     that from `goals_D`; `denoised` [N], where the reference has it; `later` [L], the rows that the second forward, of
-    later states, scores too. With an `opening` the first forward is that of the states which it goes on to.
+    later states, scores too. With an `unmasking` the first forward is that of the states which it goes on to.
     """
 
     inputs: Inputs
     truth_S: Tensor
-    opening: Opening | None
+    unmasking: Unmasking | None
     distilled: Tensor
     goals_D: TopDistributions | HiddenDistributions | None
     denoised: Tensor
@@ -260,7 +261,7 @@ def _hard(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None)
 
 
 class _BlockStates:
-    """Step ranks at packed positions, and which positions a state of the block hides.
+    """Step ranks at packed positions, and which positions are masked in a state of the block.
 
     A state is named by a position of the block's order, counted from 0: it is the one in which that position was
     finalised. Positions of one pass share their state, so that a uniform draw weights states by the tokens that they
@@ -273,7 +274,7 @@ class _BlockStates:
         inside_RT = documents.inside_completion_RT & self._candidate_RT
         rank_RT = objective.rank_P[documents.source_RT]
         self.recorded_RT = inside_RT & (rank_RT > 0)
-        # A given position is open from the start; past the stored ones everything stays hidden.
+        # A given position is never masked; past the stored ones everything stays masked.
         self._rank_RT = torch.where(inside_RT, rank_RT, _NEVER)
         self._settled_RT = documents.settled_RT
         self._orders = objective.orders
@@ -288,14 +289,14 @@ class _BlockStates:
         """The last of the states that are the same as these."""
         return torch.where(state_RT < self.count_RT, self._orders.after_P[self._at(state_RT)] - 1, state_RT)
 
-    def hidden_in(self, state_RT: Tensor) -> Tensor:
-        """Positions that are hidden in these states; in the state `count_RT` all recorded ones are open.
+    def masked_in(self, state_RT: Tensor) -> Tensor:
+        """Positions that are masked in these states; in the state `count_RT` no recorded one is.
 
-        A position that was never finalised holds the mask token, hidden or not.
+        A position that was never finalised holds the mask token either way.
         """
         pass_RT = torch.where(state_RT < self.count_RT, self._orders.rank_P[self._at(state_RT)], _NEVER)
-        opened_RT = (self._rank_RT < pass_RT) | (self._settled_RT & (state_RT > 0))
-        return self._candidate_RT & ~opened_RT
+        unmasked_RT = (self._rank_RT < pass_RT) | (self._settled_RT & (state_RT > 0))
+        return self._candidate_RT & ~unmasked_RT
 
 
 _NEVER = torch.iinfo(torch.long).max

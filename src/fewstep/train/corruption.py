@@ -1,4 +1,4 @@
-"""Which response positions a training forward hides.
+"""Which response positions a training forward masks.
 
 Axes: N = documents, U = units with a state of their own (documents, canvases or blocks), T = positions, of any shape.
 """
@@ -17,33 +17,33 @@ from fewstep.values import MOST_INTEGER, Share, check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCorruption:
-    """What the states of a block hide.
+    """Which positions the states of a block mask.
 
-    A share `untouched` begins hidden whole, the state that decoding meets in every block of a block-causal network. A
-    share `frontier` of the others shows the part before a random point, a share `late` hides the `late_tokens` after
-    such a point and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
-    the rest hides positions at random.
+    A share `untouched` is fully masked, the state that decoding meets in every block of a block-causal network. A
+    share `frontier` of the others is masked from a random point on, a share `late` has the `late_tokens` after such a
+    point masked and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
+    the rest has positions masked at random.
 
     From a share `visited` of the states the network that is trained goes on by itself: a forward without gradient ranks
-    what the block hides by confidence, and a random number of the most confident positions are opened, to the
-    reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
+    the masked positions of the block by confidence, and a random number of the most confident ones are unmasked, to
+    the reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
     visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
 
-    frontier: Annotated[Share, "Share of the states that are open up to a random point."] = 0.0
-    late: Annotated[Share, "Share of the states whose late tokens stay hidden longest."] = 0.0
+    frontier: Annotated[Share, "Share of the states that are unmasked up to a random point."] = 0.0
+    late: Annotated[Share, "Share of the states whose late tokens stay masked longest."] = 0.0
     late_tokens: Annotated[
         tuple[Annotated[int, Ge(0), Le(MOST_INTEGER)], ...], "Ids of the late tokens, such as those of the digits."
     ] = ()
-    visited: Annotated[Share, "Share of the states in which the network first opens what it is surest of."] = 0.0
-    untouched: Annotated[Share, "Share of a block_causal network's blocks that are hidden whole."] = 0.1
+    visited: Annotated[Share, "Share of the states in which the network first unmasks what it is surest of."] = 0.0
+    untouched: Annotated[Share, "Share of a block_causal network's blocks that are fully masked."] = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.frontier + self.late > 1:
             raise FewstepError(f"frontier and late are shares of the same states, got {self.frontier} + {self.late}")
         if bool(self.late) != bool(self.late_tokens):
-            raise FewstepError("late is the share of states whose late_tokens are hidden longest; set both or none")
+            raise FewstepError("late is the share of states whose late_tokens stay masked longest; set both or none")
 
     def check_tokens(self, vocab_size: int) -> None:
         """FewstepError for late tokens that a vocabulary of this size does not have."""
@@ -60,33 +60,33 @@ class BlockCorruption:
         block_size: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """What each unit's state hides: at random with the unit's ratio, or as `frontier` and `late` say.
+        """Which positions each unit's state masks: at random with the unit's ratio, or as `frontier` and `late` say.
 
         `index_T`: the index of a position in its block; `tokens_T`: what belongs there.
         """
-        hidden_T = random_mask(unit_T, ratio_U, generator)
+        masked_T = random_mask(unit_T, ratio_U, generator)
         if not self.frontier and not self.late:
-            return hidden_T
+            return masked_T
         kind_T = stratified_uniform(tuple(ratio_U.shape), generator)[unit_T]
         after_T = index_T >= ((1 - ratio_U) * block_size).long()[unit_T]
         if self.late:
             few_T = random_mask(unit_T, ratio_U**3, generator)
             late_T = torch.isin(tokens_T, torch.tensor(self.late_tokens))
             is_late_T = kind_T < self.frontier + self.late
-            hidden_T = torch.where(is_late_T, torch.where(late_T, after_T, few_T), hidden_T)
-        return torch.where(kind_T < self.frontier, after_T, hidden_T)
+            masked_T = torch.where(is_late_T, torch.where(late_T, after_T, few_T), masked_T)
+        return torch.where(kind_T < self.frontier, after_T, masked_T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption(BlockCorruption):
-    """How responses are hidden.
+    """How responses are masked.
 
     A block-causal network is shown a state of every block. For a bidirectional teacher `leftward` is the share of
-    documents shown as in block-by-block decoding: earlier blocks open, later ones hidden, loss on the active one, whose
-    state is one of `BlockCorruption`'s (never `untouched`). All other documents hide each position with one random
-    ratio (LLaDA, arXiv 2502.09992).
+    documents shown as in block-by-block decoding: earlier blocks unmasked, later ones masked, loss on the active one,
+    whose state is one of `BlockCorruption`'s (never `untouched`). In all other documents each position is masked with
+    one random ratio (LLaDA, arXiv 2502.09992).
 
-    `weighting`: `uniform` averages over hidden positions; `inverse_ratio` is the likelihood bound's 1/t.
+    `weighting`: `uniform` averages over masked positions; `inverse_ratio` is the likelihood bound's 1/t.
     """
 
     leftward: Annotated[
@@ -94,7 +94,7 @@ class Corruption(BlockCorruption):
     ] = 0.0
     weighting: Annotated[
         Literal["uniform", "inverse_ratio"],
-        "Average over hidden positions, or weigh them by 1/t as the likelihood bound does.",
+        "Average over masked positions, or weigh them by 1/t as the likelihood bound does.",
     ] = "uniform"
 
     def __post_init__(self) -> None:
@@ -124,23 +124,23 @@ def stratified_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def random_mask(unit_T: Tensor, ratio_U: Tensor, generator: torch.Generator) -> Tensor:
-    """Hide each position with the ratio of its unit (a document or a block)."""
+    """Mask each position with the ratio of its unit (a document or a block)."""
     return torch.rand(unit_T.shape, generator=generator, device=unit_T.device) < ratio_U[unit_T]
 
 
-def leftward_mask(block_T: Tensor, active_block_T: Tensor, hidden_T: Tensor) -> Tensor:
-    """The states of block-by-block decoding: blocks before the active one are open, later ones hidden, `hidden_T`
-    within it.
+def leftward_mask(block_T: Tensor, active_block_T: Tensor, masked_T: Tensor) -> Tensor:
+    """The states of block-by-block decoding: blocks before the active one are unmasked, later ones masked, and
+    `masked_T` says what is masked within it.
     """
-    return (block_T > active_block_T) | ((block_T == active_block_T) & hidden_T)
+    return (block_T > active_block_T) | ((block_T == active_block_T) & masked_T)
 
 
 def later_state(cut_T: Tensor, count_T: Tensor, sampler: str, draw_T: Tensor) -> Tensor:
     """A later state y* of the same block: states are named by how many of the block's `count_T` positions are
     finalised.
 
-    `next`: one position later; `uniform`: any later state with something still hidden, by the uniform draw `draw_T`;
-    `last`: the last of those. Where no later state hides anything the result is `count_T`. ValueError for another
+    `next`: one position later; `uniform`: any later state with something still masked, by the uniform draw `draw_T`;
+    `last`: the last of those. Where no later state masks anything the result is `count_T`. ValueError for another
     sampler.
     """
     last_T = count_T - 1
@@ -148,8 +148,8 @@ def later_state(cut_T: Tensor, count_T: Tensor, sampler: str, draw_T: Tensor) ->
         case "next":
             later_T = cut_T + 1
         case "uniform":
-            span_T = (last_T - cut_T).clamp_min(1)
-            later_T = cut_T + 1 + (draw_T * span_T).long()
+            num_later_T = (last_T - cut_T).clamp_min(1)
+            later_T = cut_T + 1 + (draw_T * num_later_T).long()
         case "last":
             later_T = last_T
         case _:

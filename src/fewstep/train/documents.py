@@ -1,4 +1,4 @@
-"""Documents of a batch as packed rows: where their tokens lie, what is hidden of them, which rows score them.
+"""Documents of a batch as packed rows: where their tokens lie, what is masked of them, which rows score them.
 
 Axes: N = documents of a batch, G = segments, C = canvases, U = states (of blocks or canvases), R = packed rows,
 T = positions, S = scored positions, V = vocabulary.
@@ -64,12 +64,12 @@ class Forward(Protocol):
 
 
 @dataclass(frozen=True)
-class Opening:
-    """Which of the scored positions [S] the network opens by itself before it learns.
+class Unmasking:
+    """Which of the scored positions [S] the network unmasks by itself before it learns.
 
     `targets_S` are their flat places. `unit_S` says in which of U states each is, U for those that stay as they are,
-    and `index_S` tells those of a state apart: below `block_size`. `count_U`: how many of a state are opened; those of
-    `settled_S` come first, as in decoding.
+    and `index_S` tells those of a state apart: below `block_size`. `count_U`: how many of a state are unmasked; those
+    of `settled_S` come first, as in decoding.
     """
 
     targets_S: Tensor
@@ -83,14 +83,14 @@ class Opening:
         """The inputs of the states that the network goes on to, and which of the scored positions [S] they leave to
         learn, as 0 and 1.
         """
-        opened_S = self._chosen(forward(*inputs, gradient=False))
+        unmasked_S = self._chosen(forward(*inputs, gradient=False))
         tokens = inputs.tokens_RT.flatten()
-        tokens = tokens.scatter(0, self.targets_S, torch.where(opened_S, truth_S, tokens[self.targets_S]))
-        left_S = (~opened_S | self.settled_S).float()
+        tokens = tokens.scatter(0, self.targets_S, torch.where(unmasked_S, truth_S, tokens[self.targets_S]))
+        left_S = (~unmasked_S | self.settled_S).float()
         return inputs._replace(tokens_RT=tokens.view_as(inputs.tokens_RT)), left_S
 
     def _chosen(self, logits_SV: Tensor) -> Tensor:
-        """Boolean [S]: of each state as many as it opens, the most confident ones."""
+        """Boolean [S]: of each state as many as it unmasks, the most confident ones."""
         confidence_S = logits_SV.float().log_softmax(-1).amax(-1).masked_fill(self.settled_S, 1.0)
         grid_UB = confidence_S.new_full((len(self.count_U) + 1, self.block_size), float("-inf"))
         grid_UB[self.unit_S, self.index_S] = confidence_S
@@ -139,14 +139,14 @@ class CanvasLengths:
         return np.clip(blocks, needed_blocks, len(chance)) * self.block_size
 
 
-class Hidden(NamedTuple):
-    """Hidden positions, those of them that are scored, and the mask ratio at each position, [R, T] each.
+class Masking(NamedTuple):
+    """Masked positions, those of them that are scored, and the mask ratio at each position, [R, T] each.
 
     `unit_RT`: in which of `num_units` states each position is, and `goes_on_RT`: where the state is one of decoding,
     from which a network can go on by itself.
     """
 
-    hidden_RT: Tensor
+    masked_RT: Tensor
     scored_RT: Tensor
     ratio_RT: Tensor
     unit_RT: Tensor
@@ -209,50 +209,50 @@ class PackedDocuments:
     def settled_RT(self) -> Tensor:
         """Noisy positions whose row, one earlier, does not see their block: decoding's first step finalises them.
 
-        So a state that has anything open in a block has these open, and since their row is a clean one, they can be
-        scored in every state.
+        So in a state that has anything unmasked in a block these are unmasked, and since their row is a clean one, they
+        can be scored in every state.
         """
         shifted = self.role.right_shift_logits and self.role.name == "block_causal"
         return self.is_noisy_RT & (self.index_in_block_RT == 0) & shifted
 
-    def hidden_within_blocks(
+    def masked_within_blocks(
         self, corrupt: BlockCorruption, unit_RT: Tensor, ratio_U: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """What the state of each unit (a block, or a canvas for its active one) hides within a block, [R, T]."""
+        """Which positions of a block the state of each unit (a block, or a canvas for its active one) masks, [R, T]."""
         block_size, index_RT = self.role.block_size, self.index_in_block_RT
         return corrupt.within_blocks(index_RT, self.clean_RT, unit_RT, ratio_U, block_size, generator)
 
-    def hide_blocks(self, num_documents: int, corrupt: BlockCorruption, generator: torch.Generator) -> Hidden:
-        """A state of every block of its own: what it hides, what of it is scored, and which of them go on."""
+    def mask_blocks(self, num_documents: int, corrupt: BlockCorruption, generator: torch.Generator) -> Masking:
+        """A state of every block of its own: what is masked, what of it is scored, and which of them go on."""
         unit_RT, ratio_U = self.block_units(num_documents, generator)
         _, whole_U = self.block_units(num_documents, generator)
         whole_RT = (whole_U < corrupt.untouched)[unit_RT]
-        within_RT = self.hidden_within_blocks(corrupt, unit_RT, ratio_U, generator)
-        hidden_RT = whole_RT | (within_RT & ~self.settled_RT)
-        hidden_RT = hidden_RT & self.is_noisy_RT
+        within_RT = self.masked_within_blocks(corrupt, unit_RT, ratio_U, generator)
+        masked_RT = whole_RT | (within_RT & ~self.settled_RT)
+        masked_RT = masked_RT & self.is_noisy_RT
         ratio_RT = torch.where(whole_RT, 1.0, ratio_U[unit_RT])
-        return Hidden(hidden_RT, hidden_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
+        return Masking(masked_RT, masked_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
 
-    def opening(self, hidden: Hidden, targets: Tensor, visited: float, generator: torch.Generator) -> Opening:
-        """Of a share `visited` of the states that can go on a random number of positions, not all that are hidden."""
-        goes_on_U, share_U = (corruption.stratified_uniform((hidden.num_units,), generator) for _ in range(2))
-        unit_S = hidden.unit_RT.flatten()[targets]
-        free_S = hidden.goes_on_RT.flatten()[targets] & hidden.hidden_RT.flatten()[targets]
-        unit_S = torch.where(free_S & (goes_on_U < visited)[unit_S], unit_S, hidden.num_units)
-        hidden_U = torch.bincount(unit_S, minlength=hidden.num_units + 1)[:-1]
-        return Opening(
+    def unmasking(self, masking: Masking, targets: Tensor, visited: float, generator: torch.Generator) -> Unmasking:
+        """Of a share `visited` of the states that can go on a random number of positions, not all masked ones."""
+        goes_on_U, share_U = (corruption.stratified_uniform((masking.num_units,), generator) for _ in range(2))
+        unit_S = masking.unit_RT.flatten()[targets]
+        free_S = masking.goes_on_RT.flatten()[targets] & masking.masked_RT.flatten()[targets]
+        unit_S = torch.where(free_S & (goes_on_U < visited)[unit_S], unit_S, masking.num_units)
+        masked_U = torch.bincount(unit_S, minlength=masking.num_units + 1)[:-1]
+        return Unmasking(
             targets_S=targets,
             unit_S=unit_S,
             index_S=self.index_in_block_RT.flatten()[targets],
-            count_U=(share_U * hidden_U).long().minimum((hidden_U - 1).clamp_min(0)),
+            count_U=(share_U * masked_U).long().minimum((masked_U - 1).clamp_min(0)),
             settled_S=self.settled_RT.flatten()[targets],
             block_size=self.role.block_size,
         )
 
-    def with_masks(self, hidden_RT: Tensor) -> Tensor:
-        """Token ids with the mask token at hidden positions."""
+    def with_masks(self, masked_RT: Tensor) -> Tensor:
+        """Token ids with the mask token at masked positions."""
         assert self.role.mask_token_id is not None
-        return torch.where(hidden_RT, self.role.mask_token_id, self.clean_RT)
+        return torch.where(masked_RT, self.role.mask_token_id, self.clean_RT)
 
     def rows(self, chosen_RT: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flat targets and the flat rows that score them.

@@ -21,10 +21,10 @@ from fewstep.train.documents import (
     Batch,
     CanvasLengths,
     Forward,
-    Hidden,
     Inputs,
-    Opening,
+    Masking,
     PackedDocuments,
+    Unmasking,
     check_packable,
 )
 from fewstep.train.examples import Examples
@@ -42,13 +42,13 @@ class Loss:
 class Scored:
     """A forward, the token ids that belong at its scored rows [S], and their weights (None: equal).
 
-    With an `opening` it stands for the forward of the state in which the network has opened these.
+    With an `unmasking` it stands for the forward of the state in which the network has unmasked these.
     """
 
     inputs: Inputs
     truth_S: Tensor
     weights_S: Tensor | None = None
-    opening: Opening | None = None
+    unmasking: Unmasking | None = None
 
 
 class Objective(Protocol):
@@ -129,9 +129,9 @@ class CausalObjective:
 def scored_loss(forward: Forward, scored: Scored) -> Loss:
     """Cross-entropy of the tokens that belong at the scored rows."""
     inputs, weights_S = scored.inputs, scored.weights_S
-    if scored.opening is not None:
-        # `Corruption` has no other weights with an opening.
-        inputs, weights_S = scored.opening.go_on(forward, inputs, scored.truth_S)
+    if scored.unmasking is not None:
+        # `Corruption` has no other weights with an unmasking.
+        inputs, weights_S = scored.unmasking.go_on(forward, inputs, scored.truth_S)
     logits = forward(*inputs)
     loss = losses.cross_entropy(logits, scored.truth_S, weights_S) if len(scored.truth_S) else logits.sum()
     return Loss(loss, {"cross_entropy": loss.detach()})
@@ -198,36 +198,36 @@ class MaskedDiffusionObjective:
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id, canvases=self.canvases)
-        hidden = self._hide(documents, len(batch.examples_N), generator)
-        targets, rows = documents.rows(hidden.scored_RT, batch)
-        inputs = Inputs(documents.with_masks(hidden.hidden_RT), documents.positions_RT, documents.layout(), rows)
+        masking = self._mask(documents, len(batch.examples_N), generator)
+        targets, rows = documents.rows(masking.scored_RT, batch)
+        inputs = Inputs(documents.with_masks(masking.masked_RT), documents.positions_RT, documents.layout(), rows)
         weights = None
         if self.corruption.weighting == "inverse_ratio":
-            weights = 1 / hidden.ratio_RT.flatten()[targets].clamp_min(1e-3)
-        opening = None
+            weights = 1 / masking.ratio_RT.flatten()[targets].clamp_min(1e-3)
+        unmasking = None
         if self.corruption.visited:
-            opening = documents.opening(hidden, targets, self.corruption.visited, generator)
-        return Scored(inputs, documents.clean_RT.flatten()[targets], weights, opening)
+            unmasking = documents.unmasking(masking, targets, self.corruption.visited, generator)
+        return Scored(inputs, documents.clean_RT.flatten()[targets], weights, unmasking)
 
     def loss(self, forward: Forward, prepared: Scored) -> Loss:
         return scored_loss(forward, prepared)
 
-    def _hide(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> Hidden:
+    def _mask(self, documents: PackedDocuments, num_documents: int, generator: torch.Generator) -> Masking:
         if self.role.name == "block_causal":
-            return documents.hide_blocks(num_documents, self.corruption, generator)
+            return documents.mask_blocks(num_documents, self.corruption, generator)
         canvas_RT = documents.document_RT * self.canvases + (documents.packed.segment_RT - NOISY).clamp_min(0)
         num_canvases = num_documents * self.canvases
         ratio_C, leftward_C, active_C = (corruption.stratified_uniform((num_canvases,), generator) for _ in range(3))
         leftward_RT = (leftward_C < self.corruption.leftward)[canvas_RT]
-        hidden_RT = corruption.random_mask(canvas_RT, ratio_C, generator)
-        scored_RT = torch.ones_like(hidden_RT)
+        masked_RT = corruption.random_mask(canvas_RT, ratio_C, generator)
+        scored_RT = torch.ones_like(masked_RT)
         if self.corruption.leftward:
             # The active block is one that decoding visits: up to the one that holds the end-of-text.
             num_blocks_RT = (documents.completion_lengths_RT - 1).div(self.role.block_size, rounding_mode="floor") + 1
             active_RT = (active_C[canvas_RT] * num_blocks_RT).long()
             block_RT = documents.block_of_response()
-            within_RT = documents.hidden_within_blocks(self.corruption, canvas_RT, ratio_C, generator)
-            hidden_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, within_RT), hidden_RT)
+            within_RT = documents.masked_within_blocks(self.corruption, canvas_RT, ratio_C, generator)
+            masked_RT = torch.where(leftward_RT, corruption.leftward_mask(block_RT, active_RT, within_RT), masked_RT)
             scored_RT = ~leftward_RT | (block_RT == active_RT)
-        hidden_RT = hidden_RT & documents.is_noisy_RT
-        return Hidden(hidden_RT, hidden_RT & scored_RT, ratio_C[canvas_RT], canvas_RT, num_canvases, leftward_RT)
+        masked_RT = masked_RT & documents.is_noisy_RT
+        return Masking(masked_RT, masked_RT & scored_RT, ratio_C[canvas_RT], canvas_RT, num_canvases, leftward_RT)
