@@ -1,0 +1,162 @@
+"""What README.md and docs/ say is true: their commands and programs, links and pictures.
+
+Every `fewstep` command in a fenced block is given to the real parser, down to the checks of its settings; only what the
+command then does is left out. Blocks behind the comment RUN are run.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from fewstep.cli.main import app, main
+from fewstep.cli.options import DecodingOptions
+from fewstep.cli.training import app as training
+from fewstep.engine.settings import GenerationSettings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+RUN = "<!-- run by tests -->"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and whether it is to be run."""
+
+    page: str
+    language: str
+    text: str
+    run: bool
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of every `fewstep` command in it; in a console behind `$`, perhaps over several lines."""
+        if self.language not in ("", "console", "sh", "shell", "bash"):
+            return
+        for line in self.text.replace("\\\n", " ").splitlines():
+            program, _, rest = line.removeprefix("$ ").partition(" ")
+            if program in ("fewstep", ".venv/bin/fewstep"):
+                yield shlex.split(rest, comments=True)
+
+
+def blocks() -> list[Block]:
+    """All fenced blocks, those indented in a list too."""
+    fenced = re.compile(
+        rf"^(?P<run>{re.escape(RUN)}\n\n?)?(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+        re.S | re.M,
+    )
+    return [
+        Block(page.name, found["language"], found["text"], found["run"] is not None)
+        for page in PAGES
+        for found in fenced.finditer(page.read_text(encoding="utf-8"))
+    ]
+
+
+COMMANDS = [(block.page, words, block.run) for block in blocks() for words in block.commands()]
+PROGRAMS = [block for block in blocks() if block.language == "python" and block.run]
+
+
+def replace_work_of(
+    command: Callable[..., None], stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let `command`, as it is registered, end where its options are read and checked and its own work would begin."""
+    inner = dict(zip(command.__code__.co_freevars, command.__closure__ or (), strict=True))
+    monkeypatch.setattr(inner["command"], "cell_contents", stand_in)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [(page, words) for page, words, _ in COMMANDS], ids=lambda one: "".join(one)[:40]
+)
+def test_a_command_of_the_documentation_is_one_that_the_parser_takes(
+    page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def stand_in(*settings: Any, **options: Any) -> None:
+        given.append(options or settings)
+
+    for registered in (*app.registered_commands, *training.registered_commands):
+        if registered.callback is not None and registered.name != "train":
+            replace_work_of(registered.callback, stand_in, monkeypatch)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert not stopped.value.code
+    assert len(given) == 1, "the command was parsed, and would have begun"
+    for options in given[0].values() if isinstance(given[0], dict) else ():
+        if isinstance(options, DecodingOptions):
+            GenerationSettings.of(**options.given())
+
+
+def test_the_documentation_has_commands_and_some_of_them_are_run() -> None:
+    assert len(COMMANDS) > 20
+    assert {page for page, _, _ in COMMANDS} >= {"README.md", "commands.md", "cdlm.md", "cllm.md", "decoders.md"}
+    assert sum(run for _, _, run in COMMANDS) >= 4
+    assert len(PROGRAMS) >= 3
+
+
+@pytest.mark.parametrize("words", [words for _, words, run in COMMANDS if run], ids=lambda words: " ".join(words)[:60])
+def test_a_cheap_command_of_the_documentation_runs(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert not stopped.value.code
+
+
+def test_programs_of_the_documentation_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the pages, as a reader would type them: later ones use what earlier ones have defined."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in PROGRAMS:
+        exec(compile(block.text, block.page, "exec"), names)
+
+
+def test_options_in_the_text_exist() -> None:
+    """Of every command that a sentence quotes, such as `fewstep eval --limit`, with placeholders in place of values."""
+    group: Any = typer.main.get_command(app)
+    inner: Any = typer.main.get_command(training)
+    unknown = []
+    for page in PAGES:
+        for span in re.findall(r"`fewstep ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+            name, *words = span.split()
+            command = group.commands.get(name)
+            if name == "train" and words:
+                name, *words = words
+                command = inner.commands.get(name)
+            if command is None:
+                unknown.append(f"{page.name}: fewstep {span}")
+                continue
+            known = {option for one in command.params for option in (*one.opts, *one.secondary_opts)} | {"--help"}
+            unknown += [
+                f"{page.name}: {word} in {span}" for word in words if re.match("--[a-z]", word) and word not in known
+            ]
+    assert unknown == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of its headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
