@@ -74,10 +74,7 @@ def compare(
 
     FewstepError unless they answered the same problems in the same order.
     """
-    if [(record.id, record.answer) for record in first.records] != [
-        (record.id, record.answer) for record in second.records
-    ]:
-        raise FewstepError("the two reports are of different problems; evaluate both on the same ones")
+    check_same_problems(first, second)
     right_first = [record.correct for record in first.records]
     right_second = [record.correct for record in second.records]
     pairs = list(zip(right_first, right_second, strict=True))
@@ -100,6 +97,13 @@ def compare(
         num_forwards_ratio=_num_forwards(first) / _num_forwards(second),
         seconds_ratio=first.to_json()["seconds_median"] / second.to_json()["seconds_median"],
     )
+
+
+def check_same_problems(first: Report, second: Report) -> None:
+    """FewstepError unless both answered the same problems in the same order."""
+    asked, other = ([(record.id, record.answer) for record in report.records] for report in (first, second))
+    if asked != other:
+        raise FewstepError("the two reports are of different problems; evaluate both on the same ones")
 
 
 def _names(reports: tuple[Report, Report], settings: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str]:

@@ -1,0 +1,108 @@
+"""Does a calibrated student keep its promise? Many calibrations, each on its own problems, judged on fresh ones.
+
+    python recipes/calibrate.py --results results/calibrate
+
+Reference and student (under every threshold) answer one pool of problems once, in jobs that are spread over the visible
+GPUs; repeat the command until all are done. Every calibration is read from this table of right and wrong.
+"""
+
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import typer
+from jobs import WEIGHTS, Job, results, spread, weights_of
+from run_recipe import run_recipe
+
+from fewstep.engine.language_model import load
+from fewstep.errors import FewstepError
+from fewstep.files import write_json_whole
+from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
+from fewstep.measure.evaluate import Report, evaluate
+from fewstep.measure.reports import merge_reports, report_columns
+from fewstep.measure.timing import describe_machine, this_command
+from fewstep.tasks.gsm_symbolic import make_problems
+from fewstep.tasks.problems import Problem, read_problems, write_problem_file
+
+app = typer.Typer(pretty_exceptions_enable=False)
+loaded = cache(load)
+
+
+def pool_of(count: int, path: Path) -> list[Problem]:
+    """So many development problems, shuffled: small templates give fewer new problems the longer the list is."""
+    if not path.exists() or len(read_problems(path)) != count:
+        write_problem_file(path, Random(0).sample(make_problems("dev", count), count))
+    return read_problems(path)
+
+
+def answered(model: str, settings: dict[str, Any], asked: list[Problem], shard: int) -> dict[str, Any]:
+    return report_columns(evaluate(loaded(model), asked, batch_size=shard, **settings))
+
+
+def judged(table: dict[str, Report], paths: list[list[Rule]], eps: float, confidence: float, n: int, m: int) -> Any:
+    """What `m` calibrations on `n` problems each choose, and the loss of that on the problems behind them all."""
+
+    def measured(places: slice, rule: Rule) -> Measured:
+        student, reference = (
+            replace(one, records=one.records[places]) for one in (table[str(rule)], table["reference"])
+        )
+        return Measured.of(rule, student, reference)
+
+    rows = []
+    for start in range(0, m * n, n):
+        chosen = calibrate(paths, partial(measured, slice(start, start + n)), eps=eps, confidence=confidence).chosen
+        if chosen is not None:
+            rule = chosen.measured.rule
+            rows.append({**vars(rule), "loss": measured(slice(m * n, None), rule).pairs.loss})
+    kept = sum(row["loss"] <= eps for row in rows)
+    print(f"eps {eps:g}: {len(rows)} of {m} calibrations found a setting, {kept} of these lose at most eps", flush=True)
+    return {"eps": eps, "confidence": confidence, "n": n, "calibrations": m, "within": kept, "chosen": rows}
+
+
+@app.command()
+def main(
+    results_folder: Annotated[Path, typer.Option("--results")] = Path("results/calibrate"),
+    model: str = "gsm-student",
+    reference: str = "gsm-teacher",
+    threshold: list[float] = [0.99, 0.97, 0.95, 0.93, 0.9, 0.86],  # noqa: B006
+    gaps: int = 2,
+    eps: list[float] = [0.01, 0.02, 0.03],  # noqa: B006
+    confidence: float = 0.95,
+    calibrations: int = 20,
+    n: Annotated[int, typer.Option(help="problems of a calibration")] = 500,
+    fresh: Annotated[int, typer.Option(help="problems that judge them")] = 10_000,
+    shard: Annotated[int, typer.Option(help="problems of a job, decoded together")] = 1_250,
+    time_limit: Annotated[float | None, typer.Option(help="seconds after which no job is begun")] = None,
+) -> None:
+    """Answer what is missing, then calibrate: `calibrate.json`."""
+    pool, paths = pool_of(calibrations * n + fresh, results_folder / "problems.jsonl"), paths_of(threshold, [gaps])
+    asked: dict[str, tuple[str, dict[str, Any]]] = {str(rule): (model, vars(rule)) for rule in paths[0]}
+    asked["reference"] = reference, {}
+
+    def make_jobs() -> list[Job]:
+        starts = range(0, len(pool), shard)
+        run = {
+            (name, at): partial(answered, *asked[name], pool[at : at + shard], shard) for at in starts for name in asked
+        }
+        return [Job(name=f"{name}--{at:06d}", run=todo) for (name, at), todo in run.items()]
+
+    settings = {WEIGHTS: weights_of({"model": model, "reference": reference}), "pool": len(pool), "shard": shard}
+    if not spread(make_jobs, results_folder / "answers", settings=settings, time_limit_s=time_limit):
+        return
+    found, names = results(results_folder / "answers"), [job.name for job in make_jobs()]
+    if missing := [name for name in names if name not in found]:
+        raise FewstepError(f"{len(missing)} of {len(names)} jobs are not done, first {missing[0]}; repeat the command")
+    known = {problem.id: problem for problem in pool}
+    table = {one: merge_reports([found[name] for name in names if name.startswith(one)], known) for one in asked}
+    told = {
+        "command": this_command(), "machine": describe_machine(), "fresh": fresh,
+        "rows": {name: report.to_json() for name, report in table.items()},
+        "judged": [judged(table, paths, value, confidence, n, calibrations) for value in eps],
+    }  # fmt: skip
+    write_json_whole(results_folder / "calibrate.json", told)
+
+
+if __name__ == "__main__":
+    run_recipe(app)
