@@ -20,6 +20,7 @@ from fewstep.models.tiny import tiny_network
 from fewstep.tasks.problems import Problem
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16}
+MADE_BY = {"weights": "a"}
 
 
 def keep(target: Path, made_by: dict[str, Any], **results: Any) -> None:
@@ -78,37 +79,37 @@ def test_a_file_without_results_is_begun_anew_for_others(tmp_path: Path) -> None
     ],
 )
 def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path, tail: bytes) -> None:
-    keep(tmp_path / "out", {}, one=1)
+    keep(tmp_path / "out", MADE_BY, one=1)
     with kept_path(tmp_path / "out").open("ab") as stream:
         stream.write(tail)
-    keep(tmp_path / "out", {}, three=3)
-    assert found(tmp_path / "out", {}) == {"one": 1, "three": 3}
+    keep(tmp_path / "out", MADE_BY, three=3)
+    assert found(tmp_path / "out", MADE_BY) == {"one": 1, "three": 3}
 
 
 def test_a_first_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
     kept_path(tmp_path / "out").write_bytes(b'{"made_by": {')
-    keep(tmp_path / "out", {}, one=1)
-    assert found(tmp_path / "out", {}) == {"one": 1}
+    keep(tmp_path / "out", MADE_BY, one=1)
+    assert found(tmp_path / "out", MADE_BY) == {"one": 1}
 
 
 def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     kept_path(tmp_path / "out").write_text('{"id": 1, "prompt": "2"}\n')
-    with pytest.raises(FewstepError, match="holds no kept results"), kept_results(tmp_path / "out", dict):
+    with pytest.raises(FewstepError, match="holds no kept results"), kept_results(tmp_path / "out", lambda: MADE_BY):
         pass
     assert kept_path(tmp_path / "out").read_text() == '{"id": 1, "prompt": "2"}\n'
 
 
 def test_two_processes_do_not_add_to_one_file(tmp_path: Path) -> None:
-    with kept_results(tmp_path / "out", dict) as kept:
+    with kept_results(tmp_path / "out", lambda: MADE_BY) as kept:
         kept.add("one", 1)
-        with pytest.raises(FewstepError, match="another process"), kept_results(tmp_path / "out", dict):
+        with pytest.raises(FewstepError, match="another process"), kept_results(tmp_path / "out", lambda: MADE_BY):
             pass
         kept.add("two", 2)
     assert not kept_path(tmp_path / "out").exists()
 
 
 def interrupt(target: Path, **results: Any) -> None:
-    with kept_results(target, dict) as kept:
+    with kept_results(target, lambda: MADE_BY) as kept:
         for key, result in results.items():
             kept.add(key, result)
         raise KeyboardInterrupt
@@ -127,7 +128,7 @@ def test_an_interrupt_before_the_first_answer_leaves_nothing(tmp_path: Path) -> 
 
 
 def test_nothing_is_kept_for_a_device() -> None:
-    with kept_results(Path("/dev/null"), dict) as kept, kept_results(None, dict) as without:
+    with kept_results(Path("/dev/null"), lambda: MADE_BY) as kept, kept_results(None, lambda: MADE_BY) as without:
         kept.add("one", 1)
         without.add("one", 1)
     assert not Path("/dev/null.kept").exists()
@@ -135,7 +136,7 @@ def test_nothing_is_kept_for_a_device() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    with kept_results(tmp_path / "out", dict) as kept, open("/dev/full", "wb") as full:
+    with kept_results(tmp_path / "out", lambda: MADE_BY) as kept, open("/dev/full", "wb") as full:
         kept._stream = full
         with pytest.raises(FewstepError, match="the disk is full"):
             kept.add("one", "x" * 100_000)
@@ -166,9 +167,9 @@ def test_a_resumed_run_answers_only_the_rest_and_answers_alike(
         if asked == 3:
             raise ZeroDivisionError
 
-    with suppress(ZeroDivisionError), kept_results(tmp_path / "out", dict) as kept:
+    with suppress(ZeroDivisionError), kept_results(tmp_path / "out", lambda: MADE_BY) as kept:
         answer_all(student, PROMPTS, batch_size=batch_size, kept=kept, progress=stop, **SETTINGS)
-    with kept_results(tmp_path / "out", dict) as kept:
+    with kept_results(tmp_path / "out", lambda: MADE_BY) as kept:
         resumed = answer_all(student, PROMPTS, batch_size=batch_size, kept=kept, **SETTINGS)
     assert resumed.num_kept == 3
     assert [(one.text, one.num_forwards) for one in resumed.answers] == [
@@ -182,10 +183,10 @@ def test_each_point_of_a_sweep_is_kept_apart(student: LanguageModel, tmp_path: P
     problems = [Problem(str(i), prompt, "1") for i, prompt in enumerate(PROMPTS)]
     options: dict[str, Any] = {"thresholds": (0.3, 0.9), "batch_size": 4, **SETTINGS}
     plain = sweep(student, problems, **options)
-    with suppress(ZeroDivisionError), kept_results(tmp_path / "out", dict) as kept:
+    with suppress(ZeroDivisionError), kept_results(tmp_path / "out", lambda: MADE_BY) as kept:
         sweep(student, problems, kept=kept, **options)
         raise ZeroDivisionError
-    with kept_results(tmp_path / "out", dict) as kept:
+    with kept_results(tmp_path / "out", lambda: MADE_BY) as kept:
         again = sweep(student, problems, kept=kept, **options)
     assert [report.num_kept for report in again] == [5, 5]
     assert [[record.text for record in report.records] for report in again] == [

@@ -1,8 +1,12 @@
-"""Results kept one by one, so that a run that was killed goes on where it was: one guard for all commands.
+"""Results that are kept and resumed: one guard for commands and recipes.
 
-They stand in a file beside the one that will hold them all (`out.jsonl.kept`): what made them in its first line, then a
-line for each, written as it comes. Results of other weights, settings or inputs are never mixed in. A kill may cut the
-last line off, which is then made again.
+What makes results, `made_by`, is a JSON object that holds "weights" (the hash of every network's weights) and all
+settings and inputs. It is kept with the results, and results of anything else are refused in one sentence that names
+each thing that differs, never mixed in.
+
+The results of one run are kept one by one in a file beside the one that will hold them all (`out.jsonl.kept`): what
+made them in its first line, then a line for each, written as it comes. A kill may cut the last line off, which is then
+made again. A result that stays, such as that of one job of many, is a file of its own.
 """
 
 import fcntl
@@ -15,28 +19,64 @@ from pathlib import Path
 from typing import IO, Any
 
 from fewstep.errors import FewstepError
-from fewstep.files import describe_difference, storage_errors
+from fewstep.files import describe_difference, read_json, storage_errors, write_json_whole
 
 SUFFIX = ".kept"
 _LONGEST_NAME = 200  # bytes
 
 
+def check_made_by(made_by: Mapping[str, Any]) -> None:
+    """ValueError unless "weights" stand in it, or in each of its parts."""
+    parts = made_by.values()
+    if "weights" not in made_by and not (parts and all(isinstance(one, Mapping) and "weights" in one for one in parts)):
+        raise ValueError(f"what makes a result includes the hash of the weights, got {sorted(made_by)}")
+
+
+def keep_result(path: Path, result: Any, made_by: Mapping[str, Any]) -> None:
+    """Write a JSON value to a file of its own, with what made it. FewstepError if the file system refuses."""
+    write_json_whole(path, {"made_by": _told(made_by), "result": result})
+
+
+def kept_result(path: Path, made_by: Mapping[str, Any]) -> Any | None:
+    """What `keep_result` wrote to this file, or None if it is not there. FewstepError if something else made it."""
+    told = _told(made_by)
+    if not path.exists():
+        return None
+    there = read_json(path)
+    if not isinstance(there, dict) or "result" not in there or "made_by" not in there:
+        raise FewstepError(f"{path} holds no kept result; move it away")
+    if difference := describe_difference(there["made_by"], told):
+        raise FewstepError(
+            f"{path} keeps a result of other weights or settings ({difference}); remove the file to make it again, or "
+            "name another folder"
+        )
+    return there["result"]
+
+
+def _told(made_by: Mapping[str, Any]) -> Any:
+    """As it is read again from JSON."""
+    check_made_by(made_by)
+    return json.loads(json.dumps(made_by))
+
+
 class Kept:
     """Results by key, those of an earlier run too; `add` puts one on the disk at once, if there is a file at all."""
 
-    def __init__(self, path: Path | None = None, stream: IO[bytes] | None = None) -> None:
-        """See `kept_results`; without arguments nothing is written."""
+    def __init__(self, path: Path | None = None, stream: IO[bytes] | None = None, *, prefix: str = "") -> None:
+        """See `kept_results`; without arguments nothing is written. `prefix` is that of `under`."""
         self.path = path
         self.results: dict[str, Any] = {}
         self.num_found = 0
         self._stream = stream
+        self._prefix = prefix
 
     def get(self, key: str) -> Any | None:
         """The result of this key, or None if there is none yet."""
-        return self.results.get(key)
+        return self.results.get(self._prefix + key)
 
     def add(self, key: str, result: Any) -> None:
         """Keep a JSON value. FewstepError if the disk is full; what was kept before stays."""
+        key = self._prefix + key
         self.results[key] = result
         if self._stream is not None and self.path is not None:
             with storage_errors(self.path):
@@ -45,19 +85,9 @@ class Kept:
 
     def under(self, prefix: str) -> "Kept":
         """The same results, of which keys begin with this prefix: for several runs in one file."""
-        return _Part(self, prefix)
-
-
-class _Part(Kept):
-    def __init__(self, whole: Kept, prefix: str) -> None:
-        super().__init__(whole.path)
-        self._whole, self._prefix = whole, prefix
-
-    def get(self, key: str) -> Any | None:
-        return self._whole.get(self._prefix + key)
-
-    def add(self, key: str, result: Any) -> None:
-        self._whole.add(self._prefix + key, result)
+        part = Kept(self.path, self._stream, prefix=self._prefix + prefix)
+        part.results = self.results
+        return part
 
 
 def kept_path(target: Path) -> Path:
@@ -71,7 +101,7 @@ def kept_path(target: Path) -> Path:
 def kept_results(target: Path | None, made_by: Callable[[], Mapping[str, Any]]) -> Iterator[Kept]:
     """The results kept for `target`; to be left only once `target` is written, when the file beside it is removed.
 
-    `made_by`: what makes the results, as a JSON object; asked only if there is a file to keep them in. Without a
+    `made_by`: what makes the results; asked only if there is a file to keep them in. Without a
     target, or for one that is a pipe or device, nothing is kept. FewstepError if the results there are of something
     else (the sentence names each thing that differs), or if another process is making them. A KeyboardInterrupt without
     words is given some that say how to go on.
@@ -86,7 +116,7 @@ def kept_results(target: Path | None, made_by: Callable[[], Mapping[str, Any]]) 
     with stream:
         kept = Kept(path, stream)
         with storage_errors(path):
-            _begin(kept, stream, json.loads(json.dumps(made_by())))
+            _begin(kept, stream, _told(made_by()))
         try:
             yield kept
         except KeyboardInterrupt as interrupt:
