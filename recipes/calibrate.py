@@ -13,7 +13,6 @@ from random import Random
 from typing import Annotated, Any
 
 import typer
-from jobs import WEIGHTS, Job, results, spread, weights_of
 from run_recipe import run_recipe
 
 from fewstep.engine.language_model import load
@@ -21,6 +20,7 @@ from fewstep.errors import FewstepError
 from fewstep.files import write_json_whole
 from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
 from fewstep.measure.evaluate import Report, evaluate
+from fewstep.measure.jobs import Job, spread, weights_of
 from fewstep.measure.reports import merge_reports, report_columns
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.tasks.gsm_symbolic import make_problems
@@ -81,21 +81,23 @@ def main(
     asked: dict[str, tuple[str, dict[str, Any]]] = {str(rule): (model, vars(rule)) for rule in paths[0]}
     asked["reference"] = reference, {}
 
-    def make_jobs() -> list[Job]:
-        starts = range(0, len(pool), shard)
-        run = {
-            (name, at): partial(answered, *asked[name], pool[at : at + shard], shard) for at in starts for name in asked
-        }
-        return [Job(name=f"{name}--{at:06d}", run=todo) for (name, at), todo in run.items()]
-
-    settings = {WEIGHTS: weights_of({"model": model, "reference": reference}), "pool": len(pool), "shard": shard}
-    if not spread(make_jobs, results_folder / "answers", settings=settings, time_limit_s=time_limit):
+    weights = weights_of({"model": model, "reference": reference})
+    jobs = [
+        Job(
+            name=f"{name}--{at:06d}",
+            made_by={"weights": weights, "pool": len(pool), "shard": shard, **asked[name][1]},
+            run=partial(answered, *asked[name], pool[at : at + shard], shard),
+        )
+        for at in range(0, len(pool), shard)
+        for name in asked
+    ]
+    found = spread(jobs, results_folder / "answers", time_limit_s=time_limit)
+    if found is None:
         return
-    found, names = results(results_folder / "answers"), [job.name for job in make_jobs()]
-    if missing := [name for name in names if name not in found]:
-        raise FewstepError(f"{len(missing)} of {len(names)} jobs are not done, first {missing[0]}; repeat the command")
+    if missing := [job.name for job in jobs if job.name not in found]:
+        raise FewstepError(f"{len(missing)} of {len(jobs)} jobs are not done, first {missing[0]}; repeat the command")
     known = {problem.id: problem for problem in pool}
-    table = {one: merge_reports([found[name] for name in names if name.startswith(one)], known) for one in asked}
+    table = {one: merge_reports([found[job.name] for job in jobs if job.name.startswith(one)], known) for one in asked}
     told = {
         "command": this_command(), "machine": describe_machine(), "fresh": fresh,
         "rows": {name: report.to_json() for name, report in table.items()},
