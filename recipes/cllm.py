@@ -34,8 +34,8 @@ from fewstep.measure.timing import this_command
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.tasks.gsm_symbolic import problems
+from fewstep.train.causal_records import collect_jacobi, read_jacobi_table
 from fewstep.train.cllm import CLLMObjective, CLLMSettings, Labels, Noise
-from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.objectives import CausalObjective

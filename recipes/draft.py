@@ -33,9 +33,9 @@ from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.text import encode_prompt
 from fewstep.tasks.gsm_symbolic import problems
+from fewstep.train.causal_records import collect_texts, read_texts
 from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.lora import LoRASettings, add_gated_lora
-from fewstep.train.texts import collect_texts, read_texts
 from fewstep.train.trainer import Evaluate, train
 
 app = typer.Typer(pretty_exceptions_enable=False)

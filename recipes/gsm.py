@@ -52,9 +52,9 @@ from fewstep.train.collect import collect, decode_with, distribution_of, teacher
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
-from fewstep.train.read_table import read_table
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import train
+from fewstep.train.trajectories import read_table
 from fewstep.train.trajectory_table import join
 
 app = typer.Typer(pretty_exceptions_enable=False)

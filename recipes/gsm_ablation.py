@@ -39,10 +39,10 @@ from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import MaskedDiffusionObjective, Objective
-from fewstep.train.read_table import read_table
+from fewstep.train.records import PromptRow
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import TrainResult, TrainSettings, train
-from fewstep.train.trajectories import PromptRow, TrajectoryStore
+from fewstep.train.trajectories import TrajectoryStore, read_table
 from fewstep.train.trajectory_table import TrajectoryTable, join
 
 app = typer.Typer(pretty_exceptions_enable=False)

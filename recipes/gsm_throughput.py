@@ -31,9 +31,9 @@ from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective, to_device
-from fewstep.train.read_table import read_table
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, train
+from fewstep.train.trajectories import read_table
 
 FORMULA = (
     "6 x non-embedding parameters per real token + 6 x vocabulary x width per scored position + 12 x layers x width x "

@@ -23,7 +23,7 @@ from fewstep.tasks.answers import extract_answer
 from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.examples import Examples, encode_rows
-from fewstep.train.trajectories import PromptRow
+from fewstep.train.records import PromptRow
 
 GSM8K = Annotated[Path | None, typer.Option("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")]
 

@@ -33,7 +33,7 @@ from fewstep.measure import plots  # noqa: F401
 from fewstep.models.importers import convert  # noqa: F401
 from fewstep.models.load import save_network
 from fewstep.models.tiny import tiny_network
-from fewstep.train import jacobi_shards, relabel, trainer  # noqa: F401
+from fewstep.train import causal_records, relabel, trainer  # noqa: F401
 
 SHORT = "--max-new-tokens 8"
 TRAIN = "--rows 1 --row-length 64 --max-steps 3 --save-every 1 --evaluate-every 2 --watch-data rows.jsonl "

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from fewstep.cli.main import main
 from fewstep.decode.health import REPEATED_NGRAM, repetition
 from fewstep.decode.jacobi import Jacobi
-from fewstep.decode.jacobi_windows import Trajectory, jacobi_trajectories
+from fewstep.decode.jacobi_windows import JacobiTrajectory, jacobi_trajectories
 from fewstep.decode.loop import decode
 from fewstep.decode.medusa import Medusa
 from fewstep.decode.requests import Output, Request
@@ -28,16 +28,16 @@ from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads, load_heads, save_heads
 from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
+from fewstep.train.causal_records import collect_jacobi, read_jacobi_table
 from fewstep.train.cllm import CLLMBatch, CLLMObjective, CLLMSettings, JacobiTable
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
 from fewstep.train.documents import Batch
 from fewstep.train.examples import Examples
-from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
 from fewstep.train.objectives import Objective
 from fewstep.train.packing import best_fit, pack
-from fewstep.train.record_shards import PromptRow
+from fewstep.train.records import PromptRow
 from fewstep.train.settings import TrainSettings
 from fewstep.train.trainer import train
 from fewstep.train.trajectories import TrajectoryStore
@@ -78,7 +78,7 @@ def table(network: Network, store: Path) -> JacobiTable:
     return read_jacobi_table(store, network)[0]
 
 
-def decoded(network: Network, rows: list[PromptRow]) -> list[Trajectory]:
+def decoded(network: Network, rows: list[PromptRow]) -> list[JacobiTrajectory]:
     """The same trajectories as in a store, not by way of it."""
     requests = [
         Request(prompt_ids=list(row.prompt_ids), max_new_tokens=MAX_NEW_TOKENS, seed=row_seed(row.id, 0))
@@ -211,7 +211,7 @@ def documents_of(batch: Batch, tokens_RT: Tensor) -> dict[int, list[list[int]]]:
     }
 
 
-def states_of(trajectories: list[Trajectory], example: int, start: int) -> list[list[int]]:
+def states_of(trajectories: list[JacobiTrajectory], example: int, start: int) -> list[list[int]]:
     return trajectories[example].windows[start // WINDOW].states_PN.tolist()
 
 

@@ -15,10 +15,10 @@ from fewstep.decode.jacobi import Jacobi
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
+from fewstep.train.causal_records import collect_jacobi, read_jacobi_table
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
-from fewstep.train.jacobi_shards import collect_jacobi, read_jacobi_table
-from fewstep.train.read_table import read_table
-from fewstep.train.trajectories import PromptRow
+from fewstep.train.records import PromptRow
+from fewstep.train.trajectories import read_table
 
 ROWS = [PromptRow(f"p{i}", [3, 10 + i, 4], [20, 1] if i else None) for i in range(3)]
 Read = Callable[[Path], Any]

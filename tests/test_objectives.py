@@ -30,10 +30,10 @@ from fewstep.train.documents import Batch, CanvasLengths, PackedDocuments
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.packing import best_fit, pack
-from fewstep.train.read_table import read_table
+from fewstep.train.records import PromptRow
 from fewstep.train.relabel import Labelling, label, labelled, of_student
 from fewstep.train.stream import PreparedStream
-from fewstep.train.trajectories import PromptRow, TrajectoryStore
+from fewstep.train.trajectories import TrajectoryStore, read_table
 from fewstep.train.trajectory_table import TopDistributions, TrajectoryTable, join
 
 PROMPTS = [[3, 10, 11, 4], [3, 12, 13, 14, 15, 4], [3, 9, 4]]

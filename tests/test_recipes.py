@@ -23,7 +23,7 @@ from fewstep.models.names import BUNDLED
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
-from fewstep.train.trajectories import PromptRow
+from fewstep.train.records import PromptRow
 
 CANVAS = 16
 TOY_BLOCK = 8

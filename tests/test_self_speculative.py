@@ -21,14 +21,14 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import load_network, save_network, weights_hash
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
+from fewstep.train.causal_records import collect_texts, read_texts
 from fewstep.train.documents import Batch
 from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.packing import best_fit, pack
-from fewstep.train.record_shards import PromptRow
+from fewstep.train.records import PromptRow
 from fewstep.train.settings import TrainSettings
-from fewstep.train.texts import collect_texts, read_texts
 from fewstep.train.trainer import train
 
 BLOCK = 8

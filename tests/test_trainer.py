@@ -40,11 +40,11 @@ from fewstep.train.lora import LoRASettings, save_trained
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.output import check_output
-from fewstep.train.read_table import read_table
+from fewstep.train.records import PromptRow
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
 from fewstep.train.trainer import TrainSettings, _Interrupt, train
-from fewstep.train.trajectories import PromptRow
+from fewstep.train.trajectories import read_table
 
 SETTINGS = TrainSettings(
     max_steps=12, rows=2, row_length=64, learning_rate=3e-3, warmup_steps=2, log_every=2, save_every=4

@@ -16,7 +16,7 @@ import torch
 from torch.testing import assert_close
 
 import fewstep.train.collect
-import fewstep.train.record_shards
+import fewstep.train.records
 from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.requests import Output, TopK
 from fewstep.decode.sampling import Sampling
@@ -25,9 +25,8 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Plan
 from fewstep.models.tiny import tiny_network
 from fewstep.train.collect import collect, decode_with, distribution_of, row_seed, teacher_of
-from fewstep.train.read_table import table_from_store
-from fewstep.train.trajectories import PromptRow, TrajectoryStore
-from fewstep.train.trajectory_shards import Distribution, Teacher
+from fewstep.train.records import PromptRow
+from fewstep.train.trajectories import Distribution, Teacher, TrajectoryStore, table_from_store
 
 MASK = 3
 TEACHER = Teacher(hash="a" * 64, vocab_size=64, mask_token_id=MASK)
@@ -276,7 +275,7 @@ def test_a_shard_of_another_teacher_or_schema_or_place_is_named(tmp_path, monkey
     with pytest.raises(FewstepError, match="holds shard 2"):
         TrajectoryStore(tmp_path / "t")
     with monkeypatch.context() as patch:
-        for module in (fewstep.train.collect, fewstep.train.record_shards):
+        for module in (fewstep.train.collect, fewstep.train.records):
             patch.setattr(module, "SCHEMA_VERSION", 2)
         gather(tmp_path / "newer")
     shard.write_bytes((tmp_path / "newer" / shard.name).read_bytes())

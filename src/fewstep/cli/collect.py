@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.engine.settings import GenerationSettings
     from fewstep.train.collect import CollectReport
-    from fewstep.train.trajectories import PromptRow
+    from fewstep.train.records import PromptRow
 
 TOP = 64
 
@@ -126,8 +126,7 @@ class _Run:
     def causal(self, lm: "LanguageModel", given: dict[str, Any], most_repetition: float | None) -> "CollectReport":
         """The states of a causal model's Jacobi windows, or the texts that it writes with another decoder."""
         from fewstep.decode.jacobi import Jacobi
-        from fewstep.train.jacobi_shards import collect_jacobi
-        from fewstep.train.texts import collect_texts
+        from fewstep.train.causal_records import collect_jacobi, collect_texts
 
         decoder = lm.decoder(**{"decoder": Jacobi.name, **given})
         options: dict[str, Any] = {
@@ -247,7 +246,7 @@ def _read_rows(path: Path, lm: "LanguageModel", check: Callable[[list[int]], Non
     from fewstep.models.rows import id_text, row_id, split_prompt_row
     from fewstep.models.text import encode_completion
     from fewstep.train.examples import numbered_training_rows
-    from fewstep.train.trajectories import PromptRow
+    from fewstep.train.records import PromptRow
 
     rows = []
     for line, row in numbered_training_rows(path):

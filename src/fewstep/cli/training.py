@@ -250,7 +250,7 @@ def cdlm(built: Built, json: Path | None) -> None:
     _refuse_unused(built)
     if not built[CDLMSettings].denoising:
         built.refuse(settings_of({BlockCorruption: "reference_"}), "with --denoising 0")
-    from fewstep.train.read_table import read_table
+    from fewstep.train.trajectories import read_table
 
     # Its own copy of the weights: the teacher's head must not move with the student's.
     teacher = NetworkSettings(device=start.device).load(start.teacher)
@@ -293,7 +293,7 @@ def cllm(built: Built, json: Path | None) -> None:
     _refuse_unused(built)
     if built[CLLMSettings].noise != "progressive":
         built.refuse(("noise_cycle",), "without --noise progressive")
-    from fewstep.train.jacobi_shards import read_jacobi_table
+    from fewstep.train.causal_records import read_jacobi_table
 
     network = NetworkSettings(device=start.device).load(start.model)
     table, references = read_jacobi_table(start.trajectories, network)
@@ -310,7 +310,7 @@ def draft(built: Built, json: Path | None) -> None:
     _require_extra()
     _refuse_unwatched(built)
     _check_output(start.output)
-    from fewstep.train.texts import read_texts
+    from fewstep.train.causal_records import read_texts
 
     network = NetworkSettings(device=start.device).load(start.model)
     examples, visited = read_texts(start.texts, network)

@@ -28,7 +28,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class JacobiTrajectory:
     """A decoded request and the windows that it was decoded in, from left to right."""
 
     output: Output
@@ -41,8 +41,8 @@ def jacobi_trajectories(
     decoder: Jacobi,
     *,
     batch_size: int = 32,
-    on_trajectory: Callable[[int, Trajectory], None] | None = None,
-) -> list[Trajectory]:
+    on_trajectory: Callable[[int, JacobiTrajectory], None] | None = None,
+) -> list[JacobiTrajectory]:
     """Decode all requests in fixed windows and keep every state of each, on the CPU; in the given order.
 
     `on_trajectory(index, trajectory)` is called as each completes.
@@ -59,10 +59,10 @@ def jacobi_trajectories(
         batch_size=batch_size,
         listeners=[lambda state: recorder.observe(state, loop.live)],
     )
-    trajectories: dict[int, Trajectory] = {}
+    trajectories: dict[int, JacobiTrajectory] = {}
     while loop.busy:
         for number, output in loop.step():
-            trajectory = Trajectory(output, recorder.windows(number, output))
+            trajectory = JacobiTrajectory(output, recorder.windows(number, output))
             trajectories[index_of[number]] = trajectory
             if on_trajectory is not None:
                 on_trajectory(index_of[number], trajectory)

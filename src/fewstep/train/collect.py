@@ -18,8 +18,8 @@ from fewstep.errors import FewstepError
 from fewstep.files import MANIFEST_NAME, Shards, read_json
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
-from fewstep.train.record_shards import SCHEMA_VERSION, PromptRow, RecordShards, RecordT
-from fewstep.train.trajectory_shards import Distribution, Teacher, TrajectoryShards
+from fewstep.train.records import SCHEMA_VERSION, PromptRow, RecordShards, RecordT
+from fewstep.train.trajectories import Distribution, Teacher, TrajectoryShards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,33 +60,45 @@ def distribution_of(network: Network, kind: Literal["top_k", "hidden"] = "top_k"
     return Distribution(kind=kind, width=min(top_k, network.most_recorded))
 
 
+def requests_for(rows: Sequence[PromptRow], seeds: Sequence[int], **asked: Any) -> list[Request]:
+    """One request a row, with its seed; `asked`: fields of each, such as `max_new_tokens`."""
+    return [
+        Request(prompt_ids=list(row.prompt_ids), **{**asked, "seed": seed})
+        for row, seed in zip(rows, seeds, strict=True)
+    ]
+
+
+def whenever(call: Callable[[], None] | None) -> Callable[[int, object], None]:
+    """Calls `call`, if there is one, whenever a request completes; what completed does not matter."""
+
+    def completed(_index: int, _output: object) -> None:
+        if call is not None:
+            call()
+
+    return completed
+
+
 def decode_with(
     network: Network,
     decoder: Decoder,
     *,
     batch_size: int,
-    distribution: Distribution,
+    distribution: Distribution | None = None,
     on_output: Callable[[], None] | None = None,
     **asked: Any,
 ) -> Decode:
-    """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution`.
+    """The `decode_rows` of `collect` that runs a decoder of ours and records `distribution` (None: tokens only).
 
     `on_output` is called as each prompt is decoded. `asked`: fields of each Request, such as `max_new_tokens`.
     """
-    hidden = distribution.kind == "hidden"
-    record = Record(hidden=hidden, top_k=None if hidden else distribution.width)
+    record = None
+    if distribution is not None:
+        hidden = distribution.kind == "hidden"
+        record = Record(hidden=hidden, top_k=None if hidden else distribution.width)
 
     def run(rows: Sequence[PromptRow], seeds: Sequence[int]) -> Sequence[Output]:
-        requests = [
-            Request(prompt_ids=list(row.prompt_ids), **{**asked, "seed": seed})
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
-
-        def announce(_: int, __: Output) -> None:
-            if on_output is not None:
-                on_output()
-
-        return decode(network, requests, decoder, batch_size=batch_size, record=record, on_output=announce)
+        requests = requests_for(rows, seeds, **asked)
+        return decode(network, requests, decoder, batch_size=batch_size, record=record, on_output=whenever(on_output))
 
     return run
 

@@ -28,12 +28,9 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Network, Plan
 from fewstep.models.roles import INVISIBLE
 from fewstep.train.collect import Decode, teacher_of
-from fewstep.train.trajectories import PromptRow
-from fewstep.train.trajectory_shards import Distribution, Teacher
+from fewstep.train.records import PromptRow
+from fewstep.train.trajectories import OF_STUDENT, Distribution, Teacher
 from fewstep.values import Count, check_fields
-
-OF_STUDENT = "states_of"
-"""Key among the decoding settings in the manifest of a relabelled store: the hash of the student that decoded."""
 
 LENGTH_BUCKET = 16
 """Forwards are multiples of this long, so that there are few shapes."""

@@ -1,4 +1,5 @@
-"""Trajectories as the flat tensors that the CDLM objective trains on; read_table.py reads them from a store.
+"""Trajectories as the flat tensors that the CDLM objective trains on; `trajectories.read_table` reads them from a
+store.
 
 Axes: P = flat positions of all stored trajectories, N = chosen ones, K = stored top tokens, D = hidden width,
 V = vocabulary.

@@ -1,7 +1,7 @@
 """Shards of decoded prompts on disk: Parquet files, each written whole, under a manifest that says who made them.
 
 Token ids are list columns. `RecordShards` writes and reads what every record has; a subclass adds what its kind of
-decoding left behind.
+decoding left behind. `RecordStore` reads a finished folder of them.
 """
 
 import json
@@ -14,10 +14,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
 from fewstep.files import Shards
+from fewstep.train.examples import Examples, Origin
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = b"fewstep"
@@ -248,6 +251,29 @@ class RecordStore(Generic[ShardsT]):
                 f"{self.folder} holds no trajectories, since all were rejected; collect with a weaker filter"
             )
 
+    def columns(self, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+        """The columns of all shards, one shard after the other: `ids`, flat arrays and lengths.
+
+        FewstepError for a shard that is damaged, as one counts in whose columns `check` raises a ValueError.
+        """
+        parts = []
+        for index in self.finished:
+            part = self.files.read(index)
+            try:
+                if check is not None:
+                    check(part)
+            except ValueError as error:
+                raise self.files.damaged(index, error) from error
+            parts.append(part)
+        ids = [name for part in parts for name in part["ids"]]
+        return {"ids": ids} | {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "ids"
+        }
+
+    def origin(self, ids: Sequence[str]) -> tuple[Origin, ...]:
+        """Where examples of these records come from."""
+        return (Origin(str(self.folder), "record", ids),)
+
     def count(self, fact: str) -> int:
         """A sum over the shards: num_prompts, num_records, num_positions, num_forwards, ..."""
         return sum(facts[fact] for facts in self.facts)
@@ -276,6 +302,20 @@ def offsets_of(lengths: Sequence[int] | np.ndarray, dtype: Any = np.int64) -> np
     offsets = np.zeros(len(lengths) + 1, dtype=dtype)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def ragged(values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Flat values, so many to each of N rows, as tensors: the values and the offsets [N + 1]."""
+    return torch.from_numpy(values), torch.from_numpy(offsets_of(lengths))
+
+
+def references_of(columns: Mapping[str, Any]) -> Examples | None:
+    """The reference answers with their prompts; None if no record has one."""
+    has_reference, prompt_lengths = columns["has_reference"], columns["prompt_lengths"]
+    if not has_reference.any():
+        return None
+    prompts = ragged(columns["prompt_ids"][np.repeat(has_reference, prompt_lengths)], prompt_lengths[has_reference])
+    return Examples(*prompts, *ragged(columns["reference_ids"], columns["reference_lengths"][has_reference]))
 
 
 def list_column(sequences: Sequence[Sequence[int] | None]) -> pa.Array:
