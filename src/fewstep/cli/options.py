@@ -284,7 +284,11 @@ class DecodingOptions(PolicyOptions):
     ] = None
     draft: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Model that drafts for the speculative decoder.", rich_help_panel=_DECODING),
+        typer.Option(
+            metavar="NAME",
+            help="Model that drafts for the speculative decoder: causal or block-causal.",
+            rich_help_panel=_DECODING,
+        ),
         Touches.READS_MODEL,
     ] = None
     heads: Annotated[
@@ -299,7 +303,8 @@ class DecodingOptions(PolicyOptions):
     window: Annotated[
         int | None,
         typer.Option(
-            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4, self-speculative 16, "
+            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4 or the draft's block, "
+            "self-speculative 16, "
             "prompt-lookup 10, medusa 32).",
             rich_help_panel=_DECODING,
         ),

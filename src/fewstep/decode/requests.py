@@ -64,8 +64,8 @@ class Output:
 
     `token_ids`: the answer, cut after the first end-of-text (which is included) and at `max_new_tokens`; for infilling
     the whole canvas, of which `num_tokens` were filled in. `num_forwards`: target-network passes in which the request
-    was live; `num_draft_forwards`: those of a draft network. `seconds`: from submission to completion. `text` is set by
-    `LanguageModel`.
+    was live, and those of a block-causal draft, which may be as large; `num_draft_forwards`: those of a causal draft.
+    `seconds`: from submission to completion. `text` is set by `LanguageModel`.
 
     `canvas_ids_G`, `step_G` (the step, from 1, that finalised the position; 0 = given, -1 = still open when the
     request stopped, with a mask token or a guess in it) and `confidence_G` rebuild every intermediate state.

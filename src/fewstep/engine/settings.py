@@ -96,9 +96,9 @@ class GenerationSettings:
 
     For draft-and-verify: `draft` names the model that drafts (speculative), `heads` the folder of Medusa heads.
     `window` counts guesses: tokens of a window (jacobi, that of the checkpoint or 16), columns (lookahead, 8), tokens
-    drafted (speculative, 4; self-speculative, 16; prompt-lookup, 10), guesses of the tree (medusa, 32). `ngram`:
-    tokens of an n-gram
-    (lookahead, 4), the longest match (prompt-lookup, 3; jacobi, whose new guesses are random tokens without it).
+    drafted (speculative, 4, or the block of a block-causal draft; self-speculative, 16; prompt-lookup, 10), guesses of
+    the tree (medusa, 32). `ngram`: tokens of an n-gram (lookahead, 4), the longest match (prompt-lookup, 3; jacobi,
+    whose new guesses are random tokens without it).
     `fixed_windows` (jacobi): windows one after the other, as published, in place of one that slides. `typical`: see
     `Medusa`.
     """
@@ -267,7 +267,8 @@ class GenerationSettings:
             case "speculative":
                 if draft is None:
                     raise FewstepError(
-                        "the speculative decoder needs a draft (--draft): name a small model of the same vocabulary"
+                        "the speculative decoder needs a draft (--draft): name a small or a block-causal model of the "
+                        "same vocabulary"
                     )
                 return Speculative(**shared, **given, draft=draft, sampled=not self.sampling.greedy)
             case "self-speculative":

@@ -275,8 +275,10 @@ class Network:
 
 def check_draft(target: Network, draft: Network) -> None:
     """FewstepError unless `draft` can propose tokens to `target`."""
-    if draft.role.name != "autoregressive":
-        raise FewstepError(f"the draft {draft.name} has the role {draft.role.name}; a draft model must be causal")
+    if draft.role.name == "bidirectional":
+        raise FewstepError(
+            f"the draft {draft.name} has the role bidirectional; a draft model must be causal or block-causal"
+        )
     if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise FewstepError(
             f"the draft {draft.name} has another vocabulary than {target.name}; draft with a model that shares it"
