@@ -19,10 +19,10 @@ from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.jacobi_windows import jacobi_trajectories
 from fewstep.decode.lookahead import NO_TOKEN, Lookahead, LookaheadState, _gathered
-from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass
+from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
 from fewstep.decode.medusa import Medusa, _best_paths, _typical
 from fewstep.decode.prompt_lookup import PromptLookup, look_up
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling, tempered
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import NEVER

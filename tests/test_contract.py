@@ -7,15 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
+from generators import streamed
 from test_decoders import decoder_of, network, requests, same
 from torch import Tensor
 
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
-from fewstep.decode.loop import Loop, Record, decode, positions_needed, run_pass, stream
+from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import State
@@ -237,7 +238,7 @@ def test_events_of_every_slot_are_those_of_its_request_alone(name: str) -> None:
         for number, event in loop.events():
             told[number].append((event.position, event.token_id, event.step))
     for number in numbers:
-        alone = [(event.position, event.token_id, event.step) for event in stream(net, asked[number], decoder)]
+        alone = [(event.position, event.token_id, event.step) for event in streamed(net, asked[number], decoder)[0]]
         assert told[number] == alone
 
 

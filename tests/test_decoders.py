@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from generators import streamed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -14,9 +15,9 @@ from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
 from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.loop import Event, Loop, Record, decode, positions_needed, run_pass, stream
+from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Order, Origin, Threshold
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.state import NEVER, State
 from fewstep.errors import FewstepError
@@ -609,19 +610,10 @@ def test_a_teacher_whose_context_is_causal_settles_its_first_position_at_once() 
     assert sorted(output.step_G[output.step_G > 0].tolist()) == list(range(1, output.num_forwards + 1))
 
 
-def collect(net: Network, request: Request, decoder: Decoder) -> tuple[list[Event], Output]:
-    events, iterator = [], stream(net, request, decoder)
-    while True:
-        try:
-            events.append(next(iterator))
-        except StopIteration as finished:
-            return events, finished.value
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_streamed_events_equal_the_output(role: Any) -> None:
     net, request, _ = with_common_end_of_text(role)
-    events, output = collect(net, request, decoder_of(net))
+    events, output = streamed(net, request, decoder_of(net))
     same(output, decode(net, [request], decoder_of(net))[0])
     assert [event.step for event in events] == sorted(event.step for event in events)
     assert len({event.position for event in events}) == len(events)

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fewstep.cli.main import main
-from fewstep.decode.loop import Record, decode
+from fewstep.decode.loop import decode
 from fewstep.decode.policies import DreamSchedule
-from fewstep.decode.requests import Request
+from fewstep.decode.requests import Record, Request
 from fewstep.decode.sampling import Sampling, noise_keys, uniform
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.engine.settings import GenerationSettings

@@ -11,8 +11,8 @@ import torch
 
 import fewstep
 from fewstep.decode.decoder import threshold_rule
-from fewstep.decode.loop import Record
 from fewstep.decode.policies import EvenSplit, FixedCount, Margin, Origin, Threshold
+from fewstep.decode.requests import Record
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError

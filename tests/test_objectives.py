@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from fewstep.decode.block import Block
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.loop import Record, decode
+from fewstep.decode.loop import decode
 from fewstep.decode.policies import Threshold
-from fewstep.decode.requests import Request
+from fewstep.decode.requests import Record, Request
 from fewstep.errors import FewstepError
 from fewstep.models.load import network_hash
 from fewstep.models.masks import Layout

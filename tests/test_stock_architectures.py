@@ -13,9 +13,9 @@ from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.causal import Causal
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.lookahead import Lookahead
-from fewstep.decode.loop import Record, decode
+from fewstep.decode.loop import decode
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.requests import Request
+from fewstep.decode.requests import Record, Request
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import adjust_logits
 from fewstep.models.attention import check_trainable, prepare_attention, training_mask

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generators import Tables, streamed
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,10 +20,10 @@ from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.jacobi_windows import jacobi_trajectories
 from fewstep.decode.lookahead import Lookahead
-from fewstep.decode.loop import Event, Record, decode, stream
+from fewstep.decode.loop import decode
 from fewstep.decode.medusa import Medusa
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.engine.language_model import LanguageModel
@@ -106,7 +106,7 @@ def test_a_stream_ends_at_any_end_token(role: RoleName) -> None:
     network = tiny_network(role, seed=7)
     second_end(network)
     output = answer(network)
-    events = list(stream(network, Request(prompt_ids=PROMPT, max_new_tokens=24), decoder_for(network)))
+    events = streamed(network, Request(prompt_ids=PROMPT, max_new_tokens=24), decoder_for(network))[0]
     assert {event.position: event.token_id for event in events if event.position < output.num_tokens} == dict(
         enumerate(output.token_ids)
     )
@@ -444,18 +444,14 @@ def test_the_streamed_text_begins_the_answer(role: RoleName, temperature: float)
         assert only_grows([*texts, streamed.output.text])
 
 
-def test_what_was_final_behind_an_end_is_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = LanguageModel(tiny_network("bidirectional"))
-    output = answer(lm.network, max_new_tokens=4)
-
-    def backwards(*_: Any, **__: Any) -> Any:
-        """A text whose last tokens are final first."""
-        for step, (position, token_id) in enumerate([(3, B), (2, 1), (1, A), (0, A)], start=1):
-            yield Event(position, token_id, step, 1.0)
-        return replace(output, token_ids=[A, A, 1])
-
-    monkeypatch.setattr("fewstep.engine.language_model.stream", backwards)
-    streamed = lm.stream("a")
+def test_what_was_final_behind_an_end_is_not_streamed() -> None:
+    network = tiny_network("bidirectional")
+    backwards = Tables(
+        {tuple(LanguageModel(network).encode("a")): [A, A, 1, B]},
+        ends=(1,),
+        pass_of=lambda position, length: length - position,
+    )
+    streamed = LanguageModel(network, backwards).stream("a")
     texts = [streamed.answer_text() for _ in streamed]
     assert streamed.output is not None
     assert texts[-1] == streamed.output.text == "aa"

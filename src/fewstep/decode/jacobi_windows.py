@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewstep.decode.generator import submit_all
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.loop import Loop, loop_for
 from fewstep.decode.requests import Output, Request
@@ -47,18 +48,17 @@ def jacobi_trajectories(
 
     `on_trajectory(index, trajectory)` is called as each completes.
     """
-    if not requests:
-        return []
     decoder = replace(decoder, fixed_windows=True)
     recorder = _Recorder(decoder)
     loop: Loop
-    loop, index_of = loop_for(
+    loop = loop_for(
         network,
         decoder,
         requests,
         batch_size=batch_size,
         listeners=[lambda state: recorder.observe(state, loop.live)],
     )
+    index_of = submit_all(loop, requests)
     trajectories: dict[int, JacobiTrajectory] = {}
     while loop.busy:
         for number, output in loop.step():

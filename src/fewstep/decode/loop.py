@@ -9,7 +9,7 @@ each with the requests that need it. After a round the host reads two integers p
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ from fewstep.decode.decoder import (
     first_block_start,
     whole_blocks,
 )
-from fewstep.decode.requests import Canvas, Output, Request, TopK
+from fewstep.decode.generator import Generator, answer
+from fewstep.decode.requests import Canvas, Event, Output, Record, Request, TopK
 from fewstep.decode.state import State
 from fewstep.decode.steps import begin, check_settings, free_slots
 from fewstep.errors import FewstepError
@@ -41,28 +42,6 @@ ROOM_FOR_STOP_TOKENS = 4
 
 Listener = Callable[[State], None]
 """Called after every round with the state of all slots; a free slot is `done`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What an Output keeps of a finalised token's distribution: the `hidden` row it came from, its `top_k` tokens."""
-
-    hidden: bool = False
-    top_k: int | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """A token that a step finalised. `position` counts from the end of the context, `step` from 1.
-
-    `text` is set by `LanguageModel`.
-    """
-
-    position: int
-    token_id: int
-    step: int
-    confidence: float
-    text: str = ""
 
 
 def run_pass(
@@ -132,63 +111,6 @@ def _check_room(network: Network, decoder: Decoder, request: Request, num_new: i
         )
 
 
-def loop_for(
-    network: Network,
-    decoder: Decoder,
-    requests: Sequence[Request],
-    *,
-    batch_size: int,
-    kept: "KeptLoop | None" = None,
-    **options: Any,
-) -> tuple["Loop", dict[int, int]]:
-    """A loop that has the requests queued, longest first, and each one's index by its number; nothing is allocated
-    before all are checked. `options`: of `Loop`. `kept`: where a loop may lie that fits.
-    """
-    lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
-    sizes: dict[str, Any] = {"num_slots": min(batch_size, len(requests)), "length": max(lengths)}
-    taken = None if kept is None else kept.take(network, decoder, **sizes, **options)
-    loop = taken or Loop(network, decoder, **sizes, **options)
-    return loop, {loop.submit(requests[i]): i for i in sorted(range(len(requests)), key=lambda i: -lengths[i])}
-
-
-class KeptLoop:
-    """Where a loop lies between two calls, so that the next one that it fits allocates nothing.
-
-    A loop is taken out while it is in use, and put back only once all its requests are done.
-    """
-
-    def __init__(self) -> None:
-        self._loop: Loop | None = None
-
-    def take(
-        self,
-        network: Network,
-        decoder: Decoder,
-        *,
-        num_slots: int,
-        length: int,
-        record: "Record | None" = None,
-        listeners: Sequence[Listener] = (),
-    ) -> "Loop | None":
-        """The loop, if it can stand for a new one; otherwise it is given up, and its memory with it."""
-        loop, self._loop = self._loop, None
-        if loop is None or loop.network is not network or loop.decoder != decoder or loop.record != record:
-            return None
-        # A much longer slot would make every pass of short requests slower.
-        if loop.num_slots != num_slots or not length <= loop.length < 2 * length + CACHE_LENGTH_BUCKET:
-            return None
-        if (loop.state.done_R.device, loop.dtype) != (network.device, network.dtype):
-            return None
-        loop.listeners = list(listeners)
-        return loop
-
-    def put(self, loop: "Loop") -> None:
-        """Keep a loop, unless it still has requests."""
-        if not loop.busy:
-            loop.listeners = []
-            self._loop = loop
-
-
 class Loop:
     """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
 
@@ -248,6 +170,16 @@ class Loop:
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
         self._length_R = torch.zeros(num_slots, dtype=torch.long)
         self._drawing_R = torch.zeros(num_slots, dtype=torch.long)  # numbers of DRAWINGS
+
+    def fits(self, network: Network, decoder: Decoder, *, num_slots: int, length: int, record: Record | None) -> bool:
+        """Whether this loop is idle and can stand for a new one of these."""
+        if self.busy or (self.network, self.num_slots) != (network, num_slots):
+            return False
+        if self.decoder != decoder or self.record != record:
+            return False
+        # A much longer slot would make every pass of short requests slower.
+        in_length = length <= self.length < 2 * length + CACHE_LENGTH_BUCKET
+        return in_length and (self.state.done_R.device, self.dtype) == (network.device, network.dtype)
 
     @property
     def live(self) -> dict[int, int]:
@@ -458,74 +390,41 @@ def through_first(token_ids: Sequence[int], stop_token_ids: Sequence[int]) -> li
     return list(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
+def loop_for(
+    network: Network,
+    decoder: Decoder,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 32,
+    record: Record | None = None,
+    listeners: Sequence[Listener] = (),
+    kept: Generator | None = None,
+) -> Loop:
+    """A loop with slots for these requests: `kept`, if it can stand for a new one. All are checked before anything is
+    allocated. FewstepError for the first that cannot be decoded.
+    """
+    lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
+    num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
+    if not isinstance(kept, Loop) or not kept.fits(network, decoder, num_slots=num_slots, length=length, record=record):
+        return Loop(network, decoder, num_slots=num_slots, length=length, record=record, listeners=listeners)
+    kept.listeners = list(listeners)
+    return kept
+
+
 def decode(
     network: Network,
     requests: Sequence[Request],
     decoder: Decoder,
     *,
-    batch_size: int = 32,
-    record: Record | None = None,
-    listeners: Sequence[Listener] = (),
     on_output: Callable[[int, Output], None] | None = None,
-    watch: Callable[[int, Event], bool] | None = None,
-    kept: KeptLoop | None = None,
+    **options: Any,
 ) -> list[Output]:
-    """Decode all requests, longest first, in `batch_size` slots that are refilled at once; outputs in the given order.
+    """Decode all requests, longest first, in slots that are refilled at once; outputs in the given order.
 
-    `on_output(index, output)` is called as each completes. `watch(index, event)` is told all that becomes final, and
-    True from it ends the request with this round. `kept`: a loop to use if it fits, and to keep this one in.
+    `on_output(index, output)` is called as each completes. `options`: `batch_size`, `record` and `listeners` of
+    `loop_for`.
     """
-    if not requests:
-        return []
-    loop, index_of = loop_for(
-        network, decoder, requests, batch_size=batch_size, record=record, listeners=listeners, kept=kept
-    )
-    outputs: dict[int, Output] = {}
-    while loop.busy:
-        completed = dict(loop.step())
-        if watch is not None:
-            ended = {number: None for number, event in loop.events() if watch(index_of[number], event)}
-            completed |= {number: _cancelled(loop, number) for number in ended if number not in completed}
-        for number, output in completed.items():
-            outputs[index_of[number]] = output
-            if on_output is not None:
-                on_output(index_of[number], output)
-    if kept is not None:
-        kept.put(loop)
-    return [outputs[i] for i in range(len(requests))]
-
-
-def stream(
-    network: Network,
-    request: Request,
-    decoder: Decoder,
-    *,
-    record: Record | None = None,
-    watch: Callable[[Event], bool] | None = None,
-    kept: KeptLoop | None = None,
-) -> Generator[Event, None, Output]:
-    """Yield the tokens of one request as they are finalised, by step, then by position, as `Loop.events` tells them;
-    returns the output. `watch`: as for `decode`; it is told a round's events before the first of them is yielded.
-    """
-    loop, index_of = loop_for(network, decoder, [request], batch_size=1, record=record, kept=kept)
-    (number,) = index_of
-    while True:
-        output = dict(loop.step()).get(number)
-        events = [event for _, event in loop.events()]
-        if watch is not None and any(watch(event) for event in events) and output is None:
-            output = _cancelled(loop, number)
-        yield from events
-        if output is not None:
-            if kept is not None:
-                kept.put(loop)
-            return output
-
-
-def _cancelled(loop: Loop, number: int) -> Output:
-    """What a request under way had until now."""
-    output = loop.cancel(number)
-    assert output is not None, "it has been told of, so it was begun"
-    return output
+    return answer(loop_for(network, decoder, requests, **options), requests, on_output=on_output)
 
 
 def _new_events(

@@ -49,6 +49,28 @@ class Canvas:
     num_steps: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What an Output keeps of a finalised token's distribution: the `hidden` row it came from, its `top_k` tokens."""
+
+    hidden: bool = False
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token that a step finalised. `position` counts from the end of the context, `step` from 1.
+
+    `text` is set by `LanguageModel`.
+    """
+
+    position: int
+    token_id: int
+    step: int
+    confidence: float
+    text: str = ""
+
+
 @dataclass(frozen=True)
 class TopK:
     """The k most probable tokens of G distributions, best first; `tail_mass_G` is the probability of all others."""

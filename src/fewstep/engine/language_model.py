@@ -1,18 +1,20 @@
 """`fewstep.load` and what it returns: text in, text out."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Event, KeptLoop, Listener, Record, decode, stream
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.generator import Generator, answer, rounds
+from fewstep.decode.loop import Listener
+from fewstep.decode.requests import Event, Output, Record, Request
+from fewstep.engine.loops import Loops
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
-from fewstep.models.medusa import MedusaHeads, load_heads
-from fewstep.models.network import Network, check_draft
+from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
 from fewstep.models.text import (
     AnswerText,
@@ -43,18 +45,38 @@ def load(
     return LanguageModel(load_network(name, role=role, dtype=dtype, device=device, block_size=block_size))
 
 
+class GeneratorFor(Protocol):
+    """Makes what answers requests with the settings that they were made from; `Loops` makes loops.
+
+    FewstepError if the settings or a request have no meaning for it, before anything is allocated. `kept`: the
+    generator of an earlier call, which is idle; returned in place of a new one if it can stand for that.
+    """
+
+    def __call__(
+        self,
+        settings: GenerationSettings,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = ...,
+        record: Record | None = ...,
+        listeners: Sequence[Listener] = ...,
+        kept: Generator | None = ...,
+    ) -> Generator: ...
+
+
 class LanguageModel:
-    """A network with its tokenizer, decoded as its role says unless a setting names another decoder.
+    """A network with its tokenizer, and what generates with it: text in, text out.
+
+    By default that is the loop, with the decoder that the network's role says unless a setting names another.
 
     Settings are those of `GenerationSettings`, by keyword; FewstepError for one that is unknown or that the decoder
     does not take.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, generator_for: GeneratorFor | None = None) -> None:
         self.network = network
-        self._drafts: dict[str, Network] = {}
-        self._heads: dict[str, MedusaHeads] = {}
-        self._kept = KeptLoop()
+        self._generator_for = generator_for or Loops(network)
+        self._kept: Generator | None = None
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.network.name!r}, role={self.role.name!r}, device={str(self.network.device)!r})"
@@ -64,27 +86,10 @@ class LanguageModel:
         return self.network.role
 
     def decoder(self, **settings: Any) -> Decoder:
-        """The decoder that these settings make for this model."""
-        return self._decoder(GenerationSettings.of(**settings))
-
-    def _decoder(self, settings: GenerationSettings) -> Decoder:
-        """A draft or heads are loaded once, in the numbers and on the device of the model."""
-        draft = self._draft(settings.draft) if settings.decoder == "speculative" and settings.draft else None
-        heads = self._medusa_heads(settings.heads) if settings.decoder == "medusa" and settings.heads else None
-        return settings.decoder_for(self.role, draft=draft, heads=heads, adapter=self.network.adapter)
-
-    def _draft(self, name: str) -> Network:
-        if name not in self._drafts:
-            dtype, device = str(self.network.dtype).removeprefix("torch."), str(self.network.device)
-            draft = load_network(name, dtype=dtype, device=device)
-            check_draft(self.network, draft)
-            self._drafts[name] = draft
-        return self._drafts[name]
-
-    def _medusa_heads(self, folder: str) -> MedusaHeads:
-        if folder not in self._heads:
-            self._heads[folder] = load_heads(folder, self.network)
-        return self._heads[folder]
+        """The decoder that these settings make for this model. FewstepError if its generator runs none."""
+        if not isinstance(self._generator_for, Loops):
+            raise FewstepError(f"{self.network.name} answers without a decoder")
+        return self._generator_for.decoder(GenerationSettings.of(**settings))
 
     @overload
     def generate(
@@ -133,7 +138,7 @@ class LanguageModel:
 
         def announce(index: int, output: Output) -> None:
             if on_output is not None:
-                on_output(index, self._with_text(output, chosen.stop))
+                on_output(index, self.with_text(output, chosen.stop))
 
         texts = [self.answer_text(chosen.stop) for _ in requests]
 
@@ -141,24 +146,29 @@ class LanguageModel:
             texts[index].add(event.position, event.token_id)
             return texts[index].stopped
 
-        outputs = decode(
-            self.network,
-            requests,
-            self._decoder(chosen),
-            batch_size=batch_size,
-            record=record,
-            listeners=listeners,
-            on_output=announce,
-            watch=watch if chosen.stop else None,
-            kept=self._kept,
-        )
-        answers = [self._with_text(output, chosen.stop) for output in outputs]
+        with self._generator(chosen, requests, batch_size=batch_size, record=record, listeners=listeners) as generator:
+            outputs = answer(generator, requests, on_output=announce, watch=watch if chosen.stop else None)
+        answers = [self.with_text(output, chosen.stop) for output in outputs]
         return answers[0] if single else answers
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> "Stream":
         """Decode one prompt and yield its tokens as they are finalised; see `Stream`."""
         chosen = GenerationSettings.of(**settings)
-        return Stream(self, chosen.request(self.encode(prompt, raw=raw)), self._decoder(chosen), chosen.stop)
+        return Stream(self, chosen, chosen.request(self.encode(prompt, raw=raw)))
+
+    @contextmanager
+    def _generator(
+        self, chosen: GenerationSettings, requests: Sequence[Request], **options: Any
+    ) -> Iterator[Generator]:
+        """What answers these requests, the one of the last call if it fits; no other call has it meanwhile.
+
+        It is kept once they are answered; one that failed or was left half-way is not.
+        """
+        kept, self._kept = self._kept, None
+        generator = self._generator_for(chosen, requests, kept=kept, **options)
+        yield generator
+        if not generator.busy:
+            self._kept = generator
 
     def infill(
         self,
@@ -198,7 +208,8 @@ class LanguageModel:
         lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
         canvas = canvas[len(lead_ids) :]
         request = chosen.request(context_ids or lead_ids, canvas=canvas)
-        output = decode(self.network, [request], self._decoder(chosen), kept=self._kept)[0]
+        with self._generator(chosen, [request]) as generator:
+            output = answer(generator, [request])[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -236,7 +247,7 @@ class LanguageModel:
         """What assembles the text of an answer of this model."""
         return AnswerText(self.network.tokenizer, ends=self.network.stop_token_ids, stop=stop)
 
-    def _with_text(self, output: Output, stop: Sequence[str]) -> Output:
+    def with_text(self, output: Output, stop: Sequence[str] = ()) -> Output:
         """With its text; one that has a stop text ends with the step that completed it, whatever was run beyond."""
         tokenizer, ids = self.network.tokenizer, output.token_ids
         count = num_ids_to_stop(tokenizer, ids, stop) if stop else None
@@ -259,18 +270,11 @@ class Stream:
     final, up to an end-of-text: it only grows, so it can be printed as it comes.
     """
 
-    def __init__(self, model: LanguageModel, request: Request, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, model: LanguageModel, chosen: GenerationSettings, request: Request) -> None:
         self.output: Output | None = None
         self._model = model
-        self._stop = stop
-        self._answer, ahead = model.answer_text(stop), model.answer_text(stop)
-
-        def watch(event: Event) -> bool:
-            ahead.add(event.position, event.token_id)
-            return ahead.stopped
-
-        events = stream(model.network, request, decoder, watch=watch if stop else None, kept=model._kept)
-        self._events = self._run(events)
+        self._answer = model.answer_text(chosen.stop)
+        self._events = self._run(chosen, request)
 
     def __iter__(self) -> Iterator[Event]:
         return self._events
@@ -279,15 +283,22 @@ class Stream:
         """Text of the contiguous final tokens; what may change is held back until the answer is complete."""
         return self._answer.text if self.output is None else self.output.text
 
-    def _run(self, events: Generator[Event, None, Output]) -> Iterator[Event]:
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as finished:
-                self.output = self._model._with_text(finished.value, self._stop)
-                return
-            self._answer.add(event.position, event.token_id)
-            yield replace(event, text=str(self._model.network.tokenizer.decode([event.token_id])))
+    def _run(self, chosen: GenerationSettings, request: Request) -> Iterator[Event]:
+        ahead, told = self._model.answer_text(chosen.stop), list[Event]()
+
+        def watch(_: int, event: Event) -> bool:
+            told.append(event)
+            ahead.add(event.position, event.token_id)
+            return ahead.stopped
+
+        with self._model._generator(chosen, [request], batch_size=1) as generator:
+            for completed in rounds(generator, [request], watch):
+                for event in told:
+                    self._answer.add(event.position, event.token_id)
+                    yield replace(event, text=str(self._model.network.tokenizer.decode([event.token_id])))
+                told.clear()
+                for _, output in completed:
+                    self.output = self._model.with_text(output, chosen.stop)
 
 
 def _is_single(prompt: Prompt | Prompts) -> bool:

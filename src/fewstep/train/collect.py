@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Record, decode
-from fewstep.decode.requests import Output, Request
+from fewstep.decode.loop import decode
+from fewstep.decode.requests import Output, Record, Request
 from fewstep.errors import FewstepError
 from fewstep.files import MANIFEST_NAME, Shards, read_json
 from fewstep.models.load import network_hash

@@ -1,0 +1,44 @@
+"""From settings to the loop that answers requests, with the draft or the heads that they name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.loop import Loop, loop_for
+from fewstep.decode.requests import Request
+from fewstep.engine.settings import GenerationSettings
+from fewstep.models.load import load_network
+from fewstep.models.medusa import MedusaHeads, load_heads
+from fewstep.models.network import Network, check_draft
+
+
+class Loops:
+    """Makes the loops of one network. A draft or heads are loaded once, in its numbers and on its device."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._drafts: dict[str, Network] = {}
+        self._heads: dict[str, MedusaHeads] = {}
+
+    def __call__(self, settings: GenerationSettings, requests: Sequence[Request], **options: Any) -> Loop:
+        """A loop for these requests; `options` as for `loop_for`."""
+        return loop_for(self.network, self.decoder(settings), requests, **options)
+
+    def decoder(self, settings: GenerationSettings) -> Decoder:
+        """The decoder that the settings make for this network."""
+        draft = self._draft(settings.draft) if settings.decoder == "speculative" and settings.draft else None
+        heads = self._medusa_heads(settings.heads) if settings.decoder == "medusa" and settings.heads else None
+        return settings.decoder_for(self.network.role, draft=draft, heads=heads, adapter=self.network.adapter)
+
+    def _draft(self, name: str) -> Network:
+        if name not in self._drafts:
+            dtype, device = str(self.network.dtype).removeprefix("torch."), str(self.network.device)
+            draft = load_network(name, dtype=dtype, device=device)
+            check_draft(self.network, draft)
+            self._drafts[name] = draft
+        return self._drafts[name]
+
+    def _medusa_heads(self, folder: str) -> MedusaHeads:
+        if folder not in self._heads:
+            self._heads[folder] = load_heads(folder, self.network)
+        return self._heads[folder]
