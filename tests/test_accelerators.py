@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from test_decoders import collect, network, requests, same, use_as_end_of_text
+from generators import streamed
+from test_decoders import network, requests, same, use_as_end_of_text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewstep
@@ -189,7 +190,7 @@ def test_the_answer_ends_with_the_end_of_text_and_nothing_after_it_is_final() ->
 
 def test_streamed_events_equal_the_output(make: Callable[..., Decoder], net: Network) -> None:
     request = requests()[4]
-    events, output = collect(net, request, make())
+    events, output = streamed(net, request, make())
     same(output, decode(net, [request], make())[0])
     assert [event.position for event in events] == list(range(output.num_tokens))
     assert [event.token_id for event in events] == output.token_ids

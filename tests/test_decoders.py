@@ -9,7 +9,6 @@ import pytest
 import torch
 from generators import streamed
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
@@ -249,26 +248,6 @@ def test_a_step_after_completion_changes_nothing(role: Any) -> None:
         assert torch.equal(before, after[name]), name
     assert accepted.chosen_RS is not None
     assert not accepted.chosen_RS.any()
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("role", ROLES)
-def test_a_step_reads_no_value_from_the_device(role: Any, temperature: float) -> None:
-    """On fake tensors, which have shapes and no values, so that any read raises."""
-    net = network(role)
-    decoder = decoder_of(net)
-    loop = Loop(net, decoder, num_slots=2, length=40)
-    loop.submit(requests()[1])
-    loop.step()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        state = loop.state.map(mode.from_tensor)
-        caches = {"target": net.new_cache(2, loop.length).view(torch.arange(2), 32)} if decoder.traits.cached else {}
-        shape = Shape("prefill", 16, drawing="filtered" if temperature else "greedy")
-        accepted, scores = run_pass({"target": net}, decoder, state, caches, shape)
-    assert isinstance(scores.logits_RSV, FakeTensor)
-    assert {name: field.shape for name, field in accepted.state.tensors().items()} == {
-        name: field.shape for name, field in loop.state.tensors().items()
-    }
 
 
 def test_a_cached_result_does_not_depend_on_the_limit() -> None:
