@@ -131,7 +131,7 @@ def test_repetitive_answers_are_rejected_and_counted(network, tmp_path):
     with pytest.raises(FewstepError, match="a share between 0 and 1, got 2"):
         gather(network, tmp_path / "other", most_repetition=2)
     gather(network, tmp_path / "none", keep=lambda row, output: False)
-    with pytest.raises(FewstepError, match="holds no trajectories, since all were rejected"):
+    with pytest.raises(FewstepError, match="holds no jacobi trajectories, since all were rejected"):
         read_jacobi_table(tmp_path / "none", network)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch.testing import assert_close
 
 from fewstep.cli.main import main
@@ -243,6 +245,18 @@ def test_training_goes_on_from_a_folder_and_leaves_the_base_alone(trained: Path,
     assert load_network(trained / "again").adapter is not None
 
 
+def test_loading_an_adapter_silences_no_other_warning(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_pretrained = PeftModel.from_pretrained
+
+    def warning(*given: object, **options: object) -> object:
+        warnings.warn("about this adapter", stacklevel=2)
+        return from_pretrained(*given, **options)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", warning)
+    with pytest.warns(UserWarning, match="about this adapter"):
+        load_network(trained / "draft")
+
+
 def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "home")
     save_network(tiny_network("autoregressive", head_scale=20, seed=1), tmp_path / "home" / "base")
@@ -274,12 +288,15 @@ def test_a_model_without_an_adapter_cannot_run_the_decoder(base: Network) -> Non
         LanguageModel(base).decoder(decoder="self-speculative")
 
 
-def test_texts_are_collected_read_and_trained_on(trained: Path, tmp_path: Path) -> None:
+def test_texts_are_collected_read_and_trained_on(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"id": i, "prompt": f"{i} + {i}"}) + "\n" for i in range(6)))
     base = str(trained / "base")
     collected = ["collect", "--model", base, "--data", str(rows), "--output", str(tmp_path / "texts")]
     assert exit_code(*collected, "--decoder", "autoregressive", "--max-new-tokens", "12") == 0
+    assert "texts, 0 rejected" in capsys.readouterr().err
     network = load_network(base)
     texts, visited = read_texts(tmp_path / "texts", network)
     assert (len(texts), visited) == (6, None)

@@ -237,7 +237,7 @@ def test_a_shard_may_be_empty(tmp_path):
     assert TrajectoryStore(tmp_path / "t").load().ids == ["p9"]
     gather(tmp_path / "none", keep=lambda row, made: False)
     assert len(TrajectoryStore(tmp_path / "none").load()) == 0
-    with pytest.raises(FewstepError, match="none holds no trajectories, since all were rejected"):
+    with pytest.raises(FewstepError, match="none holds no diffusion trajectories, since all were rejected"):
         table_from_store(TrajectoryStore(tmp_path / "none"))
 
 
@@ -279,12 +279,14 @@ def test_a_shard_of_another_teacher_or_schema_or_place_is_named(tmp_path, monkey
             patch.setattr(module, "SCHEMA_VERSION", 2)
         gather(tmp_path / "newer")
     shard.write_bytes((tmp_path / "newer" / shard.name).read_bytes())
-    with pytest.raises(FewstepError, match=r"shard-00001\.parquet has trajectory schema 2, not 1"):
+    with pytest.raises(FewstepError, match=r"shard-00001\.parquet has schema 2 of diffusion trajectories, not 1"):
         TrajectoryStore(tmp_path / "t")
-    with pytest.raises(FewstepError, match="newer has trajectory schema 2, this version reads 1"):
+    with pytest.raises(
+        FewstepError, match="newer holds diffusion trajectories of schema 2, and this version reads schema 1"
+    ):
         TrajectoryStore(tmp_path / "newer")
     pq.write_table(pq.read_table(shard).replace_schema_metadata(None), shard)
-    with pytest.raises(FewstepError, match="is not a shard of trajectories"):
+    with pytest.raises(FewstepError, match="is not a shard of diffusion trajectories"):
         TrajectoryStore(tmp_path / "t")
     shard.write_bytes(original)
     assert len(TrajectoryStore(tmp_path / "t").load()) == 10

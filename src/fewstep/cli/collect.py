@@ -1,4 +1,4 @@
-"""`fewstep collect`: the decoding trajectories of a diffusion teacher, or a causal model's Jacobi trajectories."""
+"""`fewstep collect`: the trajectories of a diffusion teacher, or a causal model's Jacobi trajectories or texts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,8 +60,10 @@ def collect(
     ] = "0/1",
     json: Json = None,
 ) -> None:
-    """Records a teacher's decoding trajectories (or a student's with the teacher's labels), the states of a causal
-    model's Jacobi windows, or with --decoder autoregressive its own texts, as shards that resume.
+    """Decodes prompts and stores what training learns from, in shards; an interrupted run resumes.
+
+    A diffusion teacher gives its trajectories (or labels those of a --student), a causal model its Jacobi trajectories,
+    or with --decoder autoregressive its own texts.
     """
     worker_of = _parse_worker(worker)
     if top is not None and distribution == "hidden":
@@ -108,13 +110,13 @@ def collect(
     write_report(json, {"model": model.model, "student": student, "output": str(output), **asdict(report)})
     note(
         f"{output}: {report.num_shards} shards ({report.num_shards_made_now} made now), "
-        f"{report.num_records} trajectories, {report.num_rejected} rejected, {report.num_forwards} passes"
+        f"{report.num_records} {report.kind}, {report.num_rejected} rejected, {report.num_forwards} passes"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What both kinds of trajectories are collected from; `shards`: options of `train.collect.collect_records`."""
+    """What trajectories and texts are collected from; `shards`: options of `train.collect.collect_records`."""
 
     rows: "list[PromptRow]"
     output: Path

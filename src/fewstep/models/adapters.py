@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,16 @@ def base_name(folder: Path) -> str:
     return name
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence one warning: PEFT asks transformers for a property by its old name, about which whoever loads a model can
+    do nothing. Other warnings may be about the adapter.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """The base, in float32, with the adapter in its weights; FewstepError if the two do not fit each other.
 
@@ -68,15 +80,9 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     with reading(folder / ADAPTER_CONFIG):
         config = read_description(folder / ADAPTER_CONFIG, base)
     _fit_embeddings(base, shapes, weights)
-    with (
-        warnings.catch_warnings(),
-        reading(folder, advice="the adapter and its adapter_config.json do not fit the base"),
-    ):
+    with quiet_peft(), reading(folder, advice="the adapter and its adapter_config.json do not fit the base"):
         from peft import PeftModel, get_peft_model_state_dict
 
-        # PEFT asks transformers for this by its old name, about which whoever loads a model can do nothing. Other
-        # warnings may be about the adapter, so only this one is silenced.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model: Any = PeftModel.from_pretrained(base, folder, config=config)
         needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         known = set(get_peft_model_state_dict(model, save_embedding_layers=True)) | needed

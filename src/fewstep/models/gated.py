@@ -8,7 +8,6 @@ share one forward, which says which of its rows are adapted (I-DLM, arXiv 2604.1
 merges such an adapter into the weights: the gate would be lost.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewstep.errors import FewstepError
-from fewstep.models.adapters import read_description
+from fewstep.models.adapters import quiet_peft, read_description
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GATED, reading
 from fewstep.values import fitted
 
@@ -167,9 +166,7 @@ def load_gated_adapter(module: PreTrainedModel, folder: Path, settings: Any) -> 
     """
     described = _checked(settings, folder / CONFIG)
     weights = folder / ADAPTER_WEIGHTS
-    with warnings.catch_warnings(), reading(folder, advice="the gated adapter does not fit its base"):
-        # PEFT speaks of the tensor that is ours, and asks transformers for a property by its old name.
-        warnings.simplefilter("ignore")
+    with quiet_peft(), reading(folder, advice="the gated adapter does not fit its base"):
         config = read_description(folder / ADAPTER_CONFIG, module)
         state = load_file(weights)
         model: Any = PeftModel.from_pretrained(module, folder, config=config, autocast_adapter_dtype=False)

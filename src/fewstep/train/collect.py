@@ -1,4 +1,6 @@
-"""Collecting trajectories: prompts in fixed shards, whose bytes do not depend on who decodes them, or how often."""
+"""Collecting what a model decodes, as trajectories or texts: prompts in fixed shards, whose bytes depend neither on the
+number of workers nor on interruptions.
+"""
 
 import hashlib
 import json
@@ -24,8 +26,11 @@ from fewstep.train.trajectories import Distribution, Teacher, TrajectoryShards
 
 @dataclass(frozen=True, kw_only=True)
 class CollectReport:
-    """What the finished shards of one worker hold, those of earlier runs included."""
+    """What the finished shards of one worker hold, those of earlier runs included; `kind`: what the records are, such
+    as "diffusion trajectories" or "texts".
+    """
 
+    kind: str
     num_shards: int = 0
     num_shards_made_now: int = 0
     num_prompts: int = 0
@@ -172,7 +177,7 @@ def collect_records(
     FewstepError for no rows, ids that occur twice, a bad worker, other settings, or a full disk.
     """
     if not rows:
-        raise FewstepError("there are no prompts to collect trajectories from")
+        raise FewstepError(f"there are no prompts to collect {kind.kind} from")
     if shard_size < 1:
         raise FewstepError(f"a shard holds at least one prompt, got shard_size {shard_size}; try 1024")
     name, occurrences = Counter(row.id for row in rows).most_common(1)[0]
@@ -200,7 +205,7 @@ def collect_records(
     )
     files = kind(shards)
     missing = shards.unfinished(worker)
-    report = CollectReport()
+    report = CollectReport(kind=kind.kind)
     for index in range(worker[0], shards.num_shards, worker[1]):
         if index not in missing:
             report = report.plus(files.facts(index), made_now=False)

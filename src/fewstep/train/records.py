@@ -59,8 +59,8 @@ class RecordShards(ABC, Generic[RecordT]):
             raise FewstepError(f"{shards.folder} holds {manifest.get('kind')}, not {self.kind}; choose another folder")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise FewstepError(
-                f"{shards.folder} has trajectory schema {manifest.get('schema_version')}, this version reads "
-                f"{SCHEMA_VERSION}; collect the trajectories again"
+                f"{shards.folder} holds {self.kind} of schema {manifest.get('schema_version')}, and this version reads "
+                f"schema {SCHEMA_VERSION}; collect them again"
             )
         self.shards = shards
         try:
@@ -193,9 +193,11 @@ class RecordShards(ABC, Generic[RecordT]):
             facts = json.loads((metadata or {})[_METADATA_KEY])
             schema_version, maker_hash, shard = facts["schema_version"], facts["teacher_hash"], facts["shard"]
         except (KeyError, TypeError, ValueError):
-            raise FewstepError(f"{path} is not a shard of trajectories; delete it and collect again") from None
+            raise FewstepError(f"{path} is not a shard of {self.kind}; delete it and collect again") from None
         if schema_version != SCHEMA_VERSION:
-            raise FewstepError(f"{path} has trajectory schema {schema_version}, not {SCHEMA_VERSION}; collect it again")
+            raise FewstepError(
+                f"{path} has schema {schema_version} of {self.kind}, not {SCHEMA_VERSION}; delete it and collect again"
+            )
         if maker_hash != self.maker_hash:
             raise FewstepError(
                 f"{path} was made by another {self.maker} ({str(maker_hash)[:12]}, not {self.maker_hash[:12]}); "
@@ -213,7 +215,7 @@ class RecordShards(ABC, Generic[RecordT]):
         """The sentence about a shard in which `error` was found."""
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return FewstepError(
-            f"the trajectory shard {self.shards.path(index)} is damaged ({reason[0]}); "
+            f"the shard {self.shards.path(index)} is damaged ({reason[0]}); "
             "delete it and collect again, which remakes only that shard"
         )
 
@@ -234,7 +236,7 @@ class RecordStore(Generic[ShardsT]):
         self.manifest = shards.manifest
         if teacher_hash is not None and teacher_hash != self.files.maker_hash:
             raise FewstepError(
-                f"the trajectories in {folder} were made by another {files.maker} ({self.files.maker_hash[:12]}, "
+                f"the {self.files.kind} in {folder} were made by another {files.maker} ({self.files.maker_hash[:12]}, "
                 f"not {teacher_hash[:12]}); collect them again with this one"
             )
         self.finished = shards.finished()
@@ -248,7 +250,7 @@ class RecordStore(Generic[ShardsT]):
         """FewstepError if no record was kept."""
         if not len(self):
             raise FewstepError(
-                f"{self.folder} holds no trajectories, since all were rejected; collect with a weaker filter"
+                f"{self.folder} holds no {self.files.kind}, since all were rejected; collect with a weaker filter"
             )
 
     def columns(self, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
