@@ -13,6 +13,7 @@ import time
 from typing import Annotated
 
 import typer
+from run_recipe import run_recipe
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -54,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_recipe(app)

@@ -7,37 +7,28 @@ file in the results folder as soon as it is there.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from gsm_cards import Kind, Sources, card, comparison_sentence
-from jobs import WEIGHTS, Job, results, spread, weights_of
+from run_recipe import run_recipe
 from stages import BLOCK
 
-from fewstep.decode.requests import Output
-from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.files import read_json, write_json_whole, write_whole
-from fewstep.measure.compare import compare
-from fewstep.measure.evaluate import Report, evaluate
+from fewstep.measure.compare import compare_shared
+from fewstep.measure.contenders import Contender, answer_problems, load_contenders, time_contenders
+from fewstep.measure.evaluate import Report
 from fewstep.measure.plots import plot_accuracy
-from fewstep.measure.reports import (
-    agreement,
-    fastest_good_enough,
-    merge_reports,
-    report_columns,
-    with_no_fewer_passes,
-)
-from fewstep.measure.timing import Timing, describe_machine, speed_factors, this_command, time_interleaved
+from fewstep.measure.reports import agreement, fastest_good_enough, with_no_fewer_passes
+from fewstep.measure.timing import describe_machine, speed_factors, this_command
 from fewstep.models.names import BUNDLED
-from fewstep.models.roles import RoleName
 from fewstep.tasks.gsm_symbolic import BUNDLED_COUNTS, Split, make_problems, problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file
+from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
@@ -46,29 +37,8 @@ Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Models:
-    """Names or folders of the models."""
-
-    ar: str = "gsm-ar"
-    cllm: str = "gsm-cllm"
-    teacher: str = "gsm-teacher"
-    student: str = "gsm-student"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One model in one role with its settings. `limit`: on so many problems of a set only."""
-
-    name: str
-    model: str
-    settings: Mapping[str, Any]
-    role: RoleName | None = None
-    limit: int | None = None
-
-
 def contenders(
-    models: Models,
+    models: Mapping[str, str],
     thresholds: Sequence[float],
     steps: Sequence[int],
     *,
@@ -82,36 +52,29 @@ def contenders(
     The published teacher (no early stop) answers as the stopping one, only slower; `published` limits its problems, and
     `training_free` those of the teacher's weights under thresholds, cut to fewer passes, or block-causal.
     """
-    same = {"max_new_tokens": max_new_tokens}
-    rules = {value: {**same, "threshold": value, "gaps": gaps} for value in thresholds}
-    in_blocks = {"block_size": BLOCK}  # the student's
-    return [
-        Contender("ar", models.ar, same),
-        Contender("cllm", models.cllm, same),
-        *(Contender(f"student-{value}", models.student, rule) for value, rule in rules.items()),
-        Contender("teacher", models.teacher, same),
-        *(
-            Contender(f"teacher-threshold-{value}", models.teacher, {**rule, **in_blocks}, limit=training_free)
-            for value, rule in rules.items()
-        ),
-        *(
-            Contender(f"teacher-steps-{value}", models.teacher, {**same, "steps": value}, limit=training_free)
-            for value in steps
-        ),
-        *(
-            Contender(
-                f"untrained-{value}", models.teacher, {**rule, **in_blocks}, role="block_causal", limit=training_free
-            )
-            for value, rule in rules.items()
-        ),
-        Contender("teacher-published", models.teacher, {**same, "early_stop": False}, limit=published),
+
+    rules: dict[float, dict[str, Any]] = {value: {"threshold": value, "gaps": gaps} for value in thresholds}
+    in_blocks = {value: {**rule, "block_size": BLOCK} for value, rule in rules.items()}  # the student's
+    declared: list[tuple[str, str, dict[str, Any], int | None]] = [
+        ("ar", "ar", {}, None),
+        ("cllm", "cllm", {}, None),
+        *((f"student-{value}", "student", rule, None) for value, rule in rules.items()),
+        ("teacher", "teacher", {}, None),
+        *((f"teacher-threshold-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
+        *((f"teacher-steps-{value}", "teacher", {"steps": value}, training_free) for value in steps),
+        *((f"untrained-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
+        ("teacher-published", "teacher", {"early_stop": False}, published),
     ]
-
-
-@cache
-def loaded(name: str, role: RoleName | None = None, device: str = "auto") -> LanguageModel:
-    """Once a process."""
-    return load(name, role=role, device=device)
+    return [
+        Contender(
+            name=name,
+            model=models[model],
+            settings={"max_new_tokens": max_new_tokens, **settings},
+            role="block_causal" if name.startswith("untrained") else None,
+            limit=limit,
+        )
+        for name, model, settings, limit in declared
+    ]
 
 
 def problem_set(split: Split, count: int, folder: Path) -> list[Problem]:
@@ -122,31 +85,6 @@ def problem_set(split: Split, count: int, folder: Path) -> list[Problem]:
     if not path.exists() or len(read_problems(path)) < count:
         write_problem_file(path, make_problems(split, count))
     return read_problems(path, split=split)[:count]
-
-
-def accuracy_jobs(
-    sets: Mapping[str, Sequence[Problem]], everyone: Sequence[Contender], *, shard: int, batch_size: int
-) -> list[Job]:
-    """A job for each contender and each `shard` problems of a set; sets in the order given."""
-    jobs = []
-    for set_name, items in sets.items():
-        for contender in everyone:
-            wanted = items[: contender.limit]
-            for start in range(0, len(wanted), shard):
-                part = wanted[start : start + shard]
-                jobs.append(
-                    Job(
-                        name=f"{set_name}--{contender.name}--{start:06d}",
-                        run=partial(answer, contender, part, batch_size),
-                    )
-                )
-    return jobs
-
-
-def answer(contender: Contender, items: Sequence[Problem], batch_size: int) -> dict[str, Any]:
-    """The report on these problems; records as columns, without the texts."""
-    report = evaluate(loaded(contender.model, contender.role), items, batch_size=batch_size, **contender.settings)
-    return {**report_columns(report), "machine": describe_machine(), "command": this_command()}
 
 
 def choose_threshold(dev: Mapping[str, Report], slack: float) -> float:
@@ -172,47 +110,20 @@ def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, An
     if student in found and (same := with_no_fewer_passes(cut, found[student])):
         pairs.append((student, same))
     return [
-        {
-            **compare(_among(found[first], found[second]), _among(found[second], found[first])).to_json(),
-            "first": first,
-            "second": second,
-        }
+        {**comparison.to_json(), "first": first, "second": second}
         for first, second in pairs
-        if first in found and second in found and _ids(found[first]) & _ids(found[second])
+        if first in found and second in found and (comparison := compare_shared(found[first], found[second]))
     ]
 
 
-def _among(report: Report, other: Report) -> Report:
-    """The report on the problems that `other` has answered too."""
-    ids = _ids(other)
-    records = [record for record in report.records if record.id in ids]
-    return replace(report, records=records, wall_seconds=report.wall_seconds * len(records) / report.n)
-
-
-def _ids(report: Report) -> set[str]:
-    return {record.id for record in report.records}
-
-
-def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: float) -> dict[str, Any]:
-    """Write and return `accuracy.json`: a report for each set and contender, of the shards there are, and comparisons.
-
-    Two contenders are compared on the problems that both have answered.
-    """
-    shards: dict[tuple[str, str], list[Any]] = {}
-    about: dict[str, Any] = {"command": None, "machine": None}
-    for name, result in results(folder / "accuracy").items():
-        set_name, contender, _ = name.split("--")
-        shards.setdefault((set_name, contender), []).append(result)
-        about = {key: result[key] for key in about}
-    reports: dict[str, dict[str, Report]] = {name: {} for name in sets}
-    for (set_name, contender), parts in shards.items():
-        if set_name in sets:
-            reports[set_name][contender] = merge_reports(parts, {item.id: item for item in sets[set_name]})
-    dev = reports.get("dev", {})
+def gather(reports: Mapping[str, Mapping[str, Report]], slack: float) -> dict[str, Any]:
+    """What `accuracy.json` says: a report for each set and contender, and comparisons."""
+    dev = reports["dev"]
     ready = "teacher" in dev and bool(_of(dev, "student-"))
     threshold = choose_threshold(dev, slack) if ready else 0.9
-    told = {
-        **about,
+    return {
+        "command": this_command(),
+        "machine": describe_machine(),
         "chosen_threshold": threshold,
         "gaps": dev[f"student-{threshold}"].gaps if ready else None,
         "chosen_on": f"{dev['teacher'].n} development problems, at most {100 * slack:g} points below the teacher"
@@ -228,8 +139,6 @@ def gather_accuracy(folder: Path, sets: Mapping[str, Sequence[Problem]], slack: 
         ],
         "without_stopping": [row for set_name, found in reports.items() for row in _without_stopping(set_name, found)],
     }
-    write_json_whole(folder / "accuracy.json", told)
-    return told
 
 
 def _without_stopping(set_name: str, found: Mapping[str, Report]) -> list[dict[str, Any]]:
@@ -294,72 +203,32 @@ def accuracy(
         "heldout": problem_set("heldout", heldout, problem_folder),
     }
     everyone = contenders(
-        Models(ar, cllm, teacher, student), threshold, teacher_steps, max_new_tokens=max_new_tokens, gaps=gaps,
-        published=published, training_free=training_free,
+        {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}, threshold, teacher_steps,
+        max_new_tokens=max_new_tokens, gaps=gaps, published=published, training_free=training_free,
     )  # fmt: skip
-
-    def make_jobs() -> list[Job]:
-        return accuracy_jobs(sets, everyone, shard=shard, batch_size=batch_size)
-
-    models = {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}
-    settings = {
-        WEIGHTS: weights_of(models), **models, "test": test, "heldout": heldout, "dev": dev,
-        "published": published, "training_free": training_free, "gaps": gaps, "max_new_tokens": max_new_tokens,
-        "shard": shard,
-    }  # fmt: skip
-    if spread(make_jobs, results_folder / "accuracy", settings=settings, time_limit_s=time_limit):
-        told = gather_accuracy(results_folder, sets, slack)
-        for row in told["rows"]:
-            print(
-                f"{row['set']:8} {row['contender']:24} n {row['n']:6} {row['accuracy']:.4f} tokens/forward "
-                f"{row['tokens_per_forward']:.3f}"
-            )
-        for row in told["comparisons"]:
-            print(f"{row['set']:8} {comparison_sentence(row)}")
-        print(f"threshold {told['chosen_threshold']}, chosen on {told['chosen_on']}")
-        try:
-            plot_accuracy(accuracy_curves(told["rows"], "test"), results_folder / "accuracy", title="Test problems")
-        except FewstepError as error:  # without matplotlib; the same command draws it later from what is there
-            print(error)
+    reports = answer_problems(
+        everyone, load_contenders(everyone), sets, results_folder / "accuracy", task=task_named("gsm-symbolic"),
+        batch_size=batch_size, shard=shard, time_limit_s=time_limit,
+    )  # fmt: skip
+    if reports is None:
+        return
+    told = gather(reports, slack)
+    write_json_whole(results_folder / "accuracy.json", told)
+    for row in told["rows"]:
+        print(
+            f"{row['set']:8} {row['contender']:24} n {row['n']:6} {row['accuracy']:.4f} tokens/forward "
+            f"{row['tokens_per_forward']:.3f}"
+        )
+    for row in told["comparisons"]:
+        print(f"{row['set']:8} {comparison_sentence(row)}")
+    print(f"threshold {told['chosen_threshold']}, chosen on {told['chosen_on']}")
+    try:
+        plot_accuracy(accuracy_curves(told["rows"], "test"), results_folder / "accuracy", title="Test problems")
+    except FewstepError as error:  # without matplotlib; the same command draws it later from what is there
+        print(error)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def timing_contenders(
-    models: Models, *, threshold: float, gaps: int | None, device: str, max_new_tokens: int
-) -> dict[str, Callable[[str], Output]]:
-    """What is timed against what, by name; student and teacher under the same threshold and gaps."""
-    rule = {"threshold": threshold, "gaps": gaps}
-    settings: dict[str, tuple[str, dict[str, Any]]] = {
-        "teacher as published": (models.teacher, {"early_stop": False}),
-        "teacher with early stop": (models.teacher, {}),
-        "teacher under a threshold": (models.teacher, {**rule, "block_size": BLOCK}),
-        "student": (models.student, rule),
-        "ar with cache": (models.ar, {}),
-        "cllm": (models.cllm, {}),
-    }
-
-    def contender(name: str, chosen: Mapping[str, Any]) -> Callable[[str], Output]:
-        lm = loaded(name, device=device)
-        return lambda prompt: lm.generate(prompt, max_new_tokens=max_new_tokens, **chosen)
-
-    return {name: contender(model, chosen) for name, (model, chosen) in settings.items()}
-
-
-def timing_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Medians, their ratios over the student's, and the factors."""
-    student = timings["student"]
-    return {
-        "timings": {name: timing.to_json() for name, timing in timings.items()},
-        "over_student": {
-            name: timing.seconds_median / student.seconds_median
-            for name, timing in timings.items()
-            if name != "student"
-        },
-        "factors": vars(speed_factors(timings["teacher as published"], timings["teacher with early stop"], student)),
-        "seconds": {name: timing.seconds for name, timing in timings.items()},
-    }
 
 
 @app.command()
@@ -376,23 +245,38 @@ def timing(
 ) -> None:
     """Seconds of one problem at a time, all contenders interleaved in one run: `timing-DEVICE.json`."""
     if threads:
+        import torch
+
         torch.set_num_threads(threads)
-    role = loaded(student, device=device).role
-    everyone = timing_contenders(
-        Models(ar, cllm, teacher, student), threshold=role.threshold, gaps=role.gaps, device=device,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    items = problems("test", num)
-    timings = time_interleaved(
-        everyone, [item.question for item in items], progress=lambda: print(".", end="", flush=True)
-    )
+    role = load(student, device="cpu").role
+    rule = {"threshold": role.threshold, "gaps": role.gaps}
+    declared: dict[str, tuple[str, dict[str, Any]]] = {
+        "teacher as published": (teacher, {"early_stop": False}),
+        "teacher with early stop": (teacher, {}),
+        "teacher under a threshold": (teacher, {**rule, "block_size": BLOCK}),
+        "student": (student, rule),
+        "ar with cache": (ar, {}),
+        "cllm": (cllm, {}),
+    }
+    everyone = [
+        Contender(name=name, model=model, settings={"max_new_tokens": max_new_tokens, **settings})
+        for name, (model, settings) in declared.items()
+    ]
+    questions = [item.question for item in problems("test", num)]
+    models = load_contenders(everyone, device=device)
+    timings = time_contenders(everyone, models, questions, progress=lambda: print(".", end="", flush=True))
+    fast = timings["student"]
     told = {
         "command": this_command(),
         "machine": {**describe_machine(), "device": device},
         "n": num,
-        "threshold": role.threshold,
-        "gaps": role.gaps,
-        **timing_json(timings),
+        **rule,
+        "timings": {name: one.to_json() for name, one in timings.items()},
+        "over_student": {
+            name: one.seconds_median / fast.seconds_median for name, one in timings.items() if one is not fast
+        },
+        "factors": vars(speed_factors(timings["teacher as published"], timings["teacher with early stop"], fast)),
+        "seconds": {name: one.seconds for name, one in timings.items()},
     }
     write_json_whole(results_folder / f"timing-{device}.json", told)
     print(json.dumps({"over_student": told["over_student"], "factors": told["factors"]}, indent=1))
@@ -432,4 +316,4 @@ def cards(
 
 
 if __name__ == "__main__":
-    app()
+    run_recipe(app)

@@ -9,27 +9,36 @@ passes, not tokens.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from run_recipe import run_recipe
 from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.decode.requests import Output
-from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.language_model import load
 from fewstep.files import write_json_whole
+from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.medusa import MedusaHeads, save_heads
 from fewstep.tasks.registry import task_named
 
+app = typer.Typer(pretty_exceptions_enable=False)
 MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher")
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "decoder": lambda row: row["decoder"],
+    "the same": lambda row: f"{row['same']} of {row['n']}",
+    "tokens per pass": figure(".2f", "tokens_per_forward"),
+}
 
 
-def contenders(lm: LanguageModel, draft: str, heads: Path) -> dict[str, Mapping[str, Any]]:
-    """Settings by name; writes untrained heads for this network."""
-    save_heads(MedusaHeads.of(lm.network, 3), heads, lm.network)
+def settings_of(draft: str, heads: Path) -> dict[str, dict[str, Any]]:
+    """What is compared, by name."""
     return {
+        "autoregressive": {"decoder": "autoregressive"},
         "jacobi": {"decoder": "jacobi"},
         "jacobi, fixed windows": {"decoder": "jacobi", "fixed_windows": True},
         "lookahead": {"decoder": "lookahead"},
@@ -39,13 +48,14 @@ def contenders(lm: LanguageModel, draft: str, heads: Path) -> dict[str, Mapping[
     }
 
 
-def row_of(model: str, name: str, outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:
+def row_of(model: str, decoder: str, outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:
     """How many answers are the same, and tokens per pass."""
     same = sum(one.token_ids == other.token_ids for one, other in zip(outputs, expected, strict=True))
     tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
-    return {"model": model, "decoder": name, "n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
+    return {"model": model, "decoder": decoder, "n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
 
 
+@app.command()
 def main(
     results: Annotated[Path, typer.Option(help="folder for lossless.json")] = Path("results/decoders"),
     model: Annotated[list[str], typer.Option(help="each in the causal role")] = list(MODELS),  # noqa: B006
@@ -59,22 +69,24 @@ def main(
 ) -> None:
     """Compare, and end with exit code 1 if any answer differs."""
     questions = [item.question for item in task_named(task).problems(split, count, data=data)]
-    shared: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     rows = []
     for name in model:
         lm = load(name, role="autoregressive", dtype="float32", device=device)
         draft = next(other for other in ("gsm-ar", "gsm-cllm") if other != name)
-        expected = lm.generate(questions, decoder="autoregressive", **shared)
         with tempfile.TemporaryDirectory() as folder:
-            for decoder, settings in contenders(lm, draft, Path(folder) / "heads").items():
-                rows.append(row_of(name, decoder, lm.generate(questions, **settings, **shared), expected))
-                print(
-                    "{model:12} {decoder:20} {same} of {n} the same, {tokens_per_forward:.2f} a pass".format(**rows[-1])
-                )
+            save_heads(MedusaHeads.of(lm.network, 3), Path(folder) / "heads", lm.network)
+            outputs = {
+                decoder: lm.generate(questions, batch_size=batch_size, max_new_tokens=max_new_tokens, **settings)
+                for decoder, settings in settings_of(draft, Path(folder) / "heads").items()
+            }
+        expected = outputs.pop("autoregressive")
+        of_model = [row_of(name, decoder, answers, expected) for decoder, answers in outputs.items()]
+        print(markdown_table(of_model, COLUMNS), flush=True)
+        rows += of_model
     told = {"command": this_command(), "machine": describe_machine(), "rows": rows}
     write_json_whole(results / "lossless.json", told)
-    raise typer.Exit(any(row["same"] < row["n"] for row in rows))
+    raise typer.Exit(int(any(row["same"] < row["n"] for row in rows)))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_recipe(app)

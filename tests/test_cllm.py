@@ -516,8 +516,8 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
         "count": 3, "timed": 1, "batch_size": 2, "max_new_tokens": 12, "device": "cpu",
     }  # fmt: skip
     compare_decoders.compare(**given)
-    kept = tmp_path / "results" / "answers" / "jacobi.json"
-    assert any(text for text in json.loads(kept.read_text())["texts"])
+    kept = tmp_path / "results" / "answers" / "gsm-symbolic--jacobi--000000.json"
+    assert any(text for text in json.loads(kept.read_text())["result"]["texts"])
     made = kept.stat().st_mtime_ns
     compare_decoders.compare(**given | {"heads": str(tmp_path / "heads")})  # answers what is missing
     assert kept.stat().st_mtime_ns == made
@@ -535,8 +535,8 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     with pytest.raises(FewstepError, match="no model 'nowhere'"):
         compare_decoders.compare(**given | {"model": "nowhere", "folder": tmp_path / "others"})
     assert not (tmp_path / "others").exists()
-    with pytest.raises(FewstepError, match="batch size is 2 there and 3 here"):
+    with pytest.raises(FewstepError, match="batch_size is 2 there and 3 here"):
         compare_decoders.compare(**given | {"batch_size": 3})
     kept.write_text(kept.read_text().replace('"weights": "', '"weights": "other '))
-    with pytest.raises(FewstepError, match=r"jacobi.json is of other weights"):
+    with pytest.raises(FewstepError, match=r"jacobi--000000.json keeps a result of other weights"):
         compare_decoders.compare(**given)

@@ -31,11 +31,6 @@ NUM_PROMPTS = 12
 
 
 @pytest.fixture(scope="module")
-def jobs() -> ModuleType:
-    return importlib.import_module("jobs")
-
-
-@pytest.fixture(scope="module")
 def ablation() -> ModuleType:
     return importlib.import_module("gsm_ablation")
 
@@ -98,68 +93,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def failing() -> dict[str, Any]:
     raise RuntimeError("out of luck")
-
-
-def test_a_failing_job_is_reported_and_the_others_are_done_once(jobs: ModuleType, tmp_path: Path) -> None:
-    calls: list[str] = []
-
-    def job(name: str, *needs: str) -> Any:
-        return jobs.Job(name=name, run=lambda: {"number": len(calls), "name": calls.append(name)}, needs=needs)
-
-    listed = [job("late", "early"), jobs.Job(name="bad", run=failing), job("orphan", "bad"), job("early")]
-    jobs.work(listed, tmp_path)
-    jobs.work(listed, tmp_path)
-    assert calls == ["early", "late"]
-    assert sorted(jobs.results(tmp_path)) == ["early", "late"]
-    assert "out of luck" in (tmp_path / "bad.failed").read_text()
-
-
-def test_no_job_is_begun_after_the_deadline_and_a_failed_one_is_tried_again(jobs: ModuleType, tmp_path: Path) -> None:
-    good = [jobs.Job(name="bad", run=lambda: {"now": "good"})]
-    jobs.work(good, tmp_path, deadline_s=0)
-    assert not jobs.results(tmp_path)
-    (tmp_path / "bad.failed").write_text("an earlier error")
-    assert jobs.spread(lambda: good, tmp_path)
-    assert jobs.results(tmp_path)["bad"]["now"] == "good"
-
-
-def test_results_of_other_settings_are_not_mixed_in(jobs: ModuleType, tmp_path: Path) -> None:
-    def spread(**settings: int) -> bool:
-        job = jobs.Job(name="one", run=lambda: settings)
-        return jobs.spread(lambda: [job], tmp_path / "answers", settings=settings)
-
-    assert spread(gaps=2)
-    assert spread(gaps=2, shard=100)
-    with pytest.raises(
-        FewstepError,
-        match=r"answers holds results of other settings \(gaps is 2 there and 3 here, shard is 100 there",
-    ):
-        spread(gaps=3, shard=200)
-    assert jobs.results(tmp_path / "answers")["one"]["gaps"] == 2
-    (tmp_path / "answers" / "one.json").unlink()
-    assert spread(gaps=3, shard=200)
-
-
-def test_results_are_those_of_the_same_weights(jobs: ModuleType, tmp_path: Path) -> None:
-    def spread(**settings: Any) -> bool:
-        return jobs.spread(lambda: [jobs.Job(name="one", run=dict)], tmp_path / "answers", settings=settings)
-
-    for name in ("first", "second"):
-        save_network(tiny_network("autoregressive", seed=len(name)), tmp_path / name)
-    weights = [jobs.weights_of({"ar": tmp_path / name}) for name in ("first", "second")]
-    assert weights[0] != weights[1]
-    assert spread(gaps=2, weights=weights[0])
-    with pytest.raises(FewstepError, match=r"other settings \(weights\.ar is \w+ there and \w+ here"):
-        spread(gaps=2, weights=weights[1])
-    (tmp_path / "answers-settings.json").write_text('{"gaps": 2}')  # as kept by an older version
-    with pytest.raises(FewstepError, match=r"weights\.ar is not set there and"):
-        spread(gaps=2, weights=weights[0])
-
-
-def test_a_job_that_another_process_holds_is_left_to_it(jobs: ModuleType, tmp_path: Path) -> None:
-    with jobs._claimed(tmp_path / "lock") as mine, jobs._claimed(tmp_path / "lock") as too:
-        assert mine
-        assert not too
 
 
 # --- ablation ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A against B on the same problems: paired accuracy, tokens per forward and time."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.errors import FewstepError
@@ -104,6 +104,17 @@ def check_same_problems(first: Report, second: Report) -> None:
     asked, other = ([(record.id, record.answer) for record in report.records] for report in (first, second))
     if asked != other:
         raise FewstepError("the two reports are of different problems; evaluate both on the same ones")
+
+
+def compare_shared(first: Report, second: Report) -> Comparison | None:
+    """Compare two evaluations on the problems that both have answered; None if there are none."""
+    shared = {record.id for record in first.records} & {record.id for record in second.records}
+    return compare(_among(first, shared), _among(second, shared)) if shared else None
+
+
+def _among(report: Report, ids: Set[str]) -> Report:
+    records = [record for record in report.records if record.id in ids]
+    return replace(report, records=records, wall_seconds=report.wall_seconds * len(records) / report.n)
 
 
 def _names(reports: tuple[Report, Report], settings: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Accuracy against tokens per forward, one curve for each sweep. Needs matplotlib (extra `eval`)."""
+"""Accuracy against tokens per forward, one curve for each sweep, and bars. Needs matplotlib (extra `eval`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,15 +23,9 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
     """
     if not any(series.values()):
         raise FewstepError("there is nothing to plot: give at least one report")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
     num_columns = 1 if max(map(len, series)) >= _LONG_NAME else 2
     height = 4.5 if len(series) <= _MOST_INSIDE else 4.5 + 0.2 * len(series) / num_columns
-    figure = Figure(figsize=(7, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7, height)
     axes = figure.add_subplot()
     for index, (name, reports) in enumerate(series.items()):
         points = sorted(reports, key=lambda report: float(report["tokens_per_forward"]))
@@ -66,6 +60,36 @@ def plot_accuracy(series: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path,
     else:
         axes.legend(frameon=False)
     return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+def plot_bars(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg and return their paths: for each key of `titles` its figures as bars.
+
+    A row names its "contender". FewstepError without matplotlib or with nothing to draw.
+    """
+    if not rows:
+        raise FewstepError("there is nothing to plot: give at least one row")
+    figure = _figure(9, 0.8 + 0.35 * len(rows))
+    names = [row["contender"] for row in rows]
+    of_keys = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, (key, title) in zip(of_keys, titles.items(), strict=True):
+        bars = axes.barh(names, [row[key] for row in rows])
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.12)
+    of_keys[0].invert_yaxis()
+    return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FewstepError("Plots need matplotlib: pip install 'fewstep[eval]'.") from None
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _swept(report: Mapping[str, Any]) -> str:
