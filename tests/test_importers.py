@@ -667,7 +667,7 @@ def test_an_imported_sliding_window_is_checked_and_decoded_as_transformers_does(
     assert result.difference is not None
     assert result.difference < 1e-5
     lm = load(target)
-    assert lm.network.architecture.window == 3
+    assert lm.network.architecture.sliding_window == 3
     stock = lm.network.module.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, eos_token_id=EOS)
     output = decode(lm.network, [Request(prompt_ids=PROMPT, max_new_tokens=20)], lm.decoder())[0]
     assert output.token_ids == stock[0, len(PROMPT) :].tolist()

@@ -208,11 +208,11 @@ def test_packed_training_rows_have_the_logits_of_transformers(name: str) -> None
 
 
 def test_what_training_cannot_apply_is_refused_in_one_sentence() -> None:
-    longrope, windowed = (network_of(stock_module(*RUN[name])) for name in ("llama, longrope", "mistral, window"))
+    longrope, sliding = (network_of(stock_module(*RUN[name])) for name in ("llama, longrope", "mistral, window"))
     with pytest.raises(FewstepError, match="depend on the length of a text"):
         check_trainable(longrope, compiled=False)
     with pytest.raises(FewstepError, match="train it without --compiled"):
-        check_trainable(windowed, compiled=True)
+        check_trainable(sliding, compiled=True)
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -250,7 +250,7 @@ def test_what_is_defined_for_causal_attention_alone_is_refused_in_other_roles(na
 
 def test_a_window_that_no_text_outgrows_costs_nothing_and_serves_every_role() -> None:
     network = network_of(stock_module("mistral", {"sliding_window": 64}))
-    assert network.architecture.window is None
+    assert network.architecture.sliding_window is None
     assert network.with_role(Role(name="bidirectional", mask_token_id=2)).role.name == "bidirectional"
 
 

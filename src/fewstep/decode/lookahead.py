@@ -1,12 +1,12 @@
 """Lookahead decoding: gather n-grams from parallel Jacobi rows, and verify those that fit. arXiv 2402.02057.
 
-Axes: R = requests, W = columns of the window, N = length of an n-gram, M = N - 1, G = n-grams verified, P = n-grams in
-the pool, T = guesses of the tree.
+Axes: R = requests, W = columns of the lookahead branch, N = length of an n-gram, M = N - 1, G = n-grams verified, P =
+n-grams in the pool, T = guesses of the tree.
 
-Level m, column w of the window guesses the token `m + w` past the front, as it was m Jacobi iterations after level 0. A
-row sees the level-0 guesses up to its column and then its own column's later levels. The row of the last level answers
-with a new token, which makes an n-gram with the column above it; that goes into the pool, and the levels move up by
-one. In the same forward up to G n-grams of the pool that begin with the last final token are verified.
+Level m, column w of the lookahead branch guesses the token `m + w` past the front, as it was m Jacobi iterations after
+level 0. A row sees the level-0 guesses up to its column and then its own column's later levels. The row of the last
+level answers with a new token, which makes an n-gram with the column above it; that goes into the pool, and the levels
+move up by one. In the same forward up to G n-grams of the pool that begin with the last final token are verified.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ NO_TOKEN = -1
 class LookaheadState(State):
     """`pool_RPN` is a ring: the next n-gram goes to `cursor_R`; an empty place begins with NO_TOKEN."""
 
-    window_RMW: Tensor
+    branch_RMW: Tensor
     pool_RPN: Tensor
     cursor_R: Tensor
 
@@ -68,7 +68,7 @@ class Lookahead(Causal):
 
     @cached_property
     def tree(self) -> Tree:
-        """The chains, then the window level by level."""
+        """The chains of the verification branch, then the lookahead branch level by level."""
         first, parents = self.chains.num_guesses + 1, list(self.chains.parents)
         for level in range(self.ngram - 1):
             for column in range(self.window):
@@ -96,7 +96,7 @@ class Lookahead(Causal):
         pool_size = PASSES_KEPT * self.window
         return LookaheadState(
             **vars(state),
-            window_RMW=guesses_RC.unflatten(1, (self.ngram - 1, self.window)),
+            branch_RMW=guesses_RC.unflatten(1, (self.ngram - 1, self.window)),
             pool_RPN=state.tokens_RL.new_full((num_requests, pool_size, self.ngram), NO_TOKEN),
             cursor_R=torch.zeros_like(state.front_R),
         )
@@ -114,7 +114,7 @@ class Lookahead(Causal):
             self.role,
             width=shape.width,
             tree=tree,
-            guesses_RT=torch.cat([self._candidates(state), state.window_RMW.flatten(1)], 1),
+            guesses_RT=torch.cat([self._candidates(state), state.branch_RMW.flatten(1)], 1),
             scored=(*range(1, num_chained + 1), *range(tree.num_guesses - self.window + 1, tree.num_guesses + 1)),
         )
 
@@ -143,9 +143,9 @@ class Lookahead(Causal):
 
 
 def _gathered(state: LookaheadState, answers_RW: Tensor, num_accepted_R: Tensor) -> LookaheadState:
-    """With the new n-grams in the pool, in place of equal ones, and the window moved to the new front."""
-    window_RMW, pool_RPN = state.window_RMW, state.pool_RPN
-    new_RWN = torch.cat([window_RMW, answers_RW[:, None]], 1).transpose(1, 2)
+    """With the new n-grams in the pool, in place of equal ones, and the lookahead branch moved to the new front."""
+    branch_RMW, pool_RPN = state.branch_RMW, state.pool_RPN
+    new_RWN = torch.cat([branch_RMW, answers_RW[:, None]], 1).transpose(1, 2)
     equal_RWP = (new_RWN[:, :, None] == pool_RPN[:, None]).all(-1)
     pool_RPN = pool_RPN.masked_fill(equal_RWP.any(1)[..., None], NO_TOKEN)
     later_WW = torch.ones(new_RWN.shape[1], new_RWN.shape[1], dtype=torch.bool, device=new_RWN.device).triu(1)
@@ -158,12 +158,12 @@ def _gathered(state: LookaheadState, answers_RW: Tensor, num_accepted_R: Tensor)
 
     # Moving up a level is moving on a position; further steps drop columns on the left and repeat them at the end.
     columns_RW = (column_W + (num_accepted_R - 1).clamp(min=0)[:, None]) % len(column_W)
-    levels_RMW = torch.cat([window_RMW[:, 1:], answers_RW[:, None]], 1)
+    levels_RMW = torch.cat([branch_RMW[:, 1:], answers_RW[:, None]], 1)
     live_R = ~state.done_R
     return replace(
         state,
-        window_RMW=torch.where(
-            live_R[:, None, None], levels_RMW.gather(2, columns_RW[:, None].expand_as(levels_RMW)), window_RMW
+        branch_RMW=torch.where(
+            live_R[:, None, None], levels_RMW.gather(2, columns_RW[:, None].expand_as(levels_RMW)), branch_RMW
         ),
         pool_RPN=torch.where(live_R[:, None, None], pool_RPN, state.pool_RPN),
         cursor_R=torch.where(live_R, (state.cursor_R + len(column_W)) % pool_RPN.shape[1], state.cursor_R),

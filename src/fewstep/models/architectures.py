@@ -36,28 +36,30 @@ _KNOWN_LIMITS = re.compile("sliding_window|use_sliding_window|max_window_layers|
 class Architecture:
     """What `Network` and training have to know about a module.
 
-    `window`: a row of a windowed layer sees positions above its own less this; None: no layer has one that a text can
-    outgrow. `mixed`: only some layers have it. `scales_logits`: the class does something to logits behind its head.
-    `long_from`: positions above which `longrope` has other factors. `restarts`: whether the reference computes a
+    `sliding_window`: a row of a layer with one sees positions above its own less this; None: no layer has one that a
+    text can outgrow. `mixed`: only some layers have it. `scales_logits`: the class does something to logits behind its
+    head. `long_from`: positions above which `longrope` has other factors. `restarts`: whether the reference computes a
     text's keys again when it grows past that.
     """
 
-    window: int | None = None
+    sliding_window: int | None = None
     mixed: bool = False
     scales_logits: bool = False
     long_from: int | None = None
     restarts: bool = False
 
-    def attention_mask(self, whole: Any, windowed: Any | None) -> Any:
+    def attention_mask(self, whole: Any, sliding: Any | None) -> Any:
         """What the module takes as its mask, from that of layers without a window and that of layers with one."""
-        if windowed is None:
+        if sliding is None:
             return whole
-        return {FULL: whole, SLIDING: windowed} if self.mixed else windowed
+        return {FULL: whole, SLIDING: sliding} if self.mixed else sliding
 
 
-def within_window(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """Whether a windowed layer lets each query see each key, by position alone: [R, Q] and [R, K] -> [R, 1, Q, K]."""
-    return (key_positions[:, None, :] > query_positions[:, :, None] - window)[:, None]
+def within_sliding_window(query_positions: Tensor, key_positions: Tensor, sliding_window: int) -> Tensor:
+    """Whether a layer with a sliding window lets each query see each key, by position alone: [R, Q] and [R, K] -> [R,
+    1, Q, K].
+    """
+    return (key_positions[:, None, :] > query_positions[:, :, None] - sliding_window)[:, None]
 
 
 def examine(module: PreTrainedModel, name: str) -> Architecture:
@@ -197,22 +199,22 @@ class _Probe(KVCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-_SHORT_WINDOW = 2
+_SHORT_SLIDING_WINDOW = 2
 
 
 def _measure(module: PreTrainedModel) -> Architecture:
     base, config = module.base_model, module.config
     try:
-        windowed = _windowed_layers(base)
-        window = config.sliding_window if any(windowed) else None
-        if window is not None and window >= config.max_position_embeddings:
-            window = None
+        sliding = _sliding_layers(base)
+        sliding_window = config.sliding_window if any(sliding) else None
+        if sliding_window is not None and sliding_window >= config.max_position_embeddings:
+            sliding_window = None
         found = Architecture(
-            window=window,
-            mixed=window is not None and not all(windowed),
+            sliding_window=sliding_window,
+            mixed=sliding_window is not None and not all(sliding),
             scales_logits=_scales_logits(module),
         )
-        _check_what_arrives(base, found, windowed)
+        _check_what_arrives(base, found, sliding)
         _check_layers(base, found)
     except _UnfitError:
         raise
@@ -244,44 +246,49 @@ def _rows(base: Any, num_requests: int, num_rows: int) -> Tensor:
     return rows.to(base.device, base.dtype)
 
 
-def _windowed_layers(base: Any) -> list[bool]:
+def _sliding_layers(base: Any) -> list[bool]:
     """For each layer, whether the mask that its class makes for it is a causal one with a window, or a causal one."""
     config = copy(base.config)
     if hasattr(config, "is_causal"):
         config.is_causal = True  # what another role has stored; its masks are ours
-    has_window = isinstance(getattr(config, "sliding_window", None), int) and config.sliding_window > 0
-    if has_window:
-        if config.sliding_window < _SHORT_WINDOW:
+    has_sliding_window = isinstance(getattr(config, "sliding_window", None), int) and config.sliding_window > 0
+    if has_sliding_window:
+        if config.sliding_window < _SHORT_SLIDING_WINDOW:
             raise _UnfitError(f"its sliding window is of {config.sliding_window} position")
-        config.sliding_window = _SHORT_WINDOW
-    layers, num_rows = _idle(base), _SHORT_WINDOW + 3
+        config.sliding_window = _SHORT_SLIDING_WINDOW
+    layers, num_rows = _idle(base), _SHORT_SLIDING_WINDOW + 3
     positions_1Q = torch.arange(num_rows, device=base.device)[None]
     _run(base, layers, _rows(base, 1, num_rows), attention_mask=None, position_ids=positions_1Q, config=config)
     causal = positions_1Q[0, None, :] <= positions_1Q[0, :, None]
-    in_window = causal & within_window(positions_1Q, positions_1Q, _SHORT_WINDOW)[0, 0]
+    in_sliding_window = causal & within_sliding_window(positions_1Q, positions_1Q, _SHORT_SLIDING_WINDOW)[0, 0]
     types = getattr(config, "layer_types", None) or [None] * len(layers)
-    windowed = []
+    sliding = []
     for layer, kind in zip(layers, types, strict=True):
         mask = layer.seen.get("attention_mask")
         visible = causal if mask is None else (mask if mask.dtype == torch.bool else mask == 0).expand(1, 1, -1, -1)
-        windowed.append(has_window and torch.equal(visible.squeeze(), in_window))
-        if not windowed[-1] and not torch.equal(visible.squeeze(), causal):
+        sliding.append(has_sliding_window and torch.equal(visible.squeeze(), in_sliding_window))
+        if not sliding[-1] and not torch.equal(visible.squeeze(), causal):
             raise _UnfitError("its attention is neither causal nor causal with a sliding window")
-        if kind not in (None, SLIDING if windowed[-1] else FULL):
+        if kind not in (None, SLIDING if sliding[-1] else FULL):
             raise _UnfitError(f"it has layers of the type {kind!r}")
-    if has_window and not any(windowed) and types[0] is None and getattr(base.config, "use_sliding_window", True):
+    if (
+        has_sliding_window
+        and not any(sliding)
+        and types[0] is None
+        and getattr(base.config, "use_sliding_window", True)
+    ):
         raise _UnfitError(
             f"which layers its sliding window of {base.config.sliding_window} positions is for is not told"
         )
-    return windowed
+    return sliding
 
 
-def _check_what_arrives(base: Any, found: Architecture, windowed: list[bool]) -> None:
+def _check_what_arrives(base: Any, found: Architecture, sliding: list[bool]) -> None:
     """Refuse a class that does not hand each layer the mask, the positions and the cache given for it."""
     last = base.rotary_emb.boundary if isinstance(base.rotary_emb, LongRope) else base.config.max_position_embeddings
     rows_1QD, whole = _rows(base, 1, 3), torch.zeros((1, 1, 3, 4), device=base.device, dtype=base.dtype)
     whole[..., 1] = float("-inf")
-    narrow = whole.roll(1, -1) if found.window is not None else None
+    narrow = whole.roll(1, -1) if found.sliding_window is not None else None
     cache = _Probe(base.config, 1, 3, device=base.device, dtype=base.dtype)
     seen = []
     for positions in ([2, 1, 3], [3, 1, 2], [2, 1, last - 1]):
@@ -295,8 +302,8 @@ def _check_what_arrives(base: Any, found: Architecture, windowed: list[bool]) ->
             past_key_values=cache,
         )
         seen.append([layer.seen for layer in layers])
-    for given, is_windowed in zip(seen[0], windowed, strict=True):
-        wanted = narrow if is_windowed and narrow is not None else whole
+    for given, is_sliding in zip(seen[0], sliding, strict=True):
+        wanted = narrow if is_sliding and narrow is not None else whole
         mask = given.get("attention_mask")
         if not isinstance(mask, Tensor) or not torch.equal(mask, wanted):
             raise _UnfitError("its layers do not get the attention masks that it is given")
@@ -340,7 +347,7 @@ def _check_layers(base: Any, found: Architecture) -> None:
         mask.masked_fill_(~torch.tensor(visible, device=base.device), float("-inf"))
         positions_2Q = torch.arange(first, end, device=base.device).expand(2, -1)
         cache.place(positions_2Q, positions_2Q)
-        masks = found.attention_mask(mask, None if found.window is None else mask)
+        masks = found.attention_mask(mask, None if found.sliding_window is None else mask)
         given = {"attention_mask": masks, "position_ids": positions_2Q, "past_key_values": cache}
         return _run(base, layers, rows_24D[:, first:end], **given)
 

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, PreTrainedModel
 
 from fewstep.errors import FewstepError
-from fewstep.models.architectures import within_window
+from fewstep.models.architectures import within_sliding_window
 from fewstep.models.masks import Layout, added_to_scores
 from fewstep.models.network import Network
 
@@ -43,7 +43,7 @@ def check_trainable(network: Network, *, compiled: bool) -> None:
             f"{network.name} has rotary factors that depend on the length of a text (longrope), which packed training "
             "does not apply; train a model without them"
         )
-    if compiled and (network.architecture.window is not None or not _takes_plain_attention(network.module)):
+    if compiled and (network.architecture.sliding_window is not None or not _takes_plain_attention(network.module)):
         raise FewstepError(
             f"{network.name} has a sliding window or attention of its own, which compiled training does not apply; "
             "train it without --compiled"
@@ -71,9 +71,9 @@ def training_mask(network: Network, layout: Layout, positions_RT: Tensor, *, com
     """The layout's mask in the form that the prepared module takes."""
     if compiled:
         return layout.flex(_compiled_create_block_mask)
-    whole, window = layout.dense(), network.architecture.window
-    windowed = None if window is None else whole & within_window(positions_RT, positions_RT, window)
+    whole, width = layout.dense(), network.architecture.sliding_window
+    sliding = None if width is None else whole & within_sliding_window(positions_RT, positions_RT, width)
     if not _takes_plain_attention(network.module):  # such attention adds the mask to its scores
         whole = added_to_scores(whole, torch.float32)
-        windowed = None if windowed is None else added_to_scores(windowed, torch.float32)
-    return network.architecture.attention_mask(whole, windowed)
+        sliding = None if sliding is None else added_to_scores(sliding, torch.float32)
+    return network.architecture.attention_mask(whole, sliding)

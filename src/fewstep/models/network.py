@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.models.architectures import LongRope, adjust_logits, examine, within_window
+from fewstep.models.architectures import LongRope, adjust_logits, examine, within_sliding_window
 from fewstep.models.cache import KVCache
 from fewstep.models.masks import added_to_scores, cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
@@ -127,10 +127,10 @@ class Network:
         """FewstepError if the module has something that is defined for causal attention alone."""
         if self.role.name == "autoregressive":
             return
-        if self.architecture.window is not None:
+        if self.architecture.sliding_window is not None:
             raise FewstepError(
-                f"{self.name} has layers with a sliding window of {self.architecture.window} positions, which is "
-                f"defined for the role autoregressive, not for {self.role.name}; choose a model without a window"
+                f"{self.name} has layers with a sliding window of {self.architecture.sliding_window} positions, which "
+                f"is defined for the role autoregressive, not for {self.role.name}; choose a model without one"
             )
         if self.architecture.long_from is not None:
             raise FewstepError(
@@ -201,13 +201,13 @@ class Network:
             if cache is None:
                 raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
             cache.place(plan.slots_RQ, _lasting_blocks(plan))
-        whole, window = self._mask(plan, cache, None), self.architecture.window
-        windowed = None if window is None else self._mask(plan, cache, window)
+        whole, sliding_window = self._mask(plan, cache, None), self.architecture.sliding_window
+        sliding = None if sliding_window is None else self._mask(plan, cache, sliding_window)
         rotary = self.module.base_model.rotary_emb
         if isinstance(rotary, LongRope):
             rotary.context_length_R = plan.context_length_R
         rows = {
-            "attention_mask": self.architecture.attention_mask(whole, windowed),
+            "attention_mask": self.architecture.attention_mask(whole, sliding),
             "position_ids": plan.positions_RQ,
             "past_key_values": cache if plan.slots_RQ is not None else None,
             "use_cache": plan.slots_RQ is not None,
@@ -220,19 +220,19 @@ class Network:
         with self.adapter.open_for(plan.adapted_RQ):
             return self.module.base_model(inputs_embeds=embedded_RQD, **rows).last_hidden_state
 
-    def _mask(self, plan: Plan, cache: KVCache | None, window: int | None) -> Tensor:
+    def _mask(self, plan: Plan, cache: KVCache | None, sliding_window: int | None) -> Tensor:
         """What attention adds to its scores, [R, 1, Q, K]: given as numbers, it is not converted in every layer."""
         cached = plan.slots_RQ is not None
         mask = cached_mask(plan.blocks_RQ, plan.blocks_RQ if cache is None or not cached else cache.blocks_RK)
         tree_TT = plan.tree_TT
-        if window is not None:
+        if sliding_window is not None:
             positions_RQ = plan.positions_RQ
             # Slot p holds position p, but for the guesses of a tree, which are shown below.
             slots_1K = torch.arange(mask.shape[-1], device=mask.device)[None]
-            mask &= within_window(positions_RQ, slots_1K if cached else positions_RQ, window)
+            mask &= within_sliding_window(positions_RQ, slots_1K if cached else positions_RQ, sliding_window)
             if tree_TT is not None:
                 guessed_RT = positions_RQ[:, -len(tree_TT) :]
-                tree_TT = tree_TT & within_window(guessed_RT, guessed_RT, window)[:, 0]
+                tree_TT = tree_TT & within_sliding_window(guessed_RT, guessed_RT, sliding_window)[:, 0]
         if tree_TT is not None and plan.slots_RQ is not None:
             show_tree(mask, plan.slots_RQ, tree_TT)
         return added_to_scores(mask, self.dtype)

@@ -188,7 +188,7 @@ class _Run:
     def execute(self) -> None:
         """Train from where the run stands to the last step."""
         settings = self.settings
-        window = _Window(self.stream.num_tokens)
+        speed = _Speed(self.stream.num_tokens)
         with self.log, closing(self.stream):
             self.log.start(self.step)
             if self.step == settings.max_steps and settings.evaluate_every is not None:
@@ -208,7 +208,7 @@ class _Run:
                     figures = self._figures()
                 if logs:
                     self.means.clear()
-                    figures["tokens_per_second"] = self._sum(window.rate(self.stream.num_tokens))
+                    figures["tokens_per_second"] = self._sum(speed.rate(self.stream.num_tokens))
                     self._record(figures)
                 self.log.advance(self.step)
                 self.seconds += time.monotonic() - started
@@ -224,7 +224,7 @@ class _Run:
                         f"interrupted at step {self.step}; a checkpoint is saved, repeat the command to continue"
                     )
                 if saves or evaluates:
-                    window = _Window(self.stream.num_tokens)
+                    speed = _Speed(self.stream.num_tokens)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -425,7 +425,7 @@ class _Means:
         self._count = state["count"]
 
 
-class _Window:
+class _Speed:
     """Tokens per second of this process since the last time it was asked."""
 
     def __init__(self, num_tokens: int) -> None:

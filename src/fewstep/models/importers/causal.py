@@ -12,7 +12,7 @@ from fewstep.models.roles import Role
 
 def _stock_config(config: Config) -> PreTrainedConfig:
     refuse(config, hidden_act="silu", mlp_bias=False)
-    # What is null counts as not set, but for tokens and a window, of which a checkpoint may have none.
+    # What is null counts as not set, but for tokens and a sliding window, of which a checkpoint may have none.
     settings = {
         name: value
         for name, value in config.items()
@@ -55,7 +55,7 @@ def forward(config: Config, weights: Weights, tokens_T: Tensor, block_size: int 
 
         y_TD = plain.rms_norm(x_TD, _given(weights, f"{prefix}.input_layernorm.weight"), epsilon)
         q_THE, k_THE = (plain.rotate_halves(heads_of(name, y_TD), angles_TF) for name in "qk")
-        visible_TT = in_blocks_TT & plain.window_visible(num_positions, _window(config, layer))
+        visible_TT = in_blocks_TT & plain.sliding_window_visible(num_positions, _sliding_window(config, layer))
         y_TD = plain.attend(q_THE, k_THE, heads_of("v", y_TD), visible_TT)
         output = f"{prefix}.self_attn.o_proj"
         x_TD = x_TD + plain.linear(y_TD, weights(f"{output}.weight"), weights(f"{output}.bias"))
@@ -81,13 +81,13 @@ def _given(weights: Weights, name: str) -> Tensor:
     return tensor
 
 
-def _window(config: Config, layer: int) -> int | None:
+def _sliding_window(config: Config, layer: int) -> int | None:
     """The sliding window of a layer: Qwen's are those that `layer_types` names, or all from `max_window_layers` on."""
     if not config.get("use_sliding_window"):
         return None
     types = config.get("layer_types")
-    windowed = types[layer] == "sliding_attention" if types else layer >= config.get("max_window_layers", 28)
-    return config.get("sliding_window", 4096) if windowed else None
+    slides = types[layer] == "sliding_attention" if types else layer >= config.get("max_window_layers", 28)
+    return config.get("sliding_window", 4096) if slides else None
 
 
 def _rotary(config: Config) -> tuple[float, dict[str, Any] | None]:

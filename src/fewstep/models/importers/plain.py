@@ -86,7 +86,7 @@ def blocks_visible(num_positions: int, block_size: int) -> Tensor:
     return block_T[None, :] <= block_T[:, None]
 
 
-def window_visible(num_positions: int, window: int | None) -> Tensor:
-    """Whether position s is fewer than `window` before position t, or after it, [T, T]; None: all are."""
+def sliding_window_visible(num_positions: int, sliding_window: int | None) -> Tensor:
+    """Whether position s is fewer than `sliding_window` before position t, or after it, [T, T]; None: all are."""
     position_T = torch.arange(num_positions)
-    return position_T[None, :] > position_T[:, None] - (num_positions + 1 if window is None else window)
+    return position_T[None, :] > position_T[:, None] - (num_positions + 1 if sliding_window is None else sliding_window)
