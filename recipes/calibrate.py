@@ -17,7 +17,7 @@ from run_recipe import run_recipe
 
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
 from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.jobs import Job, spread, weights_of

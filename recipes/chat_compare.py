@@ -30,7 +30,8 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.engine.made_by import check_made_by, made_by
 from fewstep.engine.settings import ALIASES, GenerationSettings
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, read_rows, write_json_whole, write_rows_whole, write_whole
+from fewstep.files import write_whole
+from fewstep.json_files import read_json, read_rows, write_json_whole, write_rows_whole
 from fewstep.measure.agreement import measure_agreement
 from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
 from fewstep.models.roles import RoleName

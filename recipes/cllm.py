@@ -27,7 +27,8 @@ from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, prompt_
 from fewstep.decode.jacobi import Jacobi
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_folder_whole, write_json_whole, write_whole
+from fewstep.files import write_folder_whole, write_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.timing import this_command

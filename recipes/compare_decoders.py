@@ -19,7 +19,8 @@ from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole, write_whole
+from fewstep.files import write_whole
+from fewstep.json_files import write_json_whole
 from fewstep.measure.contenders import (
     Contender,
     answer_problems,

@@ -27,7 +27,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Request
 from fewstep.decode.self_speculative import SelfSpeculative
-from fewstep.files import read_rows, write_json_whole
+from fewstep.json_files import read_rows, write_json_whole
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network

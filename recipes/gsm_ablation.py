@@ -25,12 +25,13 @@ from stages import BLOCK, digits
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
-from fewstep.files import MANIFEST_NAME, read_json, write_json_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.evaluate import Report, sweep
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
+from fewstep.shards import MANIFEST_NAME
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.tasks.problems import Problem
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings

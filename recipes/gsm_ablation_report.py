@@ -9,7 +9,8 @@ import numpy as np
 from gsm_ablation import ALL_THREE, OWN_SEED, VARIANTS
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_whole
+from fewstep.files import write_whole
+from fewstep.json_files import read_json
 from fewstep.measure.metrics import Interval, crossed_interval
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.seeds import Setting, at_speed, difference, settings_of

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gsm_tokenizer import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 
-from fewstep.files import read_json
+from fewstep.json_files import read_json
 from fewstep.tasks.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
 
 Kind = Literal["ar", "teacher", "student", "cllm"]

@@ -18,7 +18,8 @@ from stages import BLOCK
 
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole, write_whole
+from fewstep.files import write_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.compare import compare_shared
 from fewstep.measure.contenders import Contender, answer_problems, load_contenders, time_contenders
 from fewstep.measure.evaluate import Report

@@ -19,7 +19,7 @@ from stages import BLOCK
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.files import describe_difference, read_json, write_json_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.models.load import load_network, weights_hash
+from fewstep.shards import describe_difference
 
 _WORKER = "FEWSTEP_RECIPE_WORKER"
 _DEADLINE = "FEWSTEP_RECIPE_DEADLINE"

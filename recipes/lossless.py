@@ -19,7 +19,7 @@ from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import load
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.medusa import MedusaHeads, save_heads

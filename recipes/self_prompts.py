@@ -22,7 +22,7 @@ from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
-from fewstep.files import write_rows_whole
+from fewstep.json_files import write_rows_whole
 from fewstep.models.text import decode_text
 
 app = typer.Typer(pretty_exceptions_enable=False)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from word_problems import MAX_ANSWER
 
 from fewstep.engine.language_model import LanguageModel
-from fewstep.files import read_json, write_json_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network

@@ -15,7 +15,7 @@ import torch
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_rows_whole
+from fewstep.json_files import read_rows, write_rows_whole
 from fewstep.models.load import save_network
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network

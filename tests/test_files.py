@@ -12,15 +12,9 @@ import pytest
 
 from fewstep import files
 from fewstep.errors import FewstepError
-from fewstep.files import (
-    Shards,
-    read_json,
-    read_rows,
-    write_folder_whole,
-    write_json_whole,
-    write_rows_whole,
-    write_whole,
-)
+from fewstep.files import write_folder_whole, write_whole
+from fewstep.json_files import read_json, read_rows, write_json_whole, write_rows_whole
+from fewstep.shards import Shards
 
 
 def names(folder: Path) -> list[str]:
@@ -158,7 +152,7 @@ def test_a_kill_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
     shards.path(0).write_text("old")
     script = (
         "import sys, time\n"
-        "from fewstep.files import Shards\n"
+        "from fewstep.shards import Shards\n"
         "with Shards.open(sys.argv[1]).write(0) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print('writing', flush=True)\n"
@@ -324,7 +318,8 @@ def test_a_folder_that_may_not_be_looked_into_is_one_sentence(tmp_path):
 def test_a_limit_of_the_size_of_files_is_one_sentence(tmp_path):
     script = (
         "import resource, sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import save_file\n"
-        "from fewstep.errors import FewstepError\nfrom fewstep.files import write_folder_whole, write_rows_whole\n"
+        "from fewstep.errors import FewstepError\nfrom fewstep.files import write_folder_whole\n"
+        "from fewstep.json_files import write_rows_whole\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "weights, target = torch.zeros(100000), Path(sys.argv[1]) / 'target'\n"
         "def rows(): write_rows_whole(target, ({'text': 'x' * 100} for _ in range(1000)))\n"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep import files
+from fewstep import json_files
 from fewstep.errors import FewstepError
-from fewstep.files import numbered_rows, read_text
+from fewstep.json_files import numbered_rows, read_text
 
 TOOL = Path(__file__).parent / "hostile_inputs.py"
 PER_KIND = 6
@@ -36,8 +36,8 @@ def test_every_hostile_input_is_taken_or_refused_in_one_sentence(tmp_path: Path)
 def test_a_pipe_without_a_writer_and_a_device_without_an_end_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read
 ) -> None:
-    monkeypatch.setattr(files, "PATIENCE_S", 0.1)
-    monkeypatch.setattr(files, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(json_files, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(json_files, "MOST_BYTES", 1 << 20)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FewstepError, match="pipe into which nothing is written"):
         read(tmp_path / "pipe")

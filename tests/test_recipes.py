@@ -15,7 +15,7 @@ import torch
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.reports import merge_reports, report_columns, with_no_fewer_passes
 from fewstep.models.load import load_network, save_network

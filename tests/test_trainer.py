@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.health import Health, measure_health
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows
+from fewstep.json_files import read_rows
 from fewstep.models.load import load_network, save_network
 from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from fewstep.errors import FewstepError
-from fewstep.files import describe_difference, read_json, storage_errors, write_json_whole
+from fewstep.files import storage_errors
+from fewstep.json_files import read_json, write_json_whole
+from fewstep.shards import describe_difference
 
 SUFFIX = ".kept"
 _LONGEST_NAME = 200  # bytes

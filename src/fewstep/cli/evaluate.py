@@ -100,7 +100,7 @@ def evaluate(
 
 def _baseline(path: Path, task: str, num_problems: int) -> dict[str, list[dict[str, Any]]]:
     """The reports in a file by the name of their curve. FewstepError for other problems, or if it holds none."""
-    from fewstep.files import read_json
+    from fewstep.json_files import read_json
 
     found = read_json(path)
     reports = found if isinstance(found, list) else [found]

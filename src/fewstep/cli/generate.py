@@ -115,7 +115,7 @@ def _read_prompt(prompt: str | None) -> str:
 
 def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
     """Id and prompt of each row, in the order of the file; a prompt without an id has the number of its line."""
-    from fewstep.files import numbered_rows
+    from fewstep.json_files import numbered_rows
     from fewstep.models.rows import id_key, row_id, split_prompt_row
 
     prompts: list[tuple[Any, Any]] = []

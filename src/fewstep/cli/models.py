@@ -23,7 +23,7 @@ def models(json: Json = None) -> None:
 
 
 def _bundled() -> list[dict[str, Any]]:
-    from fewstep.files import read_json
+    from fewstep.json_files import read_json
     from fewstep.models.names import BUNDLED, bundled_names
 
     rows = []

@@ -27,7 +27,7 @@ def write_report(path: Path | None, report: Any) -> None:
     if path == STANDARD_OUTPUT:
         print(json.dumps(report, indent=2, allow_nan=False))
     elif path is not None:
-        from fewstep.files import write_json_whole
+        from fewstep.json_files import write_json_whole
 
         write_json_whole(path, report)
 
@@ -38,7 +38,7 @@ def write_rows(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return
-    from fewstep.files import write_rows_whole
+    from fewstep.json_files import write_rows_whole
 
     write_rows_whole(path, rows)
 

@@ -19,7 +19,7 @@ from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
 from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError, suggestion
-from fewstep.files import read_text
+from fewstep.json_files import read_text
 from fewstep.values import described, fitted, shown
 
 Groups = Mapping[type, str]

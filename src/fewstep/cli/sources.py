@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from fewstep.errors import FewstepError
-from fewstep.files import MANIFEST_NAME
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, HEADS, VOCABULARIES
 from fewstep.models.names import BUNDLED
+from fewstep.shards import MANIFEST_NAME
 from fewstep.train.output import CHECKPOINTS, FINISHED, LOGS, REPORT, SAMPLES
 
 

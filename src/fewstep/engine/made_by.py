@@ -12,8 +12,8 @@ from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
-from fewstep.files import describe_difference
 from fewstep.models.load import module_hash, weights_hash
+from fewstep.shards import describe_difference
 
 _HASHES: WeakKeyDictionary[LanguageModel, str] = WeakKeyDictionary()
 _TOLD_OTHERWISE = ("policy", "draft", "heads")

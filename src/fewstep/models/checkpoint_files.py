@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json
+from fewstep.json_files import read_json
 from fewstep.models.names import not_found
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_folder_whole, write_json_whole
+from fewstep.files import write_folder_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.models.checkpoint_files import HEADS
 from fewstep.models.load import weights_hash
 from fewstep.models.network import Network

@@ -7,7 +7,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import is_unicode
+from fewstep.json_files import is_unicode
 from fewstep.models.checkpoint_files import reading
 from fewstep.models.templates import render
 from fewstep.values import shown

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows
+from fewstep.json_files import read_rows
 from fewstep.models.rows import text_of
 from fewstep.tasks.problems import Problem
 from fewstep.tasks.scoring import NUMBER

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.files import numbered_rows, write_rows_whole
+from fewstep.json_files import numbered_rows, write_rows_whole
 from fewstep.models.rows import id_text, messages_of, present, row_id, text_of
 from fewstep.models.text import Message
 from fewstep.tasks.scoring import NUMBER, Metric

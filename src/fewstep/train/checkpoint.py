@@ -20,7 +20,8 @@ from accelerate.utils.other import load as load_checked
 from torch import nn
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_folder_whole
+from fewstep.files import write_folder_whole
+from fewstep.json_files import read_json
 
 RUN = "run.json"
 AVERAGE = "average.pt"

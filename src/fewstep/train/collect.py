@@ -17,9 +17,10 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import decode
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.errors import FewstepError
-from fewstep.files import MANIFEST_NAME, Shards, read_json
+from fewstep.json_files import read_json
 from fewstep.models.load import network_hash
 from fewstep.models.network import Network
+from fewstep.shards import MANIFEST_NAME, Shards
 from fewstep.train.records import SCHEMA_VERSION, PromptRow, RecordShards, RecordT
 from fewstep.train.trajectories import Distribution, Teacher, TrajectoryShards
 

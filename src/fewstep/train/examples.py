@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import numbered_rows
+from fewstep.json_files import numbered_rows
 from fewstep.models.rows import split_row
 from fewstep.models.text import encode_completion, encode_prompt
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json, write_json_whole
+from fewstep.json_files import read_json, write_json_whole
 from fewstep.models.checkpoint_files import ADAPTER_WEIGHTS, CONFIG, GATED
 from fewstep.models.gated import MASK_EMBEDDING, GatedAdapter, new_gated_adapter
 from fewstep.models.load import weights_hash

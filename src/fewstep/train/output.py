@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fewstep.errors import FewstepError
-from fewstep.files import read_json
+from fewstep.json_files import read_json
 from fewstep.models.checkpoint_files import DESCRIPTIONS
 
 LOGS = "logs"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
-from fewstep.files import Shards
+from fewstep.shards import Shards
 from fewstep.train.examples import Examples, Origin
 
 SCHEMA_VERSION = 1

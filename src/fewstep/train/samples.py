@@ -9,7 +9,7 @@ from fewstep.decode.requests import Output
 from fewstep.engine.answers import check_prompts
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.errors import FewstepError
-from fewstep.files import read_rows, write_rows_whole
+from fewstep.json_files import read_rows, write_rows_whole
 from fewstep.models.network import Network
 from fewstep.train.monitor import CollapseMonitor
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.models.checkpoint_files import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,

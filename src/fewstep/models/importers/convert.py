@@ -17,7 +17,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole, write_json_whole
+from fewstep.files import write_folder_whole
+from fewstep.json_files import write_json_whole
 from fewstep.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.models.checkpoint_files import INDEX, SINGLE, read_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
