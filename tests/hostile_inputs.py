@@ -64,6 +64,10 @@ SEVERAL_LINES = {
     ),
     "eval": (f"eval --model student --data problems.jsonl --records out.jsonl --json out.json {SHORT}",),
     "compare": ("compare student,max_new_tokens=4 teacher,max_new_tokens=4 --data problems.jsonl --json out.json",),
+    "calibrate": (
+        "calibrate --model student --reference causal --data problems.jsonl --eps 0.9 --confidence 0.5 "
+        f"--thresholds 0.5 --output out --json out.json {SHORT}",
+    ),
     "import": ("import plain out --json out.json",),
     "merge": ("merge adapter --output out --json out.json",),
     "demo": ("demo --teacher teacher --student student --causal causal --num-problems 1 --device cpu",),

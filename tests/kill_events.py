@@ -47,6 +47,8 @@ COMMANDS = {
     "generate": f"generate --model student --input rows.jsonl --output out.jsonl --json out.json {SHORT}",
     "eval": f"eval --model student --data rows.jsonl --records out.jsonl --json out.json --plot out {SHORT}",
     "compare": "compare student,max_new_tokens=8 teacher,max_new_tokens=8 --data rows.jsonl --json out.json",
+    "calibrate": "calibrate --model student --reference causal --data rows.jsonl --eps 0.9 --confidence 0.5 "
+    f"--thresholds 0.5 --output out --json out.json {SHORT}",
     "collect": f"collect --model teacher --data rows.jsonl --output out --shard-size 2 {SHORT}",
     "collect, causal": f"collect --model causal --data rows.jsonl --output out --shard-size 2 {SHORT}",
     "train": f"train sft --model causal --data rows.jsonl --output out {TRAIN}",

@@ -1,22 +1,29 @@
-"""Calibration: the exact test of a paired loss, the paths of settings, and the recipe that tries many calibrations."""
+"""Calibration: the exact test of a paired loss, the paths of settings, the recipe that tries many, and the command."""
 
 import importlib
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
+from fewstep.cli.main import main
+from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.measure.calibrate import Measured, Outcome, Rule, calibrate, paths_of
-from fewstep.measure.evaluate import Record, Report
+from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.noninferiority import NUISANCE_LEVEL, Pairs, p_value, upper_bound
-from fewstep.models.load import save_network
+from fewstep.models.load import load_network, save_network, weights_hash
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.problems import Problem, write_problem_file
+from fewstep.train.lora import write_adapter
 
 # --- the exact test ---
 
@@ -196,3 +203,209 @@ def test_the_recipe_judges_calibrations_from_one_table_of_answers(
     told = json.loads((tmp_path / "results" / "calibrate.json").read_text())
     assert told["judged"][0]["chosen"] == [{"threshold": 0.9, "gaps": 2, "loss": 0.0}] * 2
     assert "eps 0.05: 2 of 2 calibrations found a setting, 2 of these lose at most eps" in capsys.readouterr().out
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Random networks, of which the student and the reference answer nothing right, and 24 problems."""
+    network = tiny_network("block_causal", head_scale=30.0)
+    for name, saved in (("student", network), ("causal", tiny_network("autoregressive"))):
+        save_network(saved, tmp_path / name)
+    rows = [{"id": index, "question": "1 + 1?", "answer": "2"} for index in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: tmp_path / name for name in ("student", "causal", "data.jsonl", "copy", "report.json")}
+
+
+@pytest.fixture
+def command(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, dict[str, Any] | None]]:
+    """Run `fewstep calibrate`; its exit code, what it said on standard error, and the report."""
+
+    def run(*options: object) -> tuple[int, str, dict[str, Any] | None]:
+        shared = {
+            "--model": folders["student"], "--reference": folders["causal"], "--data": folders["data.jsonl"],
+            "--eps": 0.3, "--confidence": 0.9, "--max-new-tokens": 8, "--batch-size": 24,
+            "--json": folders["report.json"],
+        }  # fmt: skip
+        given = {**shared, **dict(zip(options[::2], options[1::2], strict=True))}
+        flags = [name for name, value in given.items() if value is True]
+        values = [str(part) for name, value in given.items() if value is not True for part in (name, value)]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(["calibrate", *values, *flags])
+        said = capsys.readouterr().err.splitlines()[-1]
+        report = folders["report.json"]
+        return int(stopped.value.code or 0), said, json.loads(report.read_text()) if report.exists() else None
+
+    return run
+
+
+def solved_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """From now on causal networks solve everything; returns the thresholds of all evaluations, as they come."""
+    asked: list[float | None] = []
+
+    def evaluated(model: LanguageModel, *arguments: Any, **settings: Any) -> Report:
+        report = evaluate(model, *arguments, **settings)
+        asked.append(report.threshold)
+        right = model.role.name == "autoregressive"
+        return replace(report, records=[replace(record, correct=right) for record in report.records])
+
+    monkeypatch.setattr("fewstep.measure.evaluate.evaluate", evaluated)
+    return asked
+
+
+def test_a_calibrated_copy_says_what_it_promises_and_eval_repeats_it(
+    folders: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    before = (folders["student"] / "config.json").read_bytes()
+    code, said, report = command("--thresholds", "0.6,0.9", "--gaps", "1,any", "--output", folders["copy"])
+    assert code == 0
+    assert report is not None
+    assert [(trial["threshold"], trial["gaps"]) for trial in report["trials"]] == [
+        (0.9, 1),
+        (0.6, 1),
+        (0.9, None),
+        (0.6, None),
+    ]
+    assert all(trial["certified"] and trial["loss"] == 0 for trial in report["trials"])
+    assert "is calibrated on 24 problems of data: with threshold 0." in said
+    assert "less than 30 points below that of" in said
+    assert (folders["student"] / "config.json").read_bytes() == before
+    assert not list(tmp_path.glob("*.kept"))
+
+    lm = load(folders["copy"])
+    promise = lm.network.calibration
+    assert promise is not None
+    assert (promise.eps, promise.confidence, promise.n, promise.reference) == (0.3, 0.9, 24, str(folders["causal"]))
+    assert promise.threshold == report["chosen"]["threshold"] == lm.role.threshold
+    assert promise.reference_weights == weights_hash(load_network(folders["causal"]))
+    assert promise.weights == weights_hash(load_network(folders["student"])) == weights_hash(lm.network)
+    problems = [Problem("one", "1 + 1?", "2")]
+    shared: dict[str, Any] = {"max_new_tokens": 8, "warm_up": False}
+    assert evaluate(lm, problems, **shared).to_json()["calibration"] == vars(promise)
+    for other in ({"max_new_tokens": 4}, {"threshold": 0.123}, {"temperature": 1.0}):
+        assert "calibration" not in evaluate(lm, problems, **{**shared, **other}).to_json()
+    with torch.no_grad():
+        next(lm.network.module.parameters()).mul_(2)  # other weights
+    assert "calibration" not in evaluate(LanguageModel(lm.network), problems, **shared).to_json()
+
+
+def test_a_promise_is_not_saved_with_other_weights_nor_kept_for_another_threshold(
+    folders: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    assert command("--thresholds", 0.7, "--in-place", True)[0] == 0
+    network = load_network(folders["student"])
+    assert network.calibration is not None
+    assert load_network(folders["student"], block_size=8).calibration is None
+    save_network(network, tmp_path / "trained")
+    assert load_network(tmp_path / "trained").calibration is None
+    assert load_network(tmp_path / "trained").role.threshold == 0.7
+    config = folders["student"] / "config.json"
+    stored = json.loads(config.read_text())
+    config.write_text(json.dumps({**stored, "threshold": 0.8}))
+    assert load_network(folders["student"]).calibration is None
+    for damaged in ({"eps": 0.1}, "yes", {**stored["calibration"], "eps": 2}):
+        config.write_text(json.dumps({**stored, "calibration": damaged}))
+        with pytest.raises(FewstepError, match=r"config\.json: .*calibration"):
+            load_network(folders["student"])
+
+
+def test_a_calibrated_copy_of_an_adapter_finds_its_base_and_gives_the_same_tokens(
+    folders: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "deep" / "adapter"
+    network = load_network(folders["student"])
+    model = get_peft_model(network.module, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert isinstance(model, PeftModel)
+    write_adapter(model, model.state_dict(), adapter, base="../../student")  # no config.json: that of the base
+    code, _, _ = command("--model", adapter, "--thresholds", 0.7, "--output", folders["copy"])
+    assert code == 0
+    assert json.loads((folders["copy"] / "adapter_config.json").read_text())["base_model_name_or_path"] == "../student"
+    first, second = load(adapter), load(folders["copy"])
+    assert second.network.calibration is not None
+    assert first.network.calibration is None
+    assert second.role.threshold == 0.7
+    settings: dict[str, Any] = {"max_new_tokens": 8, "threshold": 0.7}
+    assert first.generate("1 + 1?", **settings).token_ids == second.generate("1 + 1?", **settings).token_ids
+
+
+def test_where_no_setting_reaches_eps_it_says_which_came_closest_and_writes_no_model(
+    folders: dict[str, Path], command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = solved_by_the_reference(monkeypatch)
+    code, said, report = command("--thresholds", "0.6,0.9", "--output", folders["copy"])
+    assert code == 2
+    assert said.startswith("fewstep: no setting keeps the accuracy less than 30 points below that of")
+    assert "the closest, threshold 0.9, any number of gaps, is 100.00 points below on these 24 problems" in said
+    assert asked == [None, 0.9]  # nothing behind the first failure
+    assert not folders["copy"].exists()
+    assert report is not None
+    assert report["chosen"] is None
+    assert not list(tmp_path.glob("*.kept"))
+
+
+def test_an_interrupted_calibration_goes_on_with_the_answers_it_has(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def interrupted(model: LanguageModel, *arguments: Any, **settings: Any) -> Report:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(evaluate(model, *arguments, **settings))
+        return asked[0]
+
+    monkeypatch.setattr("fewstep.measure.evaluate.evaluate", interrupted)
+    code, said, _ = command("--thresholds", 0.7)
+    assert (code, "answers kept" in said) == (130, True)
+    monkeypatch.setattr("fewstep.measure.evaluate.evaluate", evaluate)
+    monkeypatch.setattr(LanguageModel, "generate", refusing_causal(LanguageModel.generate))
+    assert command("--thresholds", 0.7)[0] == 0
+
+
+def refusing_causal(generate: Any) -> Any:
+    def generated(self: LanguageModel, prompts: Any, **settings: Any) -> Any:
+        assert self.role.name != "autoregressive", "the reference's answers are there"
+        return generate(self, prompts, **settings)
+
+    return generated
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--eps", 0.01), "24 problems are too few to show a loss below 0.01"),
+        (("--eps", 0), "--eps must"),
+        (("--confidence", 1), "--confidence must"),
+        (("--thresholds", "0.9,1.5"), "the threshold is a probability"),
+        (("--thresholds", "0.9,a"), "--thresholds is a list of numbers"),
+        (("--gaps", "2,all"), "--gaps is a list of numbers"),
+        (("--gaps", "-1"), "--gaps must be at least 0"),
+        (("--thresholds", "0.9,0.9"), "--thresholds must be one or more different numbers"),
+        (("--model", "gsm-student", "--in-place", True), "gsm-student is no folder of your own"),
+        (("--overwrite", True), "--overwrite has no effect without --output"),
+        (("--output", "new", "--in-place", True), "--output writes a copy and --in-place changes the model itself"),
+    ],
+)
+def test_bad_input_is_one_sentence(command: Any, options: tuple[object, ...], sentence: str) -> None:
+    code, said, report = command(*options)
+    assert code == 2
+    assert said.startswith(f"fewstep: {sentence}")
+    assert report is None
+
+
+def test_only_a_block_causal_student_is_calibrated_and_no_folder_is_replaced_unasked(
+    folders: dict[str, Path], command: Any
+) -> None:
+    code, said, _ = command("--model", folders["causal"])
+    assert (code, "has the role autoregressive" in said) == (2, True)
+    code, said, _ = command("--output", folders["causal"])
+    assert (code, "is what --reference reads" in said) == (2, True)
+    folders["copy"].mkdir()
+    (folders["copy"] / "mine").touch()
+    code, said, _ = command("--output", folders["copy"])
+    assert (code, "is not empty" in said) == (2, True)

@@ -128,6 +128,8 @@ def test_no_file_is_written_twice(place: Path, first: tuple[Touches, str], secon
         "eval --model models/adapter --json models/base/config.json",
         "eval --model models/adapter --decoder medusa --heads traj --json traj/manifest.json",
         "compare gsm-student models/base,threshold=0.5 --json models/base/config.json",
+        "calibrate --model models/base --output models/base --overwrite",
+        "calibrate --reference models/adapter --output models/base --overwrite",
         "infill --model models/base --prefix a --suffix b --num-tokens 2 --json models/base/config.json",
         "demo --student models/base --json models/base/config.json",
         "collect --data data.jsonl --output traj --json data.jsonl",

@@ -42,8 +42,8 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measures accuracy with its interval, passes, tokens per pass and latency."""
-    thresholds = _numbers(sweep_thresholds, float, "--sweep-thresholds")
-    steps = _numbers(sweep_steps, int, "--sweep-steps")
+    thresholds = numbers(sweep_thresholds, float, "--sweep-thresholds")
+    steps = numbers(sweep_steps, int, "--sweep-steps")
     if plot is not None:
         require("matplotlib")
     if baseline is not None and plot is None:
@@ -148,7 +148,7 @@ def _decoding(figure: dict[str, Any]) -> str:
     return figure["decoder"] + threshold + ("" if figure["gaps"] is None else f", gaps {figure['gaps']}")
 
 
-def _numbers(text: str | None, kind: type, option: str) -> list[Any]:
+def numbers(text: str | None, kind: type, option: str) -> list[Any]:
     try:
         return [] if text is None else [kind(part) for part in text.split(",")]
     except ValueError:

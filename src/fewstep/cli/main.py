@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import fewstep
+from fewstep.cli.calibrate import calibrate
 from fewstep.cli.collect import collect
 from fewstep.cli.compare import compare
 from fewstep.cli.dashes import TextCommand
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "collect": collect,
     "eval": evaluate,
     "compare": compare,
+    "calibrate": calibrate,
     "import": import_,
     "merge": merge,
     "models": models,

@@ -1,13 +1,15 @@
 """Accuracy of a model on the problems of a task, with its passes, tokens and time."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fewstep.decode.decoder import threshold_rule
+from fewstep.decode.decoder import Decoder, threshold_rule
 from fewstep.engine.answers import Answer, answer_all, check_prompts
 from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.made_by import made_by
+from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
 from fewstep.measure.metrics import wilson_interval
@@ -39,7 +41,8 @@ class Record:
 class Report:
     """An evaluation: how it was run, and a record for each problem in order.
 
-    `num_kept` of the answers are of an earlier run that was cut off. `wall_seconds` is for all problems together,
+    `num_kept` of the answers are of an earlier run that was cut off. `calibration`: what the checkpoint promises, if it
+    was decoded as that says. `wall_seconds` is for all problems together,
     `step_ms` the median time between two rounds of the loop (at batch 1 one forward and what goes with it).
     """
 
@@ -59,6 +62,7 @@ class Report:
     wall_seconds: float
     step_ms: float
     num_kept: int = 0
+    calibration: Mapping[str, Any] | None = None
     metric: str = NUMBER.name
 
     @property
@@ -117,6 +121,7 @@ class Report:
             "tokens_per_second": sum(record.num_tokens for record in self.records) / self.wall_seconds,
             "step_ms": self.step_ms,
             **({"num_draft_forwards_mean": drafts} if drafts else {}),
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
             **({"answered_earlier": self.num_kept} if self.num_kept else {}),
             **({} if self.metric == NUMBER.name else {"metric": self.metric, "chrf": self.chrf}),
         }
@@ -177,6 +182,7 @@ def evaluate(
         wall_seconds=answered.wall_seconds,
         step_ms=answered.step_ms,
         num_kept=answered.num_kept,
+        calibration=_calibration(model, decoder, settings),
         metric=metric.name,
     )
 
@@ -233,6 +239,17 @@ def sweep(
 
 def _decoder_settings(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("task", "metric", "batch_size", "progress")}
+
+
+def _calibration(model: LanguageModel, decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the checkpoint promises, unless its weights are others now, or are decoded otherwise."""
+    promised = model.network.calibration
+    if promised is None or settings.keys() - {"threshold", "gaps", "max_new_tokens"}:
+        return None
+    decoded = {"max_new_tokens": GenerationSettings.max_new_tokens, **settings, **threshold_rule(decoder)}
+    told = asdict(promised)
+    same = all(told[name] == decoded[name] for name in ("threshold", "gaps", "max_new_tokens"))
+    return told if same and promised.weights == made_by(model)["weights"] else None
 
 
 def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def upper_bound(pairs: Pairs, confidence: float) -> float:
             certified = middle
         else:
             refused = middle
-    return certified * _RESOLUTION
+    return round(certified * _RESOLUTION, 4)
 
 
 def _favourable(pairs: Pairs, eps: float, lost: _Counts, gained: _Counts) -> tuple[_Counts, _Counts, _Counts]:

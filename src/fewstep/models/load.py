@@ -27,6 +27,8 @@ from transformers.utils import logging as transformers_logging
 from fewstep.errors import FewstepError
 from fewstep.files import give_usual_mode
 from fewstep.models.adapters import base_name, merge
+from fewstep.models.calibration import KEY as CALIBRATION
+from fewstep.models.calibration import calibration_in
 from fewstep.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -137,6 +139,8 @@ def load_network(
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     network = Network(module, spec, tokenizer, name=str(name))
+    if role is None and block_size is None:
+        network.calibration = calibration_in(checkpoint.folder, spec)
     return network if gated is None else _with_gated_adapter(network, checkpoint.folder, gated)
 
 
@@ -182,6 +186,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
             if isinstance(part, PreTrainedConfig):
                 part._attn_implementation = part._experts_implementation = None
+        vars(config).pop(CALIBRATION, None)  # it would be written beside whatever these weights become in training
         return config
 
 

@@ -19,6 +19,7 @@ from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.vocabulary import end_tokens, ids_without_token
 
 if TYPE_CHECKING:
+    from fewstep.models.calibration import Calibration
     from fewstep.models.gated import GatedAdapter
 
 
@@ -76,6 +77,7 @@ class Network:
     """Weights, role and tokenizer, perhaps with a gated `adapter` in the weights. Nothing here decides what to decode.
 
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
+    `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
     `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
     all rows, or without those never drawn where some stand for no token.
     """
@@ -94,6 +96,7 @@ class Network:
         self.tokenizer = tokenizer
         self.name = name
         self.adapter = adapter
+        self.calibration: Calibration | None = None
         self._check_tokens()
         self.architecture = examine(module, name)
         self._check_role()
