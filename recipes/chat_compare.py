@@ -28,7 +28,7 @@ from fewstep.decode.health import measure_health
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.engine.made_by import check_made_by, made_by
-from fewstep.engine.settings import ALIASES, GenerationSettings
+from fewstep.engine.settings import GenerationSettings, aliases
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
 from fewstep.json_files import read_json, read_rows, write_json_whole, write_rows_whole
@@ -145,7 +145,7 @@ def contender_of(specification: str) -> Contender:
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
-        key = ALIASES.get(key, key)
+        key = aliases().get(key, key)
         if not equals or key in settings:
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value that comes once")
         if key in SHARED:

@@ -190,7 +190,7 @@ def test_settings_refuse_a_threshold_and_gaps_in_the_words_of_the_policy(thresho
     with pytest.raises(FewstepError) as by_policy:
         Threshold(at_least=threshold, gaps=gaps)
     with pytest.raises(FewstepError, match=f"^{re.escape(str(by_policy.value))}$"):
-        GenerationSettings(threshold=threshold, gaps=gaps)
+        GenerationSettings.of(threshold=threshold, gaps=gaps)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,8 @@ def test_settings_refuse_a_threshold_and_gaps_in_the_words_of_the_policy(thresho
         (BLOCK_CAUSAL, {"steps": 8}, "the block decoder takes no steps; only diffusion can"),
         (AUTOREGRESSIVE, {"threshold": 0.5}, "the autoregressive decoder takes no threshold"),
         (AUTOREGRESSIVE, {"gaps": 1}, "the autoregressive decoder takes no gaps; only diffusion and block can"),
-        (BIDIRECTIONAL, {"gaps": 1}, "gaps limits what a threshold finalises; set threshold with it"),
-        (BIDIRECTIONAL, {"gaps": 1, "steps": 8}, "gaps limits what a threshold finalises; set threshold with it"),
+        (BIDIRECTIONAL, {"gaps": 1}, "gaps belongs to the policy threshold; set threshold with it"),
+        (BIDIRECTIONAL, {"gaps": 1, "steps": 8}, "gaps belongs to the policy threshold; set threshold with it"),
         (
             AUTOREGRESSIVE,
             {"window": 8},
@@ -265,7 +265,7 @@ def test_a_network_trained_on_jacobi_windows_is_decoded_in_them() -> None:
     role = replace(AUTOREGRESSIVE, jacobi_window=6)
     decoder = GenerationSettings().decoder_for(role)
     assert (decoder.name, decoder.traits.num_guessed) == ("jacobi", 6)
-    assert GenerationSettings(window=9).decoder_for(role).traits.num_guessed == 9
+    assert GenerationSettings.of(window=9).decoder_for(role).traits.num_guessed == 9
     assert GenerationSettings(decoder="autoregressive").decoder_for(role).name == "autoregressive"
     assert GenerationSettings(temperature=0.7).decoder_for(role).name == "autoregressive"
     refusal = (
@@ -296,7 +296,7 @@ def test_gaps_belong_to_the_block_causal_role() -> None:
 def test_the_block_size_is_the_roles_unless_set() -> None:
     for role in (BLOCK_CAUSAL, BIDIRECTIONAL):
         assert GenerationSettings().decoder_for(role).block_size == 8
-        assert GenerationSettings(block_size=4).decoder_for(role).block_size == 4
+        assert GenerationSettings.of(block_size=4).decoder_for(role).block_size == 4
 
 
 # Bad input

@@ -5,6 +5,9 @@ same declaration is read for a value from Python (`check_fields`, when the class
 a YAML file (`fitted`). No bool counts as a number, no fraction as an integer, and every number is finite.
 """
 
+import difflib
+import functools
+import operator
 import reprlib
 from collections.abc import Hashable, Mapping
 from dataclasses import fields
@@ -88,7 +91,9 @@ def fitted(value: Any, declared: Any, what: str) -> Any:
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
             *others, last = map(str, arguments)
-            raise MisfitError(f"unknown {what} {shown(value)}; choose {', '.join(others)} or {last}")
+            close = difflib.get_close_matches(value, map(str, arguments), n=1) if isinstance(value, str) else []
+            hint = f"did you mean {close[0]!r}?" if close else f"choose {', '.join(others)} or {last}"
+            raise MisfitError(f"unknown {what} {shown(value)}; {hint}")
         return value
     if origin is tuple:
         return _fitted_tuple(value, arguments, declared, what)
@@ -169,6 +174,22 @@ def described(declared: Any) -> str:
     if origin is tuple:
         return f"list of {described(arguments[0])}"
     return names.get(declared, getattr(declared, "__name__", str(declared)))
+
+
+def plain_type(declared: Any) -> Any:
+    """The type without what is said beside it: `int | None` for `Annotated[Count | None, "Help."]`."""
+    origin, arguments = get_origin(declared), get_args(declared)
+    if origin is Annotated:
+        return plain_type(arguments[0])
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, map(plain_type, arguments))
+    return declared
+
+
+def parts_of(wanted: Any) -> set[Any]:
+    """The plain types that a plain type is made of."""
+    arguments = get_args(wanted)
+    return {wanted} if not arguments else {part for argument in arguments for part in parts_of(argument)}
 
 
 _SHORT = reprlib.Repr()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import DecodingOptions, Json, TeacherOptions
+from fewstep.cli.options import Json, TeacherOptions
 from fewstep.cli.report import note, progress_bar, write_report
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
@@ -192,10 +193,8 @@ class _Run:
 
     def _described(self, decoder: str) -> dict[str, Any]:
         """The settings as the manifest keeps them."""
-        values = {
-            name: value for name, value in asdict(self.settings).items() if name not in ("seed", "policy", "stop")
-        }
-        return {**values, "decoder": decoder}
+        values = self.settings.described
+        return {name: value for name, value in values.items() if name not in ("seed", "stop")} | {"decoder": decoder}
 
 
 @contextmanager

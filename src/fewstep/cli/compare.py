@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewstep.cli.decoding import read_setting, spelt_settings
 from fewstep.cli.evaluate import print_figures
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
@@ -26,15 +27,15 @@ def compare(
     json: Json = None,
 ) -> None:
     """Compares two models or settings on the same problems, with a paired test."""
-    for specification in (first, second):
-        check_model_name(specification.split(",")[0])
+    contenders = [_parse(first), _parse(second)]
+    for name, _ in contenders:
+        check_model_name(name)
     from fewstep.engine.made_by import answers_made_by
     from fewstep.kept import kept_results
     from fewstep.measure.compare import compare as compare_reports
     from fewstep.measure.evaluate import check_problems, evaluate
 
     task, asked = problems.chosen, problems.read(problems.limit)
-    contenders = [_parse(first), _parse(second)]
     models = [place.load(name, settings.pop("role", None)) for name, settings in contenders]
     for lm, (_, settings) in zip(models, contenders, strict=True):
         # Refuse a bad setting, or a problem that one cannot take, before the first long run.
@@ -70,20 +71,14 @@ def compare(
 
 
 def _parse(specification: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings, in the types of `GenerationSettings`; `role` may be among them."""
-    from fewstep.cli.run_settings import settings_of
-    from fewstep.engine.settings import GenerationSettings
-
+    """Name and settings, in the types in which they are declared; `role` may be among them."""
     name, *parts = specification.split(",")
-    known = settings_of({GenerationSettings: ""})
-    del known["policy"]
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
-        choices = ["role", *known]
-        if not equals or key not in choices:
-            hint = suggestion(key if equals else "", choices, otherwise="settings:")
+        if not equals or key not in ("role", *spelt_settings()):
+            hint = suggestion(key if equals else "", ["role", *spelt_settings()], otherwise="settings:")
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value; {hint}")
-        settings[key] = value if key == "role" else known[key].read_option(value)
+        settings[key] = value if key == "role" else read_setting(key, value)
     return name, settings

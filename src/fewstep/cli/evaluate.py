@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.extras import require
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import DecodingOptions, Json, ModelOptions, ProblemOptions
+from fewstep.cli.options import Json, ModelOptions, ProblemOptions
 from fewstep.cli.report import deliver, keeping_target, note, note_kept, print_table, progress_bar
 from fewstep.cli.sources import Touches, plot_stem
 from fewstep.errors import FewstepError

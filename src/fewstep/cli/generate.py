@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.iterations import complete_in_view
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import DecodingOptions, Json, ModelOptions, written_file_check
+from fewstep.cli.options import Json, ModelOptions, written_file_check
 from fewstep.cli.report import deliver, keeping_target, note, note_kept, progress_bar
 from fewstep.cli.sources import STANDARD_OUTPUT, Touches
 from fewstep.errors import FewstepError

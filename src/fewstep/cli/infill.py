@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewstep.cli.decoding import InfillingOptions
 from fewstep.cli.generate import describe, summary
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import Json, PolicyOptions, TeacherOptions
+from fewstep.cli.options import Json, TeacherOptions
 from fewstep.cli.report import deliver, note
 from fewstep.errors import FewstepError
 from fewstep.values import Count
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def infill(
     model: TeacherOptions,
-    decoding: PolicyOptions,
+    decoding: InfillingOptions,
     text: Annotated[
         str | None, typer.Argument(help="A text with the model's mask token wherever it is to be filled.")
     ] = None,

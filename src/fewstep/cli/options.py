@@ -2,23 +2,22 @@
 
 import functools
 import inspect
-import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
+from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
 from fewstep.tasks.registry import TASKS, task_named
-from fewstep.values import Count, fitted
+from fewstep.values import Count, fitted, plain_type
 
 if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from fewstep.tasks.problems import Problem
     from fewstep.tasks.task import Task
 
-_MODEL, _DECODING, _PROBLEMS = "Model", "Decoding", "Problems"
+_MODEL, _PROBLEMS = "Model", "Problems"
 _DEFAULT_TASK = "gsm-symbolic"
 
 
@@ -180,152 +179,6 @@ class ProblemOptions(TaskOptions):
     batch_size: Annotated[Count, typer.Option(help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
-    """How tokens are chosen; what is not given is left to the model's role and to `GenerationSettings`."""
-
-    decoder: Annotated[
-        str | None,
-        typer.Option(
-            help="diffusion or block; for causal models autoregressive, jacobi, lookahead, speculative, "
-            "self-speculative, prompt-lookup or medusa. The role picks the default, jacobi for a CLLM, "
-            "self-speculative for a gated adapter.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Finalise every token at least this probable (block: as the checkpoint says, or 0.9).",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    gaps: Annotated[
-        int | None,
-        typer.Option(
-            help="Such a token may leave so many less probable ones of its block before it (as the checkpoint says, or "
-            "any).",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Passes in total over the canvas (diffusion: one per token).", rich_help_panel=_DECODING),
-    ] = None
-    order: Annotated[
-        str | None,
-        typer.Option(
-            "--order",
-            "--remasking",
-            help="low_confidence, random, margin, entropy or origin.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    alg: Annotated[
-        str | None,
-        typer.Option(
-            help="Dream's sampler: origin, maskgit_plus, topk_margin or entropy, in place of an order.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    eps: Annotated[
-        float | None, typer.Option(help="Time of the last step of Dream's sampler (0.001).", rich_help_panel=_DECODING)
-    ] = None
-    alg_temp: Annotated[
-        float | None,
-        typer.Option(
-            help="Temperature at which Dream's sampler draws positions (0: the most certain).",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance of the diffusion decoder (0).", rich_help_panel=_DECODING),
-    ] = None
-    block_size: Annotated[
-        int | None, typer.Option("--block-size", "--block-length", help="Tokens per block.", rich_help_panel=_DECODING)
-    ] = None
-    temperature: Annotated[
-        float | None, typer.Option(help="0, the default, takes the most probable token.", rich_help_panel=_DECODING)
-    ] = None
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k most probable tokens.", rich_help_panel=_DECODING)
-    ] = None
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the best tokens of this probability.", rich_help_panel=_DECODING)
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of each request (0).", rich_help_panel=_DECODING)] = None
-
-    def given(self) -> dict[str, Any]:
-        """Settings for `LanguageModel`: only those that were given."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingOptions(PolicyOptions):
-    """The same, how long the answer may be, and what a causal model drafts with."""
-
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", "--gen-length", help="Most new tokens (256).", rich_help_panel=_DECODING),
-    ] = None
-    canvas_length: Annotated[
-        int | None,
-        typer.Option(help="Canvas of the diffusion decoder; by default --max-new-tokens.", rich_help_panel=_DECODING),
-    ] = None
-    early_stop: Annotated[
-        bool | None,
-        typer.Option(
-            "--early-stop/--no-early-stop",
-            help="Stop at the end-of-text (default), or run all passes.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Model that drafts for the speculative decoder: causal or block-causal.",
-            rich_help_panel=_DECODING,
-        ),
-        Touches.READS_MODEL,
-    ] = None
-    heads: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Heads of the medusa decoder.", rich_help_panel=_DECODING),
-        Touches.READS_MODEL,
-    ] = None
-    typical: Annotated[
-        float | None,
-        typer.Option(help="Typical acceptance of the medusa decoder from this threshold.", rich_help_panel=_DECODING),
-    ] = None
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Guesses per pass (jacobi 16 or as trained, lookahead 8, speculative 4 or the draft's block, "
-            "self-speculative 16, "
-            "prompt-lookup 10, medusa 32).",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    ngram: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of an n-gram (lookahead 4), longest match (prompt-lookup 3, jacobi none).",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-    fixed_windows: Annotated[
-        bool | None,
-        typer.Option(
-            "--fixed-windows",
-            help="Jacobi windows one after the other, as published, in place of one that slides.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = None
-
-
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """`command` as typer expects it: each parameter that is a group of options replaced by the group's fields."""
     hints = get_type_hints(command, include_extras=True)
@@ -354,7 +207,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
             ]
         )
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = _built(group, values)
         with spoken_interrupts(), naming_options(options):
             command(**values)
 
@@ -365,11 +218,8 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 def _without_bounds(declared: Any) -> Any:
     """The type as typer takes it: `int | None` with the option, where `Count | None` is declared."""
-    kind, *beside = get_args(declared) if get_origin(declared) is Annotated else (declared,)
-    if get_origin(kind) in (Union, UnionType):
-        plain = (get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind))
-        kind = functools.reduce(operator.or_, plain)
-    return Annotated[(kind, *beside)] if beside else kind
+    beside = get_args(declared)[1:] if get_origin(declared) is Annotated else ()
+    return Annotated[(plain_type(declared), *beside)] if beside else plain_type(declared)
 
 
 def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
@@ -411,7 +261,16 @@ def check_synonyms(arguments: Sequence[str]) -> None:
             raise FewstepError(f"{twice[1]} is another name of {twice[0]}; give one of them")
 
 
+def _built(group: Any, values: dict[str, Any]) -> Any:
+    """The group, of its values, which are taken out."""
+    if issubclass(group, DecodingOptions):
+        return group({parameter.name: values.pop(parameter.name) for parameter in group.parameters()})
+    return group(**{field.name: values.pop(field.name) for field in fields(group)})
+
+
 def _group_parameters(group: Any) -> list[inspect.Parameter]:
+    if issubclass(group, DecodingOptions):
+        return group.parameters()
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -18,15 +18,13 @@ from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.options import Json
 from fewstep.cli.sources import Touched, Touches, check_sources
+from fewstep.cli.spelling import in_type, read_yaml, spelt_in
 from fewstep.errors import FewstepError, suggestion
 from fewstep.json_files import read_text
-from fewstep.values import described, fitted, shown
+from fewstep.values import described, shown
 
 Groups = Mapping[type, str]
 """Settings class -> prefix of its options' names."""
-
-_SPELLINGS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
-"""What YAML 1.1 reads as a boolean."""
 
 
 class Built(dict[type, Any]):
@@ -80,11 +78,11 @@ class Setting:
 
     def read(self, value: Any, where: str) -> Any:
         """A run file's value in the field's type; FewstepError naming `where` if it is none, or outside its range."""
-        return fitted(_number(_spelt(value, self.type), self.type), self.declared, where)
+        return in_type(value, self.declared, where)
 
     def read_option(self, text: Any) -> Any:
         """What an option's text spells; text stays text where text is wanted."""
-        return self.read(_parse(text, self.type, self.option), self.option)
+        return spelt_in(text, self.declared, self.option)
 
     def _help(self) -> str:
         """What the setting is; where that is None unless given, the description says what holds then."""
@@ -133,7 +131,7 @@ def build_settings(groups: Groups, config: Path | None, given: Mapping[str, Any]
 
 
 def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    content = _read_yaml(read_text(path), str(path))
+    content = read_yaml(read_text(path), str(path))
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise FewstepError(f"{path} must hold lines of the form 'key: value'")
@@ -142,59 +140,6 @@ def _read_run_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             hint = suggestion(str(key), known, otherwise="known keys:")
             raise FewstepError(f"{path} has an unknown key {shown(key)}; {hint}")
     return {key: known[key].read(value, f"{key!r} in {path}") for key, value in content.items()}
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets through what int(), float(), datetime() and deep recursion raise
-        reason = error if isinstance(error, yaml.YAMLError) else f"it holds a value that cannot be read ({error})"
-        raise FewstepError(f"{where} is not valid YAML: {reason}") from None
-
-
-def _number(value: Any, wanted: Any) -> Any:
-    """Texts that spell a number as that number, where one is wanted: YAML 1.1 takes `1e-3` for a text."""
-    if str in _parts(wanted) or float not in _parts(wanted):
-        return value
-    return [_as_float(item) for item in value] if isinstance(value, list) else _as_float(value)
-
-
-def _as_float(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _parts(wanted: Any) -> set[Any]:
-    """The plain types that a type is made of."""
-    arguments = get_args(wanted)
-    return {wanted} if not arguments else {part for argument in arguments for part in _parts(argument)}
-
-
-def _spelt(value: Any, wanted: Any) -> Any:
-    """A run file's value; a boolean as the choice that YAML took for it, such as `no`, where a choice is wanted."""
-    if not isinstance(value, bool):
-        return value
-    choices = _choices(wanted)
-    return next((text for text in _SPELLINGS[value] if text in choices), value)
-
-
-def _choices(wanted: Any) -> list[str]:
-    """The texts to choose from in a Literal, or in one that may be None."""
-    literals = [one for one in (wanted, *get_args(wanted)) if get_origin(one) is Literal]
-    return [choice for literal in literals for choice in get_args(literal) if isinstance(choice, str)]
-
-
-def _parse(value: Any, wanted: Any, option: str) -> Any:
-    """Text of an option as the value it spells; text stays text where text or a choice is wanted."""
-    if not isinstance(value, str) or {str, Path} & _parts(wanted):
-        return value
-    if value in _choices(wanted) or get_origin(wanted) is Literal:
-        return value  # YAML reads the choice `no` as False
-    return _read_yaml(value, option)
 
 
 def _panel(group: type) -> str:

@@ -5,15 +5,17 @@ they are computed from its final tokens, and that commit shares the forward of t
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
+from fewstep.decode.building import BlockSize, ChosenPolicy
 from fewstep.decode.decoder import Shape, Traits, cached_plan, canvas_length, grouped_passes, open_canvas
 from fewstep.decode.policies import CONFIDENT, Policy
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.state import State
 from fewstep.decode.steps import Finalising
 from fewstep.errors import FewstepError
@@ -33,6 +35,14 @@ class Block(Finalising):
     def __post_init__(self) -> None:
         if self.policy.paced:
             raise FewstepError("the block decoder takes no step schedule; set a threshold or use the diffusion decoder")
+
+    @classmethod
+    def build(cls, resources: Resources, *, policy: ChosenPolicy, block_size: BlockSize = None) -> "Block":
+        """By default with the threshold, gaps and blocks of the network's role."""
+        role = resources.role
+        if block_size is not None and role.name == "block_causal":
+            role = replace(role, block_size=block_size)
+        return cls(role=role, policy=policy.made(resources, default="threshold"))
 
     @property
     def block_size(self) -> int:

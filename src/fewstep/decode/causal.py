@@ -13,7 +13,7 @@ in their slots, which no row sees before they are overwritten: a causal row sees
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from annotated_types import Ge, Le
@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.decode.decoder import Accepted, Decoder, Shape, Traits, open_canvas
 from fewstep.decode.policies import ONE_PER_STEP, Policy
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import confidence
 from fewstep.decode.state import StateT, is_stop, scored_positions
 from fewstep.decode.steps import Finalising, draw_tokens, finalise
@@ -42,6 +43,11 @@ class Causal(Finalising):
     policy: ClassVar[Policy] = ONE_PER_STEP
 
     role: Role
+
+    @classmethod
+    def build(cls, resources: Resources, **given: Any) -> Self:
+        """With the settings that were given; a subclass adds what else it needs."""
+        return cls(role=resources.role, **given)
 
     @cached_property
     def traits(self) -> Traits:

@@ -7,12 +7,14 @@ first.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from fewstep.decode.building import BlockSize, ChosenPolicy
+from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import (
     Accepted,
     Shape,
@@ -22,8 +24,9 @@ from fewstep.decode.decoder import (
     open_canvas,
     whole_blocks,
 )
-from fewstep.decode.policies import ONE_PER_STEP, Policy
+from fewstep.decode.policies import ONE_PER_STEP, DreamSchedule, Policy
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.state import NEVER, State
 from fewstep.decode.steps import Finalising, accept, integers, padded_tokens
 from fewstep.errors import FewstepError
@@ -61,13 +64,18 @@ class Diffusion(Finalising):
     """
 
     name: ClassVar[str] = "diffusion"
+    runs_paced: ClassVar[bool] = True
 
     role: Role
     block_size: Count
     policy: Policy = ONE_PER_STEP
     steps: Count | None = None
-    canvas_length: Count | None = None
-    cfg_scale: GuidanceScale = 0.0
+    canvas_length: Annotated[
+        Count | None,
+        "Positions for the answer that the network sees.",
+        Details(default="max_new_tokens in whole blocks"),
+    ] = None
+    cfg_scale: Annotated[GuidanceScale, "Scale of LLaDA's classifier-free guidance."] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -75,6 +83,22 @@ class Diffusion(Finalising):
             raise FewstepError(
                 f"the attention has blocks of {self.role.block_size}, so the schedule cannot have {self.block_size}"
             )
+
+    @classmethod
+    def build(
+        cls, resources: Resources, *, policy: ChosenPolicy, block_size: BlockSize = None, **given: Any
+    ) -> "Diffusion":
+        """By default one token per pass, in blocks as the network's role says; with `steps` in an even split."""
+        role, steps = resources.role, policy.settings.get("steps")
+        if role.name == "block_causal" and block_size is not None:
+            role = replace(role, block_size=block_size)
+        resources = replace(resources, canvas_length=given.get("canvas_length") or resources.canvas_length)
+        made = policy.made(resources, default="fixed" if steps is None else "even")
+        if isinstance(made, DreamSchedule) and block_size is not None:
+            raise FewstepError("alg is Dream's own sampler, which takes no block_size; set one or the other")
+        if block_size is None:
+            block_size = resources.canvas_length if isinstance(made, DreamSchedule) else role.block_size
+        return cls(role=role, block_size=block_size, policy=made, steps=steps, **given)
 
     @cached_property
     def traits(self) -> Traits:

@@ -7,15 +7,17 @@ positions of a window.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, NGram, verify
+from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
 from fewstep.decode.prompt_lookup import look_up
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.models.network import Plan, Scores
@@ -35,12 +37,20 @@ class Jacobi(Causal):
 
     name: ClassVar[str] = "jacobi"
 
-    window: Count = 16
-    ngram: NGram | None = None
-    fixed_windows: bool = False
+    window: Annotated[Count, "Guesses per pass.", Details(default="16, or as trained")] = 16
+    ngram: Annotated[
+        NGram | None, "Longest match of last tokens whose continuation is guessed.", Details(default="random guesses")
+    ] = None
+    fixed_windows: Annotated[bool, "Windows one after the other, as published, in place of one that slides."] = False
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
+
+    @classmethod
+    def build(cls, resources: Resources, **given: Any) -> Self:
+        """The window is that of the checkpoint, if it was trained on one."""
+        trained = resources.role.jacobi_window
+        return cls(role=resources.role, **({} if trained is None else {"window": trained}) | given)
 
     @cached_property
     def traits(self) -> Traits:

@@ -52,8 +52,8 @@ class Lookahead(Causal):
 
     name: ClassVar[str] = "lookahead"
 
-    window: Count = 8
-    ngram: Annotated[NGram, Ge(2)] = 4
+    window: Annotated[Count, "Guesses per pass."] = 8
+    ngram: Annotated[NGram, Ge(2), "Tokens of an n-gram."] = 4
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)

@@ -7,14 +7,16 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed
+from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import Accepted, Shape, Traits, grouped_passes
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.state import State
 from fewstep.decode.tree import ROOT, Tree, along, check_size, constant, longest_path, tree_plan
 from fewstep.errors import FewstepError
@@ -48,14 +50,29 @@ class Medusa(Causal):
     name: ClassVar[str] = "medusa"
 
     heads: MedusaHeads
-    window: Count = 32
-    typical: float | None = None
+    window: Annotated[Count, "Guesses per pass."] = 32
+    typical: Annotated[
+        float | None, "Typical acceptance from this threshold: answers may differ.", Details(default="exact acceptance")
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
         check_size(self.window, self.name)
         if self.typical is not None and not 0 < self.typical < 1:
             raise FewstepError(f"typical is a probability in (0, 1), got {self.typical}; try 0.3")
+
+    @classmethod
+    def build(
+        cls,
+        resources: Resources,
+        *,
+        heads: Annotated[str | None, "The folder of Medusa heads.", Details(reads="FOLDER")] = None,
+        **given: Any,
+    ) -> Self:
+        """FewstepError without heads."""
+        if heads is None:
+            raise FewstepError("the medusa decoder needs heads (--heads): name the folder that holds them")
+        return cls(role=resources.role, heads=resources.heads(heads), **given)
 
     @cached_property
     def _choices(self) -> tuple[tuple[int, ...], ...]:

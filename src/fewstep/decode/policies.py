@@ -1,12 +1,13 @@
 """Policies: which masked positions of a block to finalise in a step.
 
-Axes: R = requests, B = positions of a block, V = vocabulary.
+Axes: R = requests, B = positions of a block, V = vocabulary, N = numbers of a policy.
 
 A policy is a pure function of tensors: `policy(certainty_RB, masked_RB, numbers_RN) -> chosen_RB`. It chooses masked
 positions only, at least one for every request that has any (`Origin` and `DreamSchedule` may choose none), and exactly
 one when nothing is certain enough, also on ties. Its numbers are checked when it is built and handed over as a tensor
 at call time, one row a request, so that one step serves requests of different numbers (`order` and `temperature` are a
-part of the step). `numbers_RN=None` uses the policy's own.
+part of the step). `numbers_RN=None` uses the policy's own. It is given what its arguments name: see `own_policies`,
+which also makes a policy of a plain function.
 
 What "certain" means is the policy's `order`: see `certainty`. At a `temperature` above 0 the positions are drawn: see
 `perturbed`.
@@ -15,18 +16,31 @@ What "certain" means is the policy's `order`: see `certainty`. At a `temperature
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fewstep.decode.declarations import Details
+from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import gumbel
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Gaps
 from fewstep.values import Count, Temperature, check_fields
 
-Order = Literal["low_confidence", "random", "margin", "entropy"]
-"""LLaDA's `low_confidence` (the lowest are masked again) and `random`; Dream's `margin` and `entropy`."""
+Order = Literal["low_confidence", "random", "margin", "entropy", "origin"]
+"""LLaDA's `low_confidence` (the lowest are masked again) and `random`; Dream's `margin`, `entropy` and `origin`, which
+is a policy of its own.
+"""
+
+_AnyOrder = Annotated[
+    Order,
+    "Which masked positions come first: low_confidence (those with the most probable tokens; the others stay masked), "
+    "random, margin (probability of the best token less that of the second), entropy (the lowest) or origin (each by "
+    "chance).",
+    Details(aliases=("remasking",)),
+]
+_Steps = Annotated[Count | None, "Passes in total over the canvas.", Details(default="one per token")]
 
 
 class Policy(Protocol):
@@ -43,7 +57,10 @@ class Policy(Protocol):
     def temperature(self) -> float: ...
     @property
     def numbers(self) -> tuple[float, ...]: ...
-    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor: ...
+
+    # Or others of what `own_policies.PassFacts` holds, by name.
+    @property
+    def __call__(self) -> Callable[..., Tensor]: ...
 
 
 def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB: Callable[[], Tensor]) -> Tensor:
@@ -55,7 +72,7 @@ def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB:
     match order:
         case "low_confidence":
             return confidence_RB
-        case "random":
+        case "random" | "origin":
             return noise_RB().float()
         case "margin":
             first_and_second = logits_RBV.softmax(-1).topk(2, dim=-1).values
@@ -91,8 +108,16 @@ class Threshold:
     further right waits: its confidence is that of a reading of the text which the uncertain positions may not bear out.
     """
 
-    at_least: float = 0.9
-    gaps: Gaps | None = None
+    at_least: Annotated[
+        float,
+        "Finalise every token that is at least so probable.",
+        Details(name="threshold", default="the checkpoint's, or 0.9"),
+    ] = 0.9
+    gaps: Annotated[
+        Gaps | None,
+        "Accept such a token only if at most so many masked, less probable positions precede it in its block.",
+        Details(default="the checkpoint's, or any number"),
+    ] = None
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -100,6 +125,12 @@ class Threshold:
     def __post_init__(self) -> None:
         check_fields(self)
         check_threshold(self.at_least)
+
+    @classmethod
+    def build(cls, resources: Resources, **given: Any) -> "Threshold":
+        """With what was given, the rest as the network's role says."""
+        role = resources.role
+        return cls(**{"at_least": role.threshold, "gaps": role.gaps, **given})
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -111,14 +142,18 @@ class Threshold:
         gaps = self.numbers[1] if numbers_RN is None else numbers_RN[:, 1:2]
         uncertain_RB = (masked_RB & ~enough_RB).int()
         masked_RB = masked_RB & (uncertain_RB.cumsum(-1) - uncertain_RB <= gaps)
-        return _or_best(enough_RB, certainty_RB, masked_RB)
+        return or_best(enough_RB, certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
     """Every position whose top probability exceeds the second by at least this."""
 
-    at_least: float = 0.8
+    at_least: Annotated[
+        float,
+        "Finalise every token that is by at least so much more probable than the second.",
+        Details(name="margin"),
+    ] = 0.8
     order: ClassVar[Order] = "margin"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -133,14 +168,14 @@ class Margin:
         return (self.at_least,)
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
-        return _or_best(certainty_RB >= _number(self, numbers_RN), certainty_RB, masked_RB)
+        return or_best(certainty_RB >= _number(self, numbers_RN), certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBelow:
     """Every position whose distribution has at most this entropy."""
 
-    nats: float = 0.3
+    nats: Annotated[float, "Finalise where the entropy, in nats, is at most so high.", Details(name="entropy")] = 0.3
     order: ClassVar[Order] = "entropy"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -155,14 +190,16 @@ class EntropyBelow:
         return (self.nats,)
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
-        return _or_best(-certainty_RB <= _number(self, numbers_RN), certainty_RB, masked_RB)
+        return or_best(-certainty_RB <= _number(self, numbers_RN), certainty_RB, masked_RB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
     """The n most confident, for the largest n with (n + 1)(1 - n-th confidence) < factor. arXiv 2505.22618."""
 
-    factor: float = 1.0
+    factor: Annotated[
+        float, "Finalise the n most probable tokens, for the largest n with (n + 1)(1 - the n-th probability) below it."
+    ] = 1.0
     order: ClassVar[Order] = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -188,13 +225,19 @@ class Factor:
 class FixedCount:
     """This many positions a step, or as many as are left."""
 
-    num_tokens: Count = 1
-    order: Order = "low_confidence"
+    num_tokens: Annotated[Count, "Tokens that a pass finalises.", Details(name="tokens_per_pass")] = 1
+    order: _AnyOrder = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_no_origin(self.order)
+
+    @classmethod
+    def build(cls, resources: Resources, **given: Any) -> "FixedCount | Origin":
+        """The order origin is a policy of its own, which at one step per token finalises one on average."""
+        return Origin() if given.get("order") == "origin" else cls(**given)
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -211,13 +254,21 @@ class EvenSplit:
     Its number is that of the steps left in the block, this one included.
     """
 
-    order: Order = "low_confidence"
+    order: _AnyOrder = "low_confidence"
     paced: ClassVar[bool] = True
     temperature: ClassVar[float] = 0.0
     numbers: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_no_origin(self.order)
+
+    @classmethod
+    def build(
+        cls, resources: Resources, *, steps: _Steps = None, order: Order = "low_confidence"
+    ) -> "EvenSplit | Origin":
+        """The decoder paces it by the steps."""
+        return Origin() if order == "origin" else cls(order=order)
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         # Rounding up what is left at every step gives the first steps the remainder.
@@ -234,10 +285,15 @@ class Origin:
     included.
     """
 
-    order: ClassVar[Order] = "random"
+    order: ClassVar[Order] = "origin"
     paced: ClassVar[bool] = True
     temperature: ClassVar[float] = 0.0
     numbers: ClassVar[tuple[float, ...]] = (1.0,)
+
+    @classmethod
+    def build(cls, resources: Resources, *, steps: _Steps = None) -> "Origin":
+        """The decoder paces it by the steps."""
+        return cls()
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         return masked_RB & ((1 - certainty_RB) * _number(self, numbers_RN) < 1)
@@ -247,7 +303,7 @@ DreamAlg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 """Dream's names for the order in which masks become tokens."""
 
 _DREAM_ORDERS: dict[DreamAlg, Order] = {
-    "origin": "random",
+    "origin": "origin",
     "maskgit_plus": "low_confidence",
     "topk_margin": "margin",
     "entropy": "entropy",
@@ -264,10 +320,17 @@ class DreamSchedule:
     over the masks. A step may choose nothing, as published. Its number is that of the steps left, this one included.
     """
 
-    alg: DreamAlg = "origin"
+    alg: Annotated[
+        DreamAlg,
+        "Dream's own sampler, with masks finalised in this order: origin, maskgit_plus, topk_margin or entropy.",
+    ] = "origin"
     num_steps: Count
-    eps: float = 1e-3
-    alg_temp: Temperature | None = None
+    eps: Annotated[float, "Time of the last step of Dream's sampler."] = 1e-3
+    alg_temp: Annotated[
+        Temperature | None,
+        "Temperature at which Dream's sampler draws positions.",
+        Details(default="0, the most certain"),
+    ] = None
     paced: ClassVar[bool] = True
     numbers: ClassVar[tuple[float, ...]] = (1.0,)
 
@@ -277,6 +340,11 @@ class DreamSchedule:
             raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
         if self.alg_temp and self.alg == "origin":
             raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
+
+    @classmethod
+    def build(cls, resources: Resources, *, steps: _Steps = None, **given: Any) -> "DreamSchedule":
+        """For the canvas as a single block."""
+        return cls(num_steps=steps or resources.canvas_length, **given)
 
     @property
     def order(self) -> Order:
@@ -300,16 +368,12 @@ def _number(policy: Policy, numbers_RN: Tensor | None) -> Tensor | float:
     return policy.numbers[0] if numbers_RN is None else numbers_RN[:, :1]
 
 
-def same_kind(one: Policy, other: Policy) -> bool:
-    """Whether one step serves both: they differ in their numbers only."""
-
-    def kind(policy: Policy) -> object:
-        return policy if policy.paced else (type(policy), policy.order, policy.temperature)
-
-    return kind(one) == kind(other)
+def _check_no_origin(order: Order) -> None:
+    if order == "origin":
+        raise FewstepError("origin finalises each mask by chance and orders none; use the policy Origin()")
 
 
-def _or_best(enough_RB: Tensor, certainty_RB: Tensor, masked_RB: Tensor) -> Tensor:
+def or_best(enough_RB: Tensor, certainty_RB: Tensor, masked_RB: Tensor) -> Tensor:
     """The masked positions that are certain enough; where there is none, the first most certain one alone."""
     chosen_RB = enough_RB & masked_RB
     best_R1 = certainty_RB.masked_fill(~masked_RB, float("-inf")).argmax(-1, keepdim=True)

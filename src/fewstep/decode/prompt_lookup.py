@@ -6,7 +6,7 @@ A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487. Axes: R = re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class PromptLookup(Causal):
 
     name: ClassVar[str] = "prompt-lookup"
 
-    window: Count = 10
-    ngram: NGram = 3
+    window: Annotated[Count, "Guesses per pass."] = 10
+    ngram: Annotated[NGram, "Longest match of last tokens whose continuation is guessed."] = 3
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)

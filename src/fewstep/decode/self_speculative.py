@@ -12,7 +12,7 @@ masks stand in slots that no later forward sees.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from torch import Tensor
 from fewstep.decode.causal import Causal, accept_agreed, verify
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
 from fewstep.decode.requests import Output
+from fewstep.decode.resources import Resources
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.decode.steps import draw_tokens
+from fewstep.errors import FewstepError
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE
 from fewstep.values import Count, check_fields
@@ -51,10 +53,19 @@ class SelfSpeculative(Causal):
     name: ClassVar[str] = "self-speculative"
 
     adapter: GatedAdapter
-    window: Count = 16
+    window: Annotated[Count, "Guesses per pass."] = 16
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
+
+    @classmethod
+    def build(cls, resources: Resources, **given: Any) -> Self:
+        """FewstepError for a network without a gated adapter."""
+        if resources.adapter is None:
+            raise FewstepError(
+                "the self-speculative decoder needs a model with a gated adapter; fewstep train draft makes one"
+            )
+        return cls(role=resources.role, adapter=resources.adapter, **given)
 
     @cached_property
     def traits(self) -> Traits:

@@ -3,15 +3,18 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from torch import Tensor
 
 from fewstep.decode.causal import Causal
+from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
 from fewstep.decode.drafts import BlockDraft, CausalDraft, Draft, DraftState
 from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.resources import Resources
 from fewstep.decode.state import State
+from fewstep.errors import FewstepError
 from fewstep.models.network import Network, Plan, Scores
 from fewstep.values import Count, check_fields
 
@@ -33,11 +36,31 @@ class Speculative(Causal):
     name: ClassVar[str] = "speculative"
 
     draft: Network
-    window: Count | None = None
+    window: Annotated[Count | None, "Guesses per pass.", Details(default="4, or the block of a block-causal draft")] = None
     sampled: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
+
+    @classmethod
+    def build(
+        cls,
+        resources: Resources,
+        *,
+        draft: Annotated[
+            str | None,
+            "The model that drafts: a small causal or a block-causal one of the same vocabulary.",
+            Details(reads="NAME"),
+        ] = None,
+        **given: Any,
+    ) -> Self:
+        """FewstepError without a draft."""
+        if draft is None:
+            raise FewstepError(
+                "the speculative decoder needs a draft (--draft): name a small or a block-causal model of the same "
+                "vocabulary"
+            )
+        return cls(role=resources.role, draft=resources.draft(draft), sampled=not resources.greedy, **given)
 
     @cached_property
     def drafting(self) -> Draft:

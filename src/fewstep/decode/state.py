@@ -18,7 +18,7 @@ a subclass.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ NEVER = -1
 
 
 class Rows:
-    """Tensors with the requests first, in fields that may be Rows themselves."""
+    """Tensors with the requests first, in fields that may be Rows themselves, or None for what is not kept."""
 
     def select(self, requests_r: Tensor) -> Self:
         """These requests alone, copied."""
@@ -45,18 +45,20 @@ class Rows:
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """With every tensor replaced by what the function makes of it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return type(self)(
-            **{
-                name: value.map(function) if isinstance(value, Rows) else function(value)
-                for name, value in values.items()
-            }
-        )
+
+        def mapped(value: Any) -> Any:
+            if value is None:
+                return None
+            return value.map(function) if isinstance(value, Rows) else function(value)
+
+        return type(self)(**{name: mapped(value) for name, value in values.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name, those of nested fields among them."""
         found: dict[str, Tensor] = {}
         for name, value in vars(self).items():
-            found |= value.tensors() if isinstance(value, Rows) else {name: value}
+            if value is not None:
+                found |= value.tensors() if isinstance(value, Rows) else {name: value}
         return found
 
 
@@ -70,6 +72,17 @@ class Settings(Rows):
     temperature_R: Tensor
     top_k_R: Tensor
     top_p_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previous(Rows):
+    """What the last pass drew at the positions that it scored, and its untempered probability; NEVER and 0 elsewhere.
+
+    A policy sees of it the positions that it chooses from.
+    """
+
+    last_tokens_RL: Tensor
+    last_confidence_RL: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +104,7 @@ class State(Rows):
     num_forwards_R: Tensor  # also the number of the request's last step
     num_draft_forwards_R: Tensor
     settings: Settings
+    previous: Previous | None = None  # kept for a policy that reads it
 
     @property
     def pending_R(self) -> Tensor:

@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.decoder import Accepted, Decoder, Drawing, Shape
-from fewstep.decode.policies import certainty, perturbed, same_kind
+from fewstep.decode.own_policies import PassFacts, PreviousPass, reads, same_kind
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import confidence, draw, noise_keys, uniform
-from fewstep.decode.state import NEVER, Settings, State, StateT, first_open, is_stop, scored_positions, write
+from fewstep.decode.state import (
+    NEVER,
+    Previous,
+    Settings,
+    State,
+    StateT,
+    first_open,
+    is_stop,
+    scored_positions,
+    write,
+)
 from fewstep.errors import FewstepError
 from fewstep.models.network import Scores
 from fewstep.models.roles import Role
@@ -58,10 +68,16 @@ def begin(
         num_forwards_R=zeros_R,
         num_draft_forwards_R=zeros_R,
         settings=_settings(decoder, requests, canvases, num_stop_tokens),
+        previous=_nothing_yet(tokens_RL) if "previous" in reads(decoder.policy).values() else None,
     )
     front_R = _block_start(first_open(state), state.context_length_R, decoder.role, decoder.block_size)
     state = replace(state, front_R=front_R, cached_R=zeros_R if decoder.traits.cached else front_R)
     return decoder.start(state, requests, canvases)
+
+
+def _nothing_yet(tokens_RL: Tensor) -> Previous:
+    shape = tokens_RL.shape
+    return Previous(last_tokens_RL=torch.full(shape, NEVER), last_confidence_RL=torch.zeros(shape))
 
 
 def integers(values: Iterable[int]) -> Tensor:
@@ -80,12 +96,13 @@ def _settings(
         (request.stop_token_ids or ()) if canvas.stops_early else ()
         for request, canvas in zip(requests, canvases, strict=True)
     ]
+    R = len(requests)
     numbers = [(request.policy or decoder.policy).numbers for request in requests]
     sampling = [request.sampling for request in requests]
     return Settings(
         stop_tokens_RE=padded_tokens(stops, num_stop_tokens),
         seed_R=integers(request.seed for request in requests),
-        policy_RN=torch.tensor(numbers, dtype=torch.float32).view(-1, len(decoder.policy.numbers)),
+        policy_RN=torch.tensor(numbers, dtype=torch.float32).view(R, len(decoder.policy.numbers)),
         temperature_R=torch.tensor([float(one.temperature) for one in sampling]),
         top_k_R=integers(one.top_k or torch.iinfo(torch.long).max for one in sampling),
         top_p_R=torch.tensor([1.0 if one.top_p is None else float(one.top_p) for one in sampling]),
@@ -141,13 +158,26 @@ def accept(
         # Another stream than the tokens', which have the seed itself.
         return uniform(noise_keys(~state.settings.seed_R, positions_RS, step_R), 1)[..., 0]
 
-    certainty_RS = certainty(policy.order, logits_RSV, confidence_RS, order_noise)
-    certainty_RS = perturbed(certainty_RS, policy.temperature, order_noise)
-    if scores.settled_RS is not None:
-        # Waiting cannot change these, and their neighbours are better drawn knowing them.
-        certainty_RS = certainty_RS.masked_fill(scores.settled_RS, torch.inf)
-    chosen_RS = policy(certainty_RS, masked_RS, state.settings.policy_RN if numbers_RN is None else numbers_RN)
-    return finalise(decoder, state, tokens_RS, chosen_RS, confidence_RS)
+    previous = state.previous
+    facts = PassFacts(
+        policy=policy,
+        masked=masked_RS,
+        tokens=tokens_RS,
+        confidence=confidence_RS,
+        logits=logits_RSV,
+        numbers=state.settings.policy_RN if numbers_RN is None else numbers_RN,
+        previous=None if previous is None else PreviousPass.at(positions_RS, previous),
+        settled=scores.settled_RS,
+        noise=order_noise,
+    )
+    accepted = finalise(decoder, state, tokens_RS, facts.chosen, confidence_RS)
+    if previous is None:
+        return accepted
+    drawn = Previous(
+        last_tokens_RL=write(previous.last_tokens_RL, positions_RS, live_R[:, None], tokens_RS),
+        last_confidence_RL=write(previous.last_confidence_RL, positions_RS, live_R[:, None], confidence_RS),
+    )
+    return replace(accepted, state=replace(accepted.state, previous=drawn))
 
 
 def finalise(

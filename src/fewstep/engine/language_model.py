@@ -191,7 +191,7 @@ class LanguageModel:
         for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
             if name in settings:
                 raise FewstepError(f"infilling takes no {name}: what is open is given by the gap or the mask tokens")
-        if "alg" in settings:
+        if "alg" in settings or settings.get("policy") == "dream":
             raise FewstepError("infilling takes no alg, whose schedule is that of an empty canvas; set an order")
         chosen = GenerationSettings.of(**settings)
         if self.role.name != "bidirectional":

@@ -26,9 +26,9 @@ class Loops:
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""
-        draft = self._draft(settings.draft) if settings.decoder == "speculative" and settings.draft else None
-        heads = self._medusa_heads(settings.heads) if settings.decoder == "medusa" and settings.heads else None
-        return settings.decoder_for(self.network.role, draft=draft, heads=heads, adapter=self.network.adapter)
+        return settings.decoder_for(
+            self.network.role, adapter=self.network.adapter, draft=self._draft, heads=self._medusa_heads
+        )
 
     def _draft(self, name: str) -> Network:
         if name not in self._drafts:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,9 +40,8 @@ def answers_made_by(
     the end tokens, the settings in effect, whatever helps to draft, and the prompts.
     """
     decoder = lm.decoder(**settings)
-    chosen = {
-        name: value for name, value in asdict(GenerationSettings.of(**settings)).items() if name not in _TOLD_OTHERWISE
-    }
+    described = GenerationSettings.of(**settings).described
+    chosen = {name: value for name, value in described.items() if name not in _TOLD_OTHERWISE}
     if not chosen["stop"]:
         del chosen["stop"]  # answers that were kept before there were any are the same
     heads = getattr(decoder, "heads", None)
