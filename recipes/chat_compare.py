@@ -23,7 +23,7 @@ import typer
 from jobs import Job, result_path, results, spread
 from run_recipe import run_recipe
 
-from fewstep.cli.run_settings import settings_of
+from fewstep.cli.decoding import read_setting, spelt_settings
 from fewstep.decode.health import measure_health
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel, load
@@ -141,7 +141,7 @@ def contender_of(specification: str) -> Contender:
         raise FewstepError(f"{specification!r} names no contender; write {SPECIFICATION}")
     if "/" in name or name in (".", ".."):
         raise FewstepError(f"{name!r} names a file of answers too, so it holds no / and is not . or ..")
-    known = settings_of({GenerationSettings: ""})
+    known = spelt_settings()
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -150,7 +150,7 @@ def contender_of(specification: str) -> Contender:
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value that comes once")
         if key in SHARED:
             raise FewstepError(f"{key} is not a contender's own: answers are greedy, and --max-new-tokens is for all")
-        settings[key] = known[key].read_option(value) if key in known else value
+        settings[key] = read_setting(key, value) if key in known else value
     role: Any = settings.pop("role", None)
     GenerationSettings.of(**settings)
     return Contender(name=name, model=model, role=role, settings=settings)
