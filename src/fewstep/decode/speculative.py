@@ -36,7 +36,9 @@ class Speculative(Causal):
     name: ClassVar[str] = "speculative"
 
     draft: Network
-    window: Annotated[Count | None, "Guesses per pass.", Details(default="4, or the block of a block-causal draft")] = None
+    window: Annotated[Count | None, "Guesses per pass.", Details(default="4, or the block of a block-causal draft")] = (
+        None
+    )
     sampled: bool = True
 
     def __post_init__(self) -> None:
