@@ -119,7 +119,7 @@ class Tables:
         listeners: Any = (),
         kept: Generator | None = None,
     ) -> Table:
-        if settings.threshold is not None:
+        if "threshold" in settings.own:
             raise FewstepError("a table has no threshold")
         if isinstance(kept, Table) and kept.num_slots == batch_size:
             return kept
