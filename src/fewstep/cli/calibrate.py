@@ -220,7 +220,8 @@ def _promise(chosen: "Trial", answers: _Answers, reference: str, eps: float, con
 
 
 def _write(model: str, promise: "Calibration", output: Path | None, *, overwrite: bool, in_place: bool) -> None:
-    from fewstep.files import write_folder_whole, write_json_whole
+    from fewstep.files import write_folder_whole
+    from fewstep.json_files import write_json_whole
     from fewstep.models.calibration import calibrated_config, copy_calibrated
     from fewstep.models.checkpoint_files import CONFIG
     from fewstep.models.load import open_checkpoint

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_json_whole
+from fewstep.json_files import write_json_whole
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_object
 from fewstep.models.names import BUNDLED, local_folder
 from fewstep.models.roles import Gaps, Role
