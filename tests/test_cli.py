@@ -477,7 +477,7 @@ def test_other_numbers_have_bounds_too(run: Run) -> None:
     base = ("collect", "--data", "x", "--output", "y")
     assert "--most-repetition must be at most 1" in run(*base, "--most-repetition", 1.5).sentence()
     assert "--seed must be at most" in run("import", "out", "--random-weights", "tiny", "--seed", 10**20).sentence()
-    assert "--worker is K/N" in run(*base, "--worker", f"0/{'9' * 5000}").sentence()
+    assert "--worker must be K/N" in run(*base, "--worker", f"0/{'9' * 5000}").sentence()
 
 
 def test_a_role_that_cannot_run_a_decoder_is_refused(run: Run, networks: dict[str, str]) -> None:

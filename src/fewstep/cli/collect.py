@@ -35,29 +35,38 @@ def collect(
         Touches.READS,
     ],
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the shards go; a rerun makes what is missing."), Touches.FILLS
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="The folder for the shards; a repeated command makes only what is missing."
+        ),
+        Touches.FILLS,
     ],
     student: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Let this student decode; the teacher labels the states that it visits. Such trajectories train with "
-            "--direction forward or reverse.",
+            help="Let this student decode, and store the teacher's distributions at the states that it visits. Train "
+            "on them with --direction forward or reverse.",
         ),
         Touches.READS_MODEL,
     ] = None,
     distribution: Annotated[
-        Literal["top_k", "hidden"], typer.Option(help="What is kept of the teacher's distributions.")
+        Literal["top_k", "hidden"],
+        typer.Option(
+            help="How the teacher's distributions are stored: their most probable tokens, or its hidden states."
+        ),
     ] = "top_k",
-    top: Annotated[Count | None, typer.Option(help=f"Tokens kept of each distribution ({TOP}).")] = None,
+    top: Annotated[Count | None, typer.Option(help=f"Tokens stored of each distribution ({TOP}).")] = None,
     most_repetition: Annotated[
         Share | None,
-        typer.Option(metavar="SHARE", help="Causal models: reject answers with more repeated 4-grams than this share."),
+        typer.Option(
+            metavar="SHARE", help="Causal models: reject an answer if more than this share of its 4-grams are repeated."
+        ),
     ] = None,
     batch_size: Annotated[Count, typer.Option(help="Prompts decoded together.")] = 32,
     shard_size: Annotated[Count, typer.Option(help="Prompts in a shard.")] = 1024,
     worker: Annotated[
-        str, typer.Option(metavar="K/N", help="Make every N-th shard, from the K-th (from 0) on.")
+        str, typer.Option(metavar="K/N", help="Make every N-th shard only, beginning with shard K (counted from 0).")
     ] = "0/1",
     json: Json = None,
 ) -> None:
@@ -81,7 +90,7 @@ def collect(
     if is_causal:
         if student is not None or top is not None or distribution != "top_k":
             raise FewstepError(
-                "what is kept of a causal model are tokens only; leave out --student, --distribution and --top"
+                "only tokens are stored of a causal model; leave out --student, --distribution and --top"
             )
     elif most_repetition is not None:
         raise FewstepError("--most-repetition has no effect with a diffusion teacher; leave it out")
@@ -215,7 +224,9 @@ def _parse_worker(text: str) -> tuple[int, int]:
     k, slash, n = text.partition("/")
     digits = len(str(MOST_TOKENS))
     if not (slash and k.isdecimal() and n.isdecimal() and len(k) <= digits >= len(n) and int(k) < int(n)):
-        raise FewstepError(f"--worker is K/N, K below N, such as 0/2 and 1/2 for two workers; got {shown(text)}")
+        raise FewstepError(
+            f"--worker must be K/N with K below N, such as 0/2 and 1/2 for two workers; got {shown(text)}"
+        )
     return int(k), int(n)
 
 

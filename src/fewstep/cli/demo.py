@@ -92,11 +92,13 @@ def demo(
         typer.Option(metavar="NAME", help="A causal model for comparison; gsm-ar if it is bundled."),
         Touches.READS_MODEL,
     ] = None,
-    num_problems: Annotated[Count, typer.Option(help="The first so many problems of the task.")] = 5,
-    threshold: Annotated[float | None, typer.Option(help="The student's threshold (as its checkpoint says).")] = None,
+    num_problems: Annotated[Count, typer.Option(help="How many problems of the task to solve, from the first.")] = 5,
+    threshold: Annotated[
+        float | None, typer.Option(help="The student's threshold; by default that of its checkpoint.")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Lets the bundled teacher and student solve the same problems side by side, and closes with a table."""
+    """Lets the bundled teacher and student solve the same problems side by side, and ends with a table."""
     for name in (teacher, student, *([] if causal is None else [causal])):
         check_model_name(name)
     from fewstep.measure.evaluate import check_problems

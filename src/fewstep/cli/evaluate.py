@@ -19,10 +19,12 @@ def evaluate(
     decoding: DecodingOptions,
     problems: ProblemOptions,
     sweep_thresholds: Annotated[
-        str | None, typer.Option(metavar="LIST", help="One evaluation for each, such as 0.5,0.7,0.9.")
+        str | None,
+        typer.Option(metavar="LIST", help="Thresholds to evaluate one after the other, such as 0.5,0.7,0.9."),
     ] = None,
     sweep_steps: Annotated[
-        str | None, typer.Option(metavar="LIST", help="One evaluation for each, such as 16,32,64.")
+        str | None,
+        typer.Option(metavar="LIST", help="Numbers of steps to evaluate one after the other, such as 16,32,64."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -42,7 +44,7 @@ def evaluate(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Measures accuracy with its interval, passes, tokens per pass and latency."""
+    """Measures accuracy with a 95 % confidence interval, passes, tokens per pass and latency."""
     thresholds = numbers(sweep_thresholds, float, "--sweep-thresholds")
     steps = numbers(sweep_steps, int, "--sweep-steps")
     if plot is not None:
@@ -118,7 +120,7 @@ def _baseline(path: Path, task: str, num_problems: int) -> dict[str, list[dict[s
 
 
 def print_figures(figures: list[dict[str, Any]]) -> None:
-    """Reports as a table, one row each."""
+    """The reports as a table with one row for each."""
     print_table(
         ["model", "decoding", "solved", "passes", "tok/pass", "seconds", "tok/s"],
         [

@@ -36,12 +36,13 @@ def generate(
     model: ModelOptions,
     decoding: DecodingOptions,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it and without --input, standard input.")
+        str | None,
+        typer.Argument(help="The prompt; without it and without --input, the prompt is read from standard input."),
     ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
-            "--input", metavar="FILE", help='Prompts: JSON lines {"prompt"} or {"messages"}, perhaps with "id".'
+            "--input", metavar="FILE", help='Prompts: JSON lines {"prompt"} or {"messages"}, optionally with "id".'
         ),
         Touches.READS,
     ] = None,
@@ -50,8 +51,8 @@ def generate(
         typer.Option(
             "--output",
             metavar="FILE",
-            help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}; - or none: '
-            "standard output.",
+            help='Results of --input: JSON lines {"id", "text", "num_tokens", "num_forwards", "seconds"}. Without it, '
+            "or with -, they go to standard output.",
         ),
         Touches.WRITES,
     ] = None,
@@ -63,7 +64,7 @@ def generate(
     ] = False,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End the answer before this text; give the option again for another."),
+        typer.Option(metavar="TEXT", help="End the answer before this text; repeat the option for further texts."),
     ] = None,
     picture: Picture = None,
     json: Json = None,
@@ -80,7 +81,7 @@ def generate(
     if picture == STANDARD_OUTPUT:
         raise FewstepError("--picture is drawn to a file, since standard output has the answer; name a file")
     if show_iterations and stop:
-        raise FewstepError("--stop has no effect on windows, which are shown whole; leave out --show-iterations")
+        raise FewstepError("--stop has no effect with --show-iterations, which shows whole windows; leave one out")
     settings = decoding.given() | ({"stop": tuple(stop)} if stop else {})
     check_model_name(model.model)
     if input_file is not None:

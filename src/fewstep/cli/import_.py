@@ -23,7 +23,7 @@ def import_(
         Path | None, typer.Argument(metavar="TARGET", help="The plain folder to write."), Touches.REPLACES
     ] = None,
     block_size: Annotated[
-        Count | None, typer.Option(help="Tokens per block, where the checkpoint does not say.")
+        Count | None, typer.Option(help="Tokens per block, if the checkpoint does not name them.")
     ] = None,
     mask_token: Annotated[
         str | None,
@@ -40,9 +40,9 @@ def import_(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of random weights: bfloat16 (default), float16 or float32.")
+        str | None, typer.Option(help="Data type of random weights: bfloat16 (default), float16 or float32.")
     ] = None,
-    seed: Annotated[Seed | None, typer.Option(help="Of random weights (0).")] = None,
+    seed: Annotated[Seed | None, typer.Option(help="Seed of random weights (0).")] = None,
     json: Json = None,
 ) -> None:
     """Imports a checkpoint of another family as a plain folder that stock transformers loads."""

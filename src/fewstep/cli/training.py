@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from fewstep.train.trainer import TrainResult
 
 app = typer.Typer(
-    help="Trains a network: options, or --config run.yaml overridden by options. On several GPUs: torchrun "
-    "--nproc-per-node N -m fewstep train ...",
+    help="Trains a network. Settings are options, or keys of --config run.yaml, which options override. On several "
+    "GPUs: torchrun --nproc-per-node N -m fewstep train ...",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -142,9 +142,9 @@ class DrafterStart:
     model: Annotated[str, "The model that wrote them: a bundled name, a folder, or a hub id.", Touches.READS_MODEL] = (
         "gsm-ar"
     )
-    mask_token_id: Annotated[int | None, "An id that no text holds; by default that of the tokenizer's mask token."] = (
-        None
-    )
+    mask_token_id: Annotated[
+        int | None, "Id of a token that occurs in no text; by default that of the tokenizer's mask token."
+    ] = None
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
 
 
@@ -186,9 +186,9 @@ class Data:
 class Canvas:
     """Lengths of the canvas."""
 
-    weights: Annotated[tuple[Weight, ...], "How often it has 1, 2, ... blocks, such as [0, 1, 2, 1]."] = (
-        CanvasLengths.weights
-    )
+    weights: Annotated[
+        tuple[Weight, ...], "Relative frequencies of canvases of 1, 2, ... blocks, such as [0, 1, 2, 1]."
+    ] = CanvasLengths.weights
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -204,12 +204,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Held-out rows whose prompts are answered at every evaluation: a sample for the log, health, collapse."""
+    """Held-out rows whose prompts are answered at every evaluation, for samples in the log, health statistics and the
+    detection of collapse.
+    """
 
-    data: Annotated[Path | None, "Rows as for training, which are not trained on; by default none.", Touches.READS] = (
-        None
-    )
-    num_prompts: Annotated[Count, "How many of these rows are taken, the first ones."] = 32
+    data: Annotated[
+        Path | None, "Held-out rows in the format of the training rows; by default none.", Touches.READS
+    ] = None
+    num_prompts: Annotated[Count, "How many of these rows are answered, from the first."] = 32
     max_new_tokens: Annotated[Count, "Most new tokens of an answer."] = 256
 
     def __post_init__(self) -> None:
@@ -305,7 +307,7 @@ def cllm(built: Built, json: Path | None) -> None:
 
 
 def draft(built: Built, json: Path | None) -> None:
-    """A gated adapter with which a causal model drafts its own text in blocks, and verifies it without."""
+    """A gated adapter: the causal model drafts blocks of its own text with it, and verifies them without it."""
     start: DrafterStart = built[DrafterStart]
     _require_extra()
     _refuse_unwatched(built)

@@ -138,9 +138,13 @@ class Loop:
                 f"it needs {' or '.join(traits.roles)}"
             )
         if record is not None and traits.guided:
-            raise FewstepError("with cfg_scale no hidden row gives a token's distribution; record without it")
+            raise FewstepError(
+                "with cfg_scale no single hidden row gives a token's distribution, so none is recorded; leave it out"
+            )
         if record is not None and traits.branching:
-            raise FewstepError(f"the {decoder.name} decoder records no rows; record with the autoregressive decoder")
+            raise FewstepError(
+                f"the {decoder.name} decoder cannot record hidden rows; record with the autoregressive decoder"
+            )
         self.network = network
         for companion in traits.companions.values():
             check_draft(network, companion)

@@ -190,7 +190,9 @@ class LanguageModel:
         """
         for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
             if name in settings:
-                raise FewstepError(f"infilling takes no {name}: what is open is given by the gap or the mask tokens")
+                raise FewstepError(
+                    f"infilling takes no {name}: the gap or the mask tokens say which positions are filled"
+                )
         if "alg" in settings or settings.get("policy") == "dream":
             raise FewstepError("infilling takes no alg, whose schedule is that of an empty canvas; set an order")
         chosen = GenerationSettings.of(**settings)

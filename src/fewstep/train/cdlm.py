@@ -76,12 +76,12 @@ class CDLMSettings:
     direction: Annotated[
         Distillation, "Distillation by KL(teacher, student), by KL(student, teacher), or on the teacher's tokens."
     ] = "forward"
-    later_state: Annotated[LaterState, "A block's later state is one token on, any, or the last that has a mask."] = (
-        "uniform"
-    )
-    temperature: Annotated[float, Gt(0), Le(1e6), "Softens both sides of the consistency loss."] = 1.0
+    later_state: Annotated[
+        LaterState, "The later state of a block: one token further, any, or the last that has a mask."
+    ] = "uniform"
+    temperature: Annotated[float, Gt(0), Le(1e6), "Temperature of both distributions in the consistency loss."] = 1.0
     untouched: Annotated[Share, "Share of the trajectories' blocks that are shown fully masked."] = 0.1
-    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
+    allow_unanchored: Annotated[bool, "Allow a consistency loss without another loss, which may collapse."] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

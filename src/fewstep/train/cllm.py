@@ -101,21 +101,23 @@ class CLLMSettings:
     the first token on in which they differ. A state is drawn with equal chances for each window (`uniform`, as
     published), or the windows of an answer take the states nearest to noise ratios that rise from 1 / `noise_cycle` to
     1 and begin again (`progressive`, Jacobi Forcing; where the cycle begins is drawn for each answer). In a share
-    `augmented` of the windows half of the wrong tokens are made right. The autoregressive loss is on the network's own
+    `augmented` of the windows half of the wrong tokens are corrected. The autoregressive loss is on the network's own
     answer (`trajectory`), or on reference answers as separate documents. FewstepError for a consistency loss without
     it, unless forced.
     """
 
     consistency: Annotated[Weight, "Weight of the divergence of a window's state from its goal."] = 1.0
     autoregressive: Annotated[Weight, "Weight of the cross-entropy that anchors the model."] = 10.0
-    goal: Annotated[Goal, "What a state is led to: its window's fixed point, or its next state."] = "global"
+    goal: Annotated[Goal, "The target of a state: the fixed point of its window, or its next state."] = "global"
     labels: Annotated[Labels, "Cross-entropy on the model's own answers, or on the reference answers."] = "trajectory"
-    noise: Annotated[Noise, "Any state of a window, or noise ratios that rise from window to window."] = "uniform"
-    noise_cycle: Annotated[Count, "Windows in which the ratio of progressive noise rises to 1."] = 8
-    augmented: Annotated[Share, "Share of windows in which half of the wrong tokens are made right."] = 0.0
-    temperature: Annotated[float, Gt(0), Le(1e6), "Softens both sides of the consistency loss."] = 1.0
+    noise: Annotated[Noise, "Train on any state of a window, or on noise ratios that rise from window to window."] = (
+        "uniform"
+    )
+    noise_cycle: Annotated[Count, "Number of windows over which the ratio of progressive noise rises to 1."] = 8
+    augmented: Annotated[Share, "Share of windows in which half of the wrong tokens are corrected."] = 0.0
+    temperature: Annotated[float, Gt(0), Le(1e6), "Temperature of both distributions in the consistency loss."] = 1.0
     label_smoothing: Annotated[float, Ge(0), Lt(1), "Label smoothing of the cross-entropy."] = 0.0
-    allow_unanchored: Annotated[bool, "Allow a consistency loss alone, which may collapse."] = False
+    allow_unanchored: Annotated[bool, "Allow a consistency loss without another loss, which may collapse."] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -33,21 +33,28 @@ PROMPT, TEXT, DRAFTS = 0, 1, 2
 class DraftSettings:
     """How drafts are trained: their number and size, and the weights of the three losses.
 
-    A position of a draft counts with the chance that decoding reaches it, which is the product of the probabilities
-    that the draft gives to the tokens before it (`reach` = 1), or all count alike (`reach` = 0), or a mixture.
+    A position of a draft is weighted by the probability that decoding reaches it, which is the product of the
+    probabilities that the draft gives to the tokens before it (`reach` = 1); or all have the same weight (`reach` = 0);
+    or the weight is a mixture of both.
     FewstepError if a value has no meaning.
     """
 
-    block_size: Annotated[int, Ge(2), Le(1024), "Masks of a draft."] = 32
-    starts: Annotated[int, Ge(1), Le(1024), "Drafts of a text in each epoch, each from another start."] = 16
+    block_size: Annotated[int, Ge(2), Le(1024), "Mask tokens of a draft."] = 32
+    starts: Annotated[int, Ge(1), Le(1024), "Drafts of each text in an epoch, each with another start."] = 16
     visited: Annotated[
-        float, Ge(0), Le(1), "Share of the places where decoding begins drafts that are taken before others."
+        float,
+        Ge(0),
+        Le(1),
+        "Probability that a position where decoding began a draft is taken as a start before other positions.",
     ] = 0.9
     hard: Annotated[Weight, "Weight of the cross-entropy on the base's own text."] = 1.0
     divergence: Annotated[Weight, "Weight of the divergence from the base's distribution at each position."] = 0.0
     length: Annotated[Weight, "Weight of the expected number of accepted tokens, as a share of a draft."] = 1.0
     reach: Annotated[
-        float, Ge(0), Le(1), "How far a position's weight follows the chance that it is reached, from 0 to 1."
+        float,
+        Ge(0),
+        Le(1),
+        "How strongly a position's weight follows the probability that decoding reaches it, from 0 to 1.",
     ] = 0.9
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class MedusaSettings:
     """How many heads, and how much less each weighs in the loss than the one before it."""
 
     heads: Annotated[int, Ge(1), Le(64), "Heads, each of which guesses one token further ahead."] = 3
-    decay: Annotated[float, Gt(0), Le(1), "A head's loss weighs so many times what the one before it weighs."] = 0.8
+    decay: Annotated[float, Gt(0), Le(1), "Weight of each head's loss relative to that of the head before it."] = 0.8
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -26,20 +26,27 @@ class CollapseError(FewstepError):
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseLimits:
-    """How far from the baseline is collapse. None switches a check off."""
+    """How far from the baseline the answers count as collapsed. None switches a check off."""
 
-    repetition_rise: Annotated[Rise | None, "The share of repeated 4-grams may rise by so much."] = 0.25
-    empty_rise: Annotated[Rise | None, "The share of empty answers may rise by so much."] = 0.25
-    longest_run_factor: Annotated[Factor | None, "A run of one token may be so many times the baseline's longest."] = (
-        4.0
-    )
-    longest_run_free: Annotated[Steps, "A run of so many tokens is fine in any case."] = 16
-    entropy_share: Annotated[Rise | None, "The entropy of the tokens may fall to this share of the baseline's."] = 0.5
+    repetition_rise: Annotated[Rise | None, "The share of repeated 4-grams may rise by at most this."] = 0.25
+    empty_rise: Annotated[Rise | None, "The share of empty answers may rise by at most this."] = 0.25
+    longest_run_factor: Annotated[
+        Factor | None, "A run of one token may be at most this many times the baseline's longest."
+    ] = 4.0
+    longest_run_free: Annotated[Steps, "A run of up to this many tokens is always allowed."] = 16
+    entropy_share: Annotated[
+        Rise | None, "The entropy of the tokens may fall to this share of the baseline's, not below."
+    ] = 0.5
     distinct_share: Annotated[
-        Rise | None, "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's."
+        Rise | None,
+        "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's, not below.",
     ] = 0.25
-    loss_factor: Annotated[Factor | None, "The average loss may be so many times the lowest average so far."] = 3.0
-    loss_memory: Annotated[Steps, Ge(1), "The average is over about so many logged losses, and not judged before."] = 50
+    loss_factor: Annotated[
+        Factor | None, "The average loss may be at most this many times the lowest average so far."
+    ] = 3.0
+    loss_memory: Annotated[
+        Steps, Ge(1), "The average is over about this many logged losses, and is not judged before there are as many."
+    ] = 50
     grace_steps: Annotated[
         Steps, "Answers are not judged before this step (a model from scratch begins unhealthy)."
     ] = 0

@@ -50,7 +50,7 @@ def check_output(output: Path) -> None:
     except ValueError as error:
         if isinstance(error, FewstepError):
             raise
-        raise FewstepError(f"{str(output)!r} is no name of a folder: {error}") from error
+        raise FewstepError(f"{str(output)!r} cannot be the name of a folder: {error}") from error
 
 
 def _remove_what_a_kill_left(output: Path) -> None:

@@ -18,7 +18,7 @@ class TrainSettings:
     """Settings of a run, checked when built.
 
     `warmup_steps` None: see `num_warmup_steps`. A checkpoint is also saved on Ctrl-C, and before the last evaluation.
-    With `evaluate_every` the network is evaluated so often and at the end.
+    With `evaluate_every` the network is evaluated every so many steps and at the end.
     """
 
     max_steps: Annotated[Steps, "Optimizer steps."]
@@ -31,22 +31,22 @@ class TrainSettings:
     ] = "cosine"
     warmup_steps: Annotated[
         Annotated[int, Ge(0), Le(MOST_INTEGER)] | None,
-        "Steps in which the learning rate rises; by default 100, in a short run a tenth.",
+        "Steps in which the learning rate rises; by default 100, or in a short run a tenth of all steps.",
     ] = None
     weight_decay: Annotated[float, Ge(0), Le(1e3), "Weight decay of AdamW; norms and biases have none."] = 0.05
     betas: Annotated[tuple[Beta, Beta], "Betas of AdamW."] = (0.9, 0.95)
-    clip_norm: Annotated[float, Gt(0), Le(1e30), "Largest norm of the gradient, which is cut to it."] = 1.0
+    clip_norm: Annotated[float, Gt(0), Le(1e30), "A gradient of a larger norm is scaled down to this norm."] = 1.0
     ema_decay: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None,
-        "Evaluate and save a moving average of the weights of this decay, such as 0.999; by default none.",
+        "Evaluate and save a moving average of the weights with this decay, such as 0.999; by default none.",
     ] = None
     precision: Annotated[Literal["no", "bf16"], "bf16 computes in bfloat16 and keeps float32 weights."] = "no"
-    weights_dtype: Annotated[Literal["float32", "bfloat16"], "What the weights are saved in."] = "float32"
-    compiled: Annotated[bool, "Compile the layers, which pays on a GPU."] = False
+    weights_dtype: Annotated[Literal["float32", "bfloat16"], "Data type of the saved weights."] = "float32"
+    compiled: Annotated[bool, "Compile the layers, which makes training faster on a GPU."] = False
     seed: Annotated[int, Ge(0), Lt(1 << 32), "Seed of the order of the examples and of all noise."] = 0
-    log_every: Annotated[Steps, "Steps from one line of the log to the next, which has their means."] = 20
-    save_every: Annotated[Steps | None, "Steps from one checkpoint to the next; they are removed at the end."] = 500
-    evaluate_every: Annotated[Steps | None, "Steps from one evaluation to the next; by default there is none."] = None
+    log_every: Annotated[Steps, "Steps between two lines of the log; a line holds the means over these steps."] = 20
+    save_every: Annotated[Steps | None, "Steps between two checkpoints; a finished run removes them."] = 500
+    evaluate_every: Annotated[Steps | None, "Steps between two evaluations; by default there are none."] = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -487,6 +487,6 @@ def _told_failures(accelerator: Accelerator) -> Iterator[None]:
             ) from error
         if accelerator.num_processes > 1 and re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.I):
             raise FewstepError(
-                f"another of the {accelerator.num_processes} processes has ended; what it said tells why"
+                f"another of the {accelerator.num_processes} processes has ended; its message tells why"
             ) from error
         raise
