@@ -125,8 +125,8 @@ class TaskOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of a task that has several, such as dev, test or heldout of gsm-symbolic (test). --data without "
-            "--task takes its place.",
+            help="Split of the task, if it has several, such as dev, test or heldout of gsm-symbolic (default test). A "
+            "file given by --data without --task has none.",
             rich_help_panel=_PROBLEMS,
         ),
     ] = None
@@ -134,7 +134,7 @@ class TaskOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What makes an answer of --data right: number (default), exact, normalised or contains.",
+            help="When an answer to --data counts as right: number (default), exact, normalised or contains.",
             rich_help_panel=_PROBLEMS,
         ),
     ] = None
@@ -175,7 +175,9 @@ class TaskOptions:
 class ProblemOptions(TaskOptions):
     """The same, how many problems, and how many at once."""
 
-    limit: Annotated[Count | None, typer.Option(help="The first so many.", rich_help_panel=_PROBLEMS)] = None
+    limit: Annotated[
+        Count | None, typer.Option(help="Use only this many problems, from the first.", rich_help_panel=_PROBLEMS)
+    ] = None
     batch_size: Annotated[Count, typer.Option(help="Problems decoded together.", rich_help_panel=_PROBLEMS)] = 1
 
 

@@ -25,7 +25,9 @@ from fewstep.models.roles import Role
 
 @dataclass(frozen=True, kw_only=True)
 class Block(Finalising):
-    """As many tokens per pass as the policy finds. Plan shapes: `denoise` (B rows), `commit` (2 B) and `prefill`."""
+    """A pass finalises as many tokens as the policy chooses. Plan shapes: `denoise` (B rows), `commit` (2 B) and
+    `prefill`.
+    """
 
     name: ClassVar[str] = "block"
 

@@ -2,10 +2,10 @@
 
 Axes: R = requests, S = positions scored in a step, L = positions.
 
-A causal row scores the next token. So a forward of the last final token and of guesses behind it tells, for each guess,
-what belongs in its place if all guesses before it are right: the guesses are right up to the first that differs, and
-the token that belongs there is final too. Autoregressive decoding is the case without guesses. Whatever is guessed, the
-tokens are those of autoregressive decoding; good guesses make the passes fewer.
+A causal row scores the next token. So a forward of the last final token and the guesses after it gives, for each guess,
+the token that belongs in its place if all guesses before it are right: guesses are right up to the first that differs,
+and the token that belongs there becomes final too. Autoregressive decoding is the case without guesses. Whatever is
+guessed, the tokens are those of autoregressive decoding; good guesses reduce the number of passes.
 
 The keys and values of right guesses were computed from final tokens, so they count as cached. Those of wrong ones stay
 in their slots, which no row sees before they are overwritten: a causal row sees positions before its own only.
@@ -62,7 +62,7 @@ class Causal(Finalising):
 def accept_agreed(
     decoder: Decoder, state: StateT, tokens_RS: Tensor, agreed_RS: Tensor, scores: Scores, end_R: Tensor | None = None
 ) -> Accepted[StateT]:
-    """Make tokens final, of the S positions from the front on, that only agreed guesses precede.
+    """Of the tokens at the S positions from the front on, make those final that only agreed guesses precede.
 
     `agreed_RS`: whether the guess at the position is the token. None past an end-of-text, or from `end_R` on.
     """
@@ -87,7 +87,7 @@ def keep_agreed(accepted: Accepted[StateT]) -> Accepted[StateT]:
 def verify(
     decoder: Decoder, state: StateT, shape: Shape, scores: Scores, end_R: Tensor | None = None
 ) -> tuple[Accepted[StateT], Tensor]:
-    """After a pass over the guesses that stand at the open positions, and what it says belongs there [R, S].
+    """The state after a pass over the guesses at the open positions, and the tokens that belong there [R, S].
 
     The last of the S positions was not guessed, or its guess is not used. A position is drawn with the noise of the
     step in which autoregressive decoding comes to it, so that with the same seed sampled tokens are the same too.

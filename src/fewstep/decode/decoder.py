@@ -31,7 +31,7 @@ DRAWINGS: tuple[Drawing, ...] = get_args(Drawing)
 
 
 def drawing_of(request: Request) -> Drawing:
-    """What the request alone needs."""
+    """The drawing that this request needs by itself."""
     if request.sampling.greedy:
         return "greedy"
     return "filtered" if request.sampling.filtered else "sampled"
@@ -39,7 +39,7 @@ def drawing_of(request: Request) -> Drawing:
 
 @dataclass(frozen=True)
 class Shape:
-    """The whole key of a captured graph: passes of equal shape differ in no tensor's shape, and in no computation.
+    """The whole key of a captured graph: passes of equal shape have the same tensor shapes and the same computation.
 
     A decoder's `passes` names the plan's kind and how many rows it has room for (`width` counts pending rows, in an
     uncached forward all rows); the loop adds the number of requests, how many slots of the cache attention reads (0
@@ -55,9 +55,10 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What the loop has to know of a decoder; a step does not read it.
+    """What the loop has to know about a decoder; a step does not read it.
 
-    `roles`: of the networks that it can run. `cached`: whether passes read and write a KV cache. `guided`: whether
+    `roles`: the roles of networks that it can run. `cached`: whether passes read and write a KV cache. `guided`:
+    whether
     logits come from two forwards, so that no hidden row gives them. `branching`: whether guesses branch, so that the
     rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that sample.
     `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`: how many
@@ -95,8 +96,8 @@ class Decoder(Protocol):
 
     A step is one pass or several: each is `plan`, one forward of the network that the plan names, `accept`. What a
     decoder remembers from step to step is a tensor with the requests first, in a subclass of State that `start` makes.
-    A decoder keeps what shapes a forward; what a request may ask for by itself stands in the request. Its `policy` is
-    the kind of rule, and the numbers of requests that bring none.
+    A decoder keeps the settings that shape a forward; settings that may differ between requests are in the request. Its
+    `policy` is the kind of rule, and gives the numbers for requests that bring none.
     """
 
     name: ClassVar[str]

@@ -56,9 +56,9 @@ class DiffusionState(State):
 class Diffusion(Finalising):
     """`steps` over the canvas are split evenly over its blocks, the remainder to the first; None is one per token.
 
-    They matter to paced policies only (`EvenSplit`, `Origin`). A block whose masks are all final before its steps are
-    over gives up the rest: no pass is made that can finalise nothing. `canvas_length`: the room that the network sees,
-    by default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A
+    They matter to paced policies only (`EvenSplit`, `Origin`). A block without masks gives up the rest of its steps: no
+    pass is run that cannot finalise anything. `canvas_length`: the positions for the answer that the network sees, by
+    default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A
     block-causal network is decoded as its role says, without the cache. `cfg_scale` above 0 guides by the network's
     answer to a context that is masked out, like LLaDA's; a pass then has twice the rows.
     """
@@ -72,7 +72,7 @@ class Diffusion(Finalising):
     steps: Count | None = None
     canvas_length: Annotated[
         Count | None,
-        "Positions for the answer that the network sees.",
+        "Length of the canvas, the positions for the answer that the network sees.",
         Details(default="max_new_tokens in whole blocks"),
     ] = None
     cfg_scale: Annotated[GuidanceScale, "Scale of LLaDA's classifier-free guidance."] = 0.0
@@ -181,7 +181,7 @@ class Diffusion(Finalising):
         return replace(accepted, state=after)
 
     def _guidance(self, state: State, tokens_RQ: Tensor) -> Guidance:
-        """The same tokens, whatever was given masked."""
+        """The same tokens with all given positions masked."""
         given_RQ = state.step_RL[:, : tokens_RQ.shape[1]] == 0
         return Guidance(tokens_RQ.masked_fill(given_RQ, self._mask_token_id), self.cfg_scale)
 
@@ -195,8 +195,8 @@ def _steps_left(state: DiffusionState) -> Tensor:
 
 
 def _bar(state: DiffusionState, logits_RSV: Tensor) -> None:
-    """Rule out, in place, what would end the text before something given: models that pad with the end-of-text would
-    else fill a gap with it.
+    """Rule out, in place, what would end the text before something given: otherwise models that pad with the
+    end-of-text would fill a gap with it.
     """
     position_L = torch.arange(state.tokens_RL.shape[1], device=logits_RSV.device)
     given_RL = (state.step_RL == 0) & (position_L < state.canvas_end_R[:, None])

@@ -1,4 +1,4 @@
-"""Health of decoded outputs: the symptoms of a model that repeats itself, says nothing, or says one thing.
+"""Health of decoded outputs: statistics that show whether a model repeats itself, or gives empty or uniform answers.
 
 Pure functions of token ids. An n-gram is n neighbouring tokens of one output; n-grams never cross outputs.
 """

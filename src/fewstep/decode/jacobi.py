@@ -26,12 +26,13 @@ from fewstep.values import Count, check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Jacobi(Causal):
-    """A window of `window` guesses; what is right from the left on is final and cached at once.
+    """A window of `window` guesses; those that are right, from the left up to the first wrong one, become final and
+    cached at once.
 
-    The window slides: as many new guesses enter at its end as tokens became final. With `fixed_windows` they stand one
-    after the other, as published, and the next begins when one is final: trajectories for training are made so. New
-    guesses are random tokens of the prompt, or, with `ngram`, what followed the longest match of up to so many last
-    final tokens. It takes at most one pass per token. Greedy only. Plan shapes: `iterate` (window rows) and
+    The window slides: as many new guesses enter at its end as tokens became final. With `fixed_windows` windows stand
+    one after the other, as published, and the next begins when one is final; trajectories for training are made this
+    way. New guesses are random tokens of the prompt, or, with `ngram`, what followed the longest match of up to `ngram`
+    of the last final tokens. It takes at most one pass per token. Greedy only. Plan shapes: `iterate` (window rows) and
     `prefill` (W + window - 1).
     """
 
@@ -39,9 +40,13 @@ class Jacobi(Causal):
 
     window: Annotated[Count, "Guesses per pass.", Details(default="16, or as trained")] = 16
     ngram: Annotated[
-        NGram | None, "Longest match of last tokens whose continuation is guessed.", Details(default="random guesses")
+        NGram | None,
+        "Guess what followed the longest match of up to this many last tokens.",
+        Details(default="random guesses"),
     ] = None
-    fixed_windows: Annotated[bool, "Windows one after the other, as published, in place of one that slides."] = False
+    fixed_windows: Annotated[
+        bool, "Decode in fixed windows one after the other, as published, instead of one that slides."
+    ] = False
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)

@@ -44,7 +44,7 @@ class LookaheadState(State):
 
 @dataclass(frozen=True, kw_only=True)
 class Lookahead(Causal):
-    """`window` columns, n-grams of `ngram` tokens, of which up to `window` are verified.
+    """`window` columns of guesses; n-grams of `ngram` tokens, of which up to `window` are verified in a pass.
 
     A pass accepts up to `ngram` tokens. Greedy only. Plan shapes, with 2 window (ngram - 1) rows each
     besides the pending ones: `decode` (up to ngram pending) and `prefill`.

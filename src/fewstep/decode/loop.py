@@ -82,7 +82,9 @@ def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None =
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
-    """The request's canvas. FewstepError if the network, or one that helps it, cannot decode it so."""
+    """The request's canvas. FewstepError if the network, or a network that drafts for it, cannot decode it with this
+    decoder.
+    """
     if not request.prompt_ids and (decoder.traits.cached or network.role.scores_next_token):
         raise FewstepError("the prompt is empty; give at least one token")
     if request.max_new_tokens < 1:

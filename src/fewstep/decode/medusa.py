@@ -43,8 +43,8 @@ class Medusa(Causal):
     """The heads' best candidates for the next K positions, as a tree of `window` guesses.
 
     Plan shapes, with `window` rows each besides the pending ones: `decode` (up to K + 1 pending) and `prefill`. Greedy
-    only. With `typical`, a threshold epsilon, a guess is right already if its probability exceeds
-    min(epsilon, sqrt(epsilon) exp(-entropy)), the paper's typical acceptance: then the answer may differ.
+    only. With `typical`, a threshold epsilon, a guess is accepted as soon as its probability exceeds
+    min(epsilon, sqrt(epsilon) exp(-entropy)), the paper's typical acceptance; the answer may then differ.
     """
 
     name: ClassVar[str] = "medusa"
@@ -52,7 +52,9 @@ class Medusa(Causal):
     heads: MedusaHeads
     window: Annotated[Count, "Guesses per pass."] = 32
     typical: Annotated[
-        float | None, "Typical acceptance from this threshold: answers may differ.", Details(default="exact acceptance")
+        float | None,
+        "Threshold of typical acceptance, with which answers may differ from the model's own.",
+        Details(default="exact acceptance"),
     ] = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ at call time, one row a request, so that one step serves requests of different n
 part of the step). `numbers_RN=None` uses the policy's own. It is given what its arguments name: see `own_policies`,
 which also makes a policy of a plain function.
 
-What "certain" means is the policy's `order`: see `certainty`. At a `temperature` above 0 the positions are drawn: see
+The policy's `order` says what "certain" means: see `certainty`. At a `temperature` above 0 the positions are drawn: see
 `perturbed`.
 """
 
@@ -36,8 +36,8 @@ is a policy of its own.
 _AnyOrder = Annotated[
     Order,
     "Which masked positions come first: low_confidence (those with the most probable tokens; the others stay masked), "
-    "random, margin (probability of the best token less that of the second), entropy (the lowest) or origin (each by "
-    "chance).",
+    "random, margin (difference of the two highest probabilities), entropy (the lowest first) or origin (each position "
+    "at random).",
     Details(aliases=("remasking",)),
 ]
 _Steps = Annotated[Count | None, "Passes in total over the canvas.", Details(default="one per token")]
@@ -83,7 +83,7 @@ def certainty(order: Order, logits_RBV: Tensor, confidence_RB: Tensor, noise_RB:
 
 
 def perturbed(certainty_RB: Tensor, temperature: float, noise_RB: Callable[[], Tensor]) -> Tensor:
-    """`certainty_RB` so changed that its n highest, of any positions, are n of these drawn one after the other.
+    """`certainty_RB` changed so that its n highest of any positions are n of them drawn one after the other.
 
     The draw is from softmax(certainty / temperature), without replacement: Gumbel-top-k, Kool et al. 2019,
     arXiv 1903.06059, times the temperature, so that a small one overflows nothing. Noise is uniform in (0, 1), float64,
@@ -104,18 +104,20 @@ def check_threshold(at_least: float | None) -> None:
 class Threshold:
     """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618.
 
-    With `gaps` only those that leave at most so many masked positions of a lower probability before them. What stands
-    further right waits: its confidence is that of a reading of the text which the uncertain positions may not bear out.
+    With `gaps`, a position is finalised only if at most `gaps` masked positions of a lower probability precede it in
+    its
+    block. Positions further right wait: their confidence rests on a reading of the text that the uncertain positions
+    before them may turn out to contradict.
     """
 
     at_least: Annotated[
         float,
-        "Finalise every token that is at least so probable.",
+        "Finalise every token whose probability is at least this.",
         Details(name="threshold", default="the checkpoint's, or 0.9"),
     ] = 0.9
     gaps: Annotated[
         Gaps | None,
-        "Accept such a token only if at most so many masked, less probable positions precede it in its block.",
+        "Accept such a token only if at most this many masked, less probable positions precede it in its block.",
         Details(default="the checkpoint's, or any number"),
     ] = None
     order: ClassVar[Order] = "low_confidence"
@@ -151,7 +153,7 @@ class Margin:
 
     at_least: Annotated[
         float,
-        "Finalise every token that is by at least so much more probable than the second.",
+        "Finalise every token whose probability exceeds that of the second best by at least this.",
         Details(name="margin"),
     ] = 0.8
     order: ClassVar[Order] = "margin"
@@ -175,7 +177,9 @@ class Margin:
 class EntropyBelow:
     """Every position whose distribution has at most this entropy."""
 
-    nats: Annotated[float, "Finalise where the entropy, in nats, is at most so high.", Details(name="entropy")] = 0.3
+    nats: Annotated[
+        float, "Finalise every position whose entropy, in nats, is at most this.", Details(name="entropy")
+    ] = 0.3
     order: ClassVar[Order] = "entropy"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -225,7 +229,7 @@ class Factor:
 class FixedCount:
     """This many positions a step, or as many as are left."""
 
-    num_tokens: Annotated[Count, "Tokens that a pass finalises.", Details(name="tokens_per_pass")] = 1
+    num_tokens: Annotated[Count, "Tokens to finalise in each pass.", Details(name="tokens_per_pass")] = 1
     order: _AnyOrder = "low_confidence"
     paced: ClassVar[bool] = False
     temperature: ClassVar[float] = 0.0
@@ -249,7 +253,7 @@ class FixedCount:
 
 @dataclass(frozen=True, kw_only=True)
 class EvenSplit:
-    """A block's masks split evenly over its steps, the remainder to the first steps. LLaDA, arXiv 2502.09992.
+    """A block's masks are split evenly over its steps; the first steps take the remainder. LLaDA, arXiv 2502.09992.
 
     Its number is that of the steps left in the block, this one included.
     """
@@ -278,7 +282,8 @@ class EvenSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Each mask on its own with probability 1 - s/t, for a step from time t to s. Dream, arXiv 2508.15487.
+    """Each masked position independently with probability 1 - s/t, for a step from time t to s. Dream, arXiv
+    2508.15487.
 
     Times are evenly spaced from 1 to 0 over the block's steps, so with n steps left that is 1/n and the last step
     takes all. A step may choose nothing, as published. Its number is that of the steps left in the block, this one
@@ -315,8 +320,10 @@ class DreamSchedule:
     """Dream's own sampler, over a single block of `num_steps` steps. arXiv 2508.15487.
 
     Times are evenly spaced from 1 to `eps`, and a step from time t to s finalises the share 1 - s/t of the masks: the
-    best ones, rounded down, or with `origin` each mask on its own with that probability; the last step takes all. With
-    `alg_temp` above 0 as many are drawn in place of the best, without replacement, from softmax(certainty / alg_temp)
+    best ones, rounded down, or with `origin` each masked position independently with that probability; the last step
+    takes all. With
+    `alg_temp` above 0 as many are drawn at random instead of taking the best, without replacement, from
+    softmax(certainty / alg_temp)
     over the masks. A step may choose nothing, as published. Its number is that of the steps left, this one included.
     """
 
@@ -339,7 +346,7 @@ class DreamSchedule:
         if not 0 <= self.eps < 1:
             raise FewstepError(f"eps is the time of the last step, from 0 up to below 1, got {self.eps}; try 1e-3")
         if self.alg_temp and self.alg == "origin":
-            raise FewstepError("alg origin opens masks by chance alone and takes no alg_temp; leave one of the two out")
+            raise FewstepError("alg origin unmasks positions at random and takes no alg_temp; leave one of the two out")
 
     @classmethod
     def build(cls, resources: Resources, *, steps: _Steps = None, **given: Any) -> "DreamSchedule":

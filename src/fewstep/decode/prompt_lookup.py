@@ -23,14 +23,14 @@ from fewstep.values import Count, check_fields
 class PromptLookup(Causal):
     """`window` guesses per pass, from the longest match of up to `ngram` tokens, in the prompt or the answer so far.
 
-    Guesses are given, not drawn, so sampling needs no correction: the token is drawn as always, and the guess is right
-    or not. Plan shapes: `verify` (1 + window rows) and `prefill` (W + window).
+    Guesses are copied, not drawn, so sampling needs no correction: the token is drawn as always, and the guess either
+    equals it or not. Plan shapes: `verify` (1 + window rows) and `prefill` (W + window).
     """
 
     name: ClassVar[str] = "prompt-lookup"
 
     window: Annotated[Count, "Guesses per pass."] = 10
-    ngram: Annotated[NGram, "Longest match of last tokens whose continuation is guessed."] = 3
+    ngram: Annotated[NGram, "Guess what followed the longest match of up to this many last tokens."] = 3
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
@@ -61,10 +61,12 @@ class PromptLookup(Causal):
 
 
 def look_up(tokens_RL: Tensor, front_R: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
-    """What followed the last tokens before the front when they occurred before: guesses [R, C], and whether they did.
+    """What followed the last tokens before the front at an earlier occurrence: guesses [R, C], and whether there was
+    one.
 
-    Of all earlier places the one at which the most tokens match, up to `ngram`, and of these the latest. If fewer than
-    `count` tokens follow it, they are repeated, as a text does that repeats itself.
+    The occurrence is the one with the most matching tokens, up to `ngram`, and of several such the latest. If fewer
+    than
+    `count` tokens follow it, they are repeated, as in a text that repeats itself.
     """
     length = tokens_RL.shape[1]
     position_L = torch.arange(length, device=tokens_RL.device)

@@ -1,4 +1,4 @@
-"""What is asked of a decoder, and what comes back."""
+"""What a decoder is asked for (requests), and what it returns (outputs, events)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,10 +15,11 @@ class Request:
 
     One batch mixes requests of different settings, and a result depends on its request alone.
 
-    `max_new_tokens` is a limit of any size. `canvas`, for infilling, replaces it: the ids after the prompt, mask ids
-    where open; it is filled completely and an end-of-text in it stops nothing. All noise of the request follows from
-    `seed`. `policy`: one of the kind that the decoder has, with numbers of its own (threshold, gaps); None is the
-    decoder's. `stop_token_ids`: tokens that end the answer; None is those of the network. Without `early_stop` all
+    `max_new_tokens` is a limit of any size. `canvas`, for infilling, replaces it: the ids after the prompt, with mask
+    ids at the positions to fill; all of them are filled, and an end-of-text among them does not stop the request. All
+    noise of the request follows from
+    `seed`. `policy`: a policy of the decoder's kind with numbers of its own (threshold, gaps); None is the decoder's.
+    `stop_token_ids`: tokens that end the answer; None is those of the network. Without `early_stop` all
     passes of the canvas are run, and only the output ends there.
     """
 

@@ -44,7 +44,7 @@ def where_drafts_began(output: Output) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculative(Causal):
-    """`window` guesses a cycle.
+    """`window` guesses in each cycle of two passes.
 
     Plan shapes: `draft` (W pending rows and `window` masks; W = 1, or more for requests that begin) and `verify` (1 +
     window rows).

@@ -142,7 +142,7 @@ def accept(
 ) -> Accepted[StateT]:
     """After a step: tokens are drawn for S positions from the front on, and the policy's choice is final.
 
-    `numbers_RN`: what the policy is given in place of the requests' own numbers.
+    `numbers_RN`: numbers for the policy, instead of the requests' own.
     """
     logits_RSV = scores.logits_RSV
     positions_RS = scored_positions(state, logits_RSV.shape[1])
@@ -185,7 +185,7 @@ def finalise(
 ) -> Accepted[StateT]:
     """After a step that makes the chosen tokens, of the S positions from the front on, final.
 
-    What was pending is in the cache now. Chosen are open positions of live requests only.
+    What was pending is in the cache now. Only open positions of live requests may be chosen.
     """
     positions_RS = scored_positions(state, tokens_RS.shape[1])
     step_R = state.num_forwards_R + ~state.done_R
