@@ -27,7 +27,7 @@ def compare(
     json: Json = None,
 ) -> None:
     """Compares two models or settings on the same problems, with a paired test."""
-    contenders = [_parse(first), _parse(second)]
+    contenders = [read_specification(first), read_specification(second)]
     for name, _ in contenders:
         check_model_name(name)
     from fewstep.engine.made_by import answers_made_by
@@ -70,13 +70,15 @@ def compare(
         deliver(json, comparison.to_json(), show=show)
 
 
-def _parse(specification: str) -> tuple[str, dict[str, Any]]:
+def read_specification(specification: str) -> tuple[str, dict[str, Any]]:
     """Name and settings, in the types in which they are declared; `role` may be among them."""
     name, *parts = specification.split(",")
     settings: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
+        if key in settings:
+            raise FewstepError(f"{key} is set twice in {specification!r}; leave one out")
         if not equals or key not in ("role", *spelt_settings()):
             hint = suggestion(key if equals else "", ["role", *spelt_settings()], otherwise="settings:")
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value; {hint}")
