@@ -8,7 +8,8 @@ import torch
 
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, answer
-from fewstep.decode.loop import loop_for, through_first
+from fewstep.decode.loop import loop_for
+from fewstep.decode.outputs import through_first
 from fewstep.decode.requests import Event, Output, Request
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network

@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewstep
 from fewstep.cli.main import main
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.jacobi_windows import jacobi_trajectories
 from fewstep.decode.lookahead import NO_TOKEN, Lookahead, LookaheadState, _gathered
-from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
+from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.medusa import Medusa, _best_paths, _typical
 from fewstep.decode.prompt_lookup import PromptLookup, look_up
 from fewstep.decode.requests import Output, Record, Request

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from generators import streamed
 
 from fewstep.cli.main import main
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.autoregressive import Autoregressive
-from fewstep.decode.loop import Loop, decode, positions_needed, run_pass, stream
+from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
@@ -74,14 +76,7 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(target: Network) -
 
 def test_passes_of_both_networks_count_and_streams_tell_them(target: Network) -> None:
     decoder = Speculative(role=target.role, draft=drafting(target), window=5)
-    events = stream(target, REQUESTS[0], decoder)
-    told = []
-    while True:
-        try:
-            told.append(next(events))
-        except StopIteration as finished:
-            output = finished.value
-            break
+    told, output = streamed(target, REQUESTS[0], decoder)
     assert (output.num_forwards % 2, output.num_draft_forwards) == (0, 0)
     assert set(output.step_G[: output.num_tokens].tolist()) == set(range(2, output.num_forwards + 1, 2))
     assert [event.token_id for event in told] == output.token_ids

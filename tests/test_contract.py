@@ -11,9 +11,10 @@ from generators import streamed
 from test_decoders import decoder_of, network, requests, same
 from torch import Tensor
 
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
-from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
+from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Output, Record, Request

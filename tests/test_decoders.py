@@ -10,11 +10,12 @@ import torch
 from generators import streamed
 from torch import Tensor
 
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
 from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.diffusion import Diffusion
-from fewstep.decode.loop import Loop, decode, positions_needed, run_pass
+from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Order, Origin, Threshold
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling

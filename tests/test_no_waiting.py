@@ -15,8 +15,9 @@ from test_self_speculative import drafting
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import DRAWINGS, Accepted, Decoder, Shape
-from fewstep.decode.loop import Loop, positions_needed, run_pass
+from fewstep.decode.loop import Loop, run_pass
 from fewstep.decode.policies import DreamSchedule, EntropyBelow, Factor, FixedCount, Margin
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative

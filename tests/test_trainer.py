@@ -35,6 +35,7 @@ from fewstep.train.collect import collect, decode_with, distribution_of, teacher
 from fewstep.train.corruption import Corruption
 from fewstep.train.documents import CanvasLengths
 from fewstep.train.examples import Examples, Origin
+from fewstep.train.interruption import Interrupt
 from fewstep.train.learner import Learner
 from fewstep.train.lora import LoRASettings, save_trained
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor
@@ -43,7 +44,7 @@ from fewstep.train.output import check_output
 from fewstep.train.records import PromptRow
 from fewstep.train.samples import Samples
 from fewstep.train.stream import BatchStream
-from fewstep.train.trainer import TrainSettings, _Interrupt, train
+from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectories import read_table
 
 SETTINGS = TrainSettings(
@@ -360,7 +361,7 @@ def test_ctrl_c_and_sigterm_save_a_checkpoint_from_which_the_run_continues_exact
 def test_a_second_ctrl_c_stops_at_once_but_not_the_same_one_sent_twice_nor_a_second_sigterm(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    with _Interrupt(main=True) as interrupt:
+    with Interrupt(main=True) as interrupt:
         for later, number in ((0, signal.SIGTERM), (0.01, signal.SIGINT), (9, signal.SIGTERM)):
             now = later
             signal.raise_signal(number)

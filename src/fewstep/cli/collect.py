@@ -232,8 +232,8 @@ def _parse_worker(text: str) -> tuple[int, int]:
 
 def _takes(lm: "LanguageModel", teacher: "LanguageModel", given: dict[str, Any]) -> Callable[[list[int]], None]:
     """What raises FewstepError for a prompt that cannot be decoded so, or whose answer the teacher cannot label."""
+    from fewstep.decode.admission import check_request
     from fewstep.decode.jacobi import Jacobi
-    from fewstep.decode.loop import check_request
     from fewstep.decode.requests import Request
     from fewstep.engine.settings import GenerationSettings
 

@@ -1,4 +1,4 @@
-"""The loop that runs a decoder for many requests: admission to free slots, rounds of passes, recording, streaming.
+"""The loop that runs a decoder for many requests: slots that are refilled, rounds of passes, hidden rows recorded.
 
 Axes: R = slots, r = some of them, L = positions, S = positions scored in a step, G = canvas positions, D = hidden
 width.
@@ -9,26 +9,27 @@ each with the requests that need it. After a round the host reads two integers p
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.decode.admission import check_request, positions_needed
 from fewstep.decode.decoder import (
     DRAWINGS,
     Accepted,
     Decoder,
     Shape,
     drawing_of,
-    first_block_start,
     whole_blocks,
 )
 from fewstep.decode.generator import Generator, answer
-from fewstep.decode.requests import Canvas, Event, Output, Record, Request, TopK
+from fewstep.decode.outputs import new_events, output_of, with_record
+from fewstep.decode.requests import Canvas, Event, Output, Record, Request
 from fewstep.decode.state import State
-from fewstep.decode.steps import begin, check_settings, free_slots
+from fewstep.decode.steps import begin, free_slots
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores, check_draft
@@ -69,48 +70,6 @@ class _Ticket:
     request: Request
     canvas: Canvas
     submitted_s: float
-
-
-def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None = None) -> int:
-    """The positions that a request takes up: its context, its canvas (made by the decoder if not given) in whole
-    blocks, and what a pass reads or writes beyond it.
-    """
-    canvas = canvas or decoder.canvas(request)
-    start = first_block_start(decoder.role, len(request.prompt_ids))
-    blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
-    return start + blocks + decoder.traits.pass_length - decoder.block_size
-
-
-def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
-    """The request's canvas. FewstepError if the network, or a network that drafts for it, cannot decode it with this
-    decoder.
-    """
-    if not request.prompt_ids and (decoder.traits.cached or network.role.scores_next_token):
-        raise FewstepError("the prompt is empty; give at least one token")
-    if request.max_new_tokens < 1:
-        raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-    check_settings(decoder, request)
-    asked = request.max_new_tokens if request.canvas is None else len(request.canvas)
-    # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
-    asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
-    networks = (network, *decoder.traits.companions.values())
-    for each in networks:  # before a canvas is made, which may be of any size
-        _check_room(each, decoder, request, asked)
-    canvas = decoder.canvas(request)
-    for each in networks:
-        each.check_ids([*request.prompt_ids, *canvas.tokens])
-    return canvas
-
-
-def _check_room(network: Network, decoder: Decoder, request: Request, num_new: int) -> None:
-    num_given = len(request.prompt_ids)
-    network.check_length(num_given, num_new)
-    room = network.max_positions - num_given
-    if decoder.traits.num_guessed > room:
-        raise FewstepError(
-            f"the {decoder.name} decoder guesses {decoder.traits.num_guessed} positions ahead, and the prompt leaves "
-            f"{room} of the {network.max_positions} of {network.name}; set a smaller window"
-        )
 
 
 class Loop:
@@ -233,7 +192,7 @@ class Loop:
         return [
             (ticket.number, event)
             for ticket, row in zip(self._seen.values(), rows, strict=True)
-            for event in _new_events(ticket.request, *row)
+            for event in new_events(ticket.request, *row)
         ]
 
     def cancel(self, number: int) -> Output | None:
@@ -349,51 +308,14 @@ class Loop:
         for row, slot in enumerate(slots_r.tolist()):
             ticket = self._live.pop(slot)
             self._free.append(slot)
-            output = _output(ticket, state, row, finished_s)
-            if hidden_rLD is not None:
+            seconds = finished_s - ticket.submitted_s
+            output = output_of(ticket.request, ticket.canvas, state, row, seconds=seconds)
+            if hidden_rLD is not None and self.record is not None:
                 start = len(ticket.request.prompt_ids)
-                output = self._with_record(output, hidden_rLD[row, start : start + len(ticket.canvas.tokens)])
+                hidden_GD = hidden_rLD[row, start : start + len(ticket.canvas.tokens)]
+                output = with_record(output, hidden_GD, self.record, self.network)
             completed.append((ticket.number, output))
         return completed
-
-    def _with_record(self, output: Output, hidden_GD: Tensor) -> Output:
-        assert self.record is not None
-        top_k = None
-        if self.record.top_k is not None:
-            log_probs_GV = self.network.head(hidden_GD).log_softmax(-1)
-            best = log_probs_GV.topk(min(self.record.top_k, self.network.most_recorded), dim=-1)
-            tail_G = (1 - best.values.exp().sum(-1)).clamp(min=0)
-            top_k = TopK(best.indices.cpu(), best.values.cpu(), tail_G.cpu())
-        return replace(output, hidden_GD=hidden_GD.cpu() if self.record.hidden else None, top_k=top_k)
-
-
-def _output(ticket: _Ticket, state: State, row: int, finished_s: float) -> Output:
-    stop_token_ids = ticket.request.stop_token_ids or ()
-    start = len(ticket.request.prompt_ids)
-    canvas = slice(start, start + len(ticket.canvas.tokens))
-    canvas_ids_G = state.tokens_RL[row, canvas].clone()
-    token_ids = canvas_ids_G.tolist()
-    infilled = ticket.request.canvas is not None
-    if not infilled:
-        token_ids = token_ids[: ticket.request.max_new_tokens]
-        token_ids = through_first(token_ids, stop_token_ids)
-    return Output(
-        token_ids=token_ids,
-        num_tokens=sum(ticket.canvas.open) if infilled else len(token_ids),
-        num_forwards=int(state.num_forwards_R[row]),
-        num_draft_forwards=int(state.num_draft_forwards_R[row]),
-        seconds=finished_s - ticket.submitted_s,
-        finish_reason="stop" if not infilled and token_ids[-1] in stop_token_ids else "length",
-        canvas_ids_G=canvas_ids_G,
-        step_G=state.step_RL[row, canvas].clone(),
-        confidence_G=state.confidence_RL[row, canvas].clone(),
-    )
-
-
-def through_first(token_ids: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
-    """The ids up to and including the first that ends an answer; all of them if none does."""
-    ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
-    return list(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
 def loop_for(
@@ -431,19 +353,3 @@ def decode(
     `loop_for`.
     """
     return answer(loop_for(network, decoder, requests, **options), requests, on_output=on_output)
-
-
-def _new_events(
-    request: Request, tokens_L: Tensor, step_L: Tensor, confidence_L: Tensor, num_forwards: Tensor
-) -> Iterator[Event]:
-    """What the last step of the request finalised in its answer."""
-    infilled = request.canvas is not None
-    start, length = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
-    answer, step = slice(start, start + length), int(num_forwards)
-    tokens_G, steps_G = tokens_L[answer], step_L[answer]
-    ends = torch.tensor(() if infilled else request.stop_token_ids or (), dtype=tokens_G.dtype)
-    stops_G = torch.isin(tokens_G, ends) & (steps_G > 0)
-    for position in (steps_G == step).nonzero()[:, 0].tolist():
-        if stops_G[:position].any():
-            return
-        yield Event(position, int(tokens_G[position]), step, float(confidence_L[start + position]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from fewstep.decode.loop import check_request
+from fewstep.decode.admission import check_request
 from fewstep.decode.requests import Output
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel, Prompt

@@ -9,26 +9,21 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
-from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.files import remove_leftovers, write_folder_whole
@@ -37,6 +32,8 @@ from fewstep.models.checkpoint_files import DESCRIPTIONS
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.checkpoint import Checkpoints
+from fewstep.train.figures import Means, Speed
+from fewstep.train.interruption import Interrupt, told_failures
 from fewstep.train.learner import Learner
 from fewstep.train.lora import LoRASettings, save_trained
 from fewstep.train.monitor import CollapseMonitor
@@ -103,7 +100,7 @@ def train(
     if run.is_main:
         check_output(output)
         check_space(output, run.learner.num_bytes(checkpoint=run.saves_checkpoints))
-    with run.interrupt, _told_failures(run.accelerator):
+    with run.interrupt, told_failures(run.accelerator):
         run.restore()
         run.execute()
         return run.finish()
@@ -154,12 +151,12 @@ class _Run:
         )
         self.step = 0
         self.seconds = 0.0
-        self.means = _Means()
+        self.means = Means()
         self.checkpoints = Checkpoints(
             output / CHECKPOINTS, self.accelerator, self.learner.average, json.loads(json.dumps(self._fingerprint()))
         )
         self.log = RunLog(output / LOGS, max_steps=settings.max_steps, main=self.is_main)
-        self.interrupt = _Interrupt(main=self.is_main)
+        self.interrupt = Interrupt(main=self.is_main)
 
     @property
     def saves_checkpoints(self) -> bool:
@@ -188,7 +185,7 @@ class _Run:
     def execute(self) -> None:
         """Train from where the run stands to the last step."""
         settings = self.settings
-        speed = _Speed(self.stream.num_tokens)
+        speed = Speed(self.stream.num_tokens)
         with self.log, closing(self.stream):
             self.log.start(self.step)
             if self.step == settings.max_steps and settings.evaluate_every is not None:
@@ -224,7 +221,7 @@ class _Run:
                         f"interrupted at step {self.step}; a checkpoint is saved, repeat the command to continue"
                     )
                 if saves or evaluates:
-                    speed = _Speed(self.stream.num_tokens)
+                    speed = Speed(self.stream.num_tokens)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -397,96 +394,3 @@ def _publish(finished: Path, output: Path) -> None:
     for path in sorted(finished.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
         path.replace(output / path.name)
     finished.rmdir()
-
-
-class _Means:
-    """Figures of this process averaged over steps, kept on the device: nobody waits for them before they are logged."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, parts: Mapping[str, Tensor]) -> None:
-        self._sums = {name: self._sums.get(name, 0.0) + value.float() for name, value in parts.items()}
-        self._count += 1
-
-    @property
-    def means(self) -> dict[str, Tensor]:
-        return {name: value / self._count for name, value in self._sums.items()}
-
-    def clear(self) -> None:
-        self._sums, self._count = {}, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: value.item() for name, value in self._sums.items()}, "count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
-        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
-        self._count = state["count"]
-
-
-class _Speed:
-    """Tokens per second of this process since the last time it was asked."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self._start, self._num_tokens = time.monotonic(), num_tokens
-
-    def rate(self, num_tokens: int) -> float:
-        now = time.monotonic()
-        rate = (num_tokens - self._num_tokens) / max(now - self._start, 1e-9)
-        self._start, self._num_tokens = now, num_tokens
-        return rate
-
-
-ONE_CTRL_C_S = 1.0
-"""A Ctrl-C in a terminal reaches a process of torchrun twice: from the terminal, and from the launcher."""
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM, into a wish, to be granted between two steps; a second Ctrl-C acts at once.
-
-    SIGTERM is left to whoever listens to it already, as the command line does, which calls this handler.
-    """
-
-    def __init__(self, *, main: bool) -> None:
-        self.wanted = False
-        self._main = main
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():  # no other may listen
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
-            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.wanted:
-            self.wanted, self._since = True, now
-            if self._main:
-                print("stopping after this step; another Ctrl-C stops at once", file=sys.stderr)
-        elif number == signal.SIGINT and now - self._since > ONE_CTRL_C_S:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _told_failures(accelerator: Accelerator) -> Iterator[None]:
-    """Say in a sentence what torch tells in words of its own: no memory, or a process that is gone."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise FewstepError(
-                f"a step needs more memory than there is on {accelerator.device}; use fewer rows or a shorter "
-                "row_length, and make up for it by a higher accumulation"
-            ) from error
-        if accelerator.num_processes > 1 and re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.I):
-            raise FewstepError(
-                f"another of the {accelerator.num_processes} processes has ended; its message tells why"
-            ) from error
-        raise

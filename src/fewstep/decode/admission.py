@@ -1,0 +1,49 @@
+"""Whether a network and a decoder can answer a request, and how many positions it takes up; on the host."""
+
+from fewstep.decode.decoder import Decoder, first_block_start, whole_blocks
+from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.steps import check_settings
+from fewstep.errors import FewstepError
+from fewstep.models.network import Network
+
+
+def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None = None) -> int:
+    """The positions that a request takes up: its context, its canvas (made by the decoder if not given) in whole
+    blocks, and what a pass reads or writes beyond it.
+    """
+    canvas = canvas or decoder.canvas(request)
+    start = first_block_start(decoder.role, len(request.prompt_ids))
+    blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
+    return start + blocks + decoder.traits.pass_length - decoder.block_size
+
+
+def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
+    """The request's canvas. FewstepError if the network, or a network that drafts for it, cannot decode it with this
+    decoder.
+    """
+    if not request.prompt_ids and (decoder.traits.cached or network.role.scores_next_token):
+        raise FewstepError("the prompt is empty; give at least one token")
+    if request.max_new_tokens < 1:
+        raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+    check_settings(decoder, request)
+    asked = request.max_new_tokens if request.canvas is None else len(request.canvas)
+    # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
+    asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
+    networks = (network, *decoder.traits.companions.values())
+    for each in networks:  # before a canvas is made, which may be of any size
+        _check_room(each, decoder, request, asked)
+    canvas = decoder.canvas(request)
+    for each in networks:
+        each.check_ids([*request.prompt_ids, *canvas.tokens])
+    return canvas
+
+
+def _check_room(network: Network, decoder: Decoder, request: Request, num_new: int) -> None:
+    num_given = len(request.prompt_ids)
+    network.check_length(num_given, num_new)
+    room = network.max_positions - num_given
+    if decoder.traits.num_guessed > room:
+        raise FewstepError(
+            f"the {decoder.name} decoder guesses {decoder.traits.num_guessed} positions ahead, and the prompt leaves "
+            f"{room} of the {network.max_positions} of {network.name}; set a smaller window"
+        )

@@ -1,0 +1,71 @@
+"""What a state says of a request: the events of its last step, and its output; on the host.
+
+Axes: L = positions, G = canvas positions, D = hidden width, V = vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.requests import Canvas, Event, Output, Record, Request, TopK
+from fewstep.decode.state import State
+from fewstep.models.network import Network
+
+
+def new_events(
+    request: Request, tokens_L: Tensor, step_L: Tensor, confidence_L: Tensor, num_forwards: Tensor
+) -> Iterator[Event]:
+    """What the last step of the request finalised in its answer."""
+    infilled = request.canvas is not None
+    start, length = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
+    answer, step = slice(start, start + length), int(num_forwards)
+    tokens_G, steps_G = tokens_L[answer], step_L[answer]
+    ends = torch.tensor(() if infilled else request.stop_token_ids or (), dtype=tokens_G.dtype)
+    stops_G = torch.isin(tokens_G, ends) & (steps_G > 0)
+    for position in (steps_G == step).nonzero()[:, 0].tolist():
+        if stops_G[:position].any():
+            return
+        yield Event(position, int(tokens_G[position]), step, float(confidence_L[start + position]))
+
+
+def output_of(request: Request, layout: Canvas, state: State, row: int, *, seconds: float) -> Output:
+    """The output of a request in a row of the state, which is on the CPU; of one under way, what it has until now."""
+    stop_token_ids = request.stop_token_ids or ()
+    start = len(request.prompt_ids)
+    canvas = slice(start, start + len(layout.tokens))
+    canvas_ids_G = state.tokens_RL[row, canvas].clone()
+    token_ids = canvas_ids_G.tolist()
+    infilled = request.canvas is not None
+    if not infilled:
+        token_ids = token_ids[: request.max_new_tokens]
+        token_ids = through_first(token_ids, stop_token_ids)
+    return Output(
+        token_ids=token_ids,
+        num_tokens=sum(layout.open) if infilled else len(token_ids),
+        num_forwards=int(state.num_forwards_R[row]),
+        num_draft_forwards=int(state.num_draft_forwards_R[row]),
+        seconds=seconds,
+        finish_reason="stop" if not infilled and token_ids[-1] in stop_token_ids else "length",
+        canvas_ids_G=canvas_ids_G,
+        step_G=state.step_RL[row, canvas].clone(),
+        confidence_G=state.confidence_RL[row, canvas].clone(),
+    )
+
+
+def through_first(token_ids: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """The ids up to and including the first that ends an answer; all of them if none does."""
+    ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
+    return list(token_ids[: ends[0] + 1] if ends else token_ids)
+
+
+def with_record(output: Output, hidden_GD: Tensor, record: Record, network: Network) -> Output:
+    """With what the record asks for, from the hidden row of each position of the canvas."""
+    top_k = None
+    if record.top_k is not None:
+        log_probs_GV = network.head(hidden_GD).log_softmax(-1)
+        best = log_probs_GV.topk(min(record.top_k, network.most_recorded), dim=-1)
+        tail_G = (1 - best.values.exp().sum(-1)).clamp(min=0)
+        top_k = TopK(best.indices.cpu(), best.values.cpu(), tail_G.cpu())
+    return replace(output, hidden_GD=hidden_GD.cpu() if record.hidden else None, top_k=top_k)
