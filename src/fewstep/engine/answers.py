@@ -1,4 +1,4 @@
-"""Many prompts answered one by one or in batches, each answer kept as it comes, with the time that all took."""
+"""Answers to many prompts, one by one or in batches; each answer is kept when it completes, with the time for all."""
 
 import statistics
 import time
@@ -50,14 +50,16 @@ class Answers:
 
     @property
     def step_ms(self) -> float:
-        """The median time between two rounds; at batch 1 that of one forward and what goes with it."""
+        """The median time between two rounds; at batch 1 that of one forward and the work around it."""
         return 1000 * statistics.median(self.round_seconds)
 
 
 def check_prompts(
     lm: LanguageModel, prompts: Sequence[Prompt], names: Sequence[str], *, raw: bool = False, **settings: Any
 ) -> None:
-    """FewstepError with the name of the first prompt that the model cannot take so, before any is answered."""
+    """FewstepError with the name of the first prompt that the model cannot answer with these settings, before any is
+    answered.
+    """
     decoder, chosen = lm.decoder(**settings), GenerationSettings.of(**settings)
     for prompt, name in zip(prompts, names, strict=True):
         try:
@@ -76,10 +78,10 @@ def answer_all(
     raw: bool = False,
     **settings: Any,
 ) -> Answers:
-    """Answer each prompt that `kept` has no answer of; `progress` is called after each, also for those kept.
+    """Answer each prompt that has no answer in `kept`; `progress` is called after each prompt, also for those kept.
 
     At `batch_size` 1 the prompts are asked one after another, so that `seconds` is the time of that prompt alone; in a
-    batch it counts from the common start, waiting for a free slot included.
+    batch it counts from the common start and includes the wait for a free slot.
     """
     kept = Kept() if kept is None else kept
     entries = [_whole(kept.get(str(index))) for index in range(len(prompts))]

@@ -129,7 +129,7 @@ class LanguageModel:
         """Answer one prompt, or each of a list, `batch_size` at a time; outputs in the given order.
 
         The chat template is applied unless `raw`. `on_output(index, output)` is called as each completes, `listeners`
-        after each round with the state of all slots.
+        are called after each round with the state of all slots.
         """
         chosen = GenerationSettings.of(**settings)
         single = _is_single(prompt)
@@ -183,9 +183,10 @@ class LanguageModel:
     ) -> Output:
         """Fill a gap of `num_tokens` between `prefix` and `suffix`, or every mask token inside `text`.
 
-        `prompt` is what the text answers, through the chat template unless `raw`. The output's `text` is the whole
+        `prompt` is the prompt that the text answers; the chat template is applied unless `raw`. The output's `text` is
+        the whole
         text filled in, its `token_ids` the canvas from the first mask on (with a prompt, the whole text), of which
-        `num_tokens` are new. Settings are those of the diffusion decoder, less `max_new_tokens`, `canvas_length`,
+        `num_tokens` are new. Settings are those of the diffusion decoder, except `max_new_tokens`, `canvas_length`,
         `early_stop` and `alg`.
         """
         for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
@@ -268,8 +269,9 @@ class LanguageModel:
 class Stream:
     """Iterate over the events of one request as they happen; `output` is its Output once they are exhausted.
 
-    An event's `text` is its token alone. `answer_text()` is the text of the tokens that have everything before them
-    final, up to an end-of-text: it only grows, so it can be printed as it comes.
+    An event's `text` is that of its token alone. `answer_text()` is the text of all tokens before the first open
+    position,
+    up to an end-of-text: it only grows, so it can be printed as it comes.
     """
 
     def __init__(self, model: LanguageModel, chosen: GenerationSettings, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What makes a result, so that a rerun does not mix it with what others make."""
+"""What a result depends on, so that a rerun does not mix it with results of other weights or settings."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How alike the answers of two decoders or models are, token for token; which of them are better it does not say."""
+"""How similar the answers of two decoders or models are, token by token; this does not say which are better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ class Agreement:
 
 
 def measure_agreement(answers: Sequence[Tokens], references: Sequence[Tokens]) -> Agreement:
-    """The agreement of answers with the references of the same places. ValueError for other numbers of them, or none.
+    """The agreement of each answer with its reference. ValueError unless there are as many references as answers, and
+    at least one.
 
-    The interval takes the answers as independent.
+    The interval assumes that the answers are independent.
     """
     if len(answers) != len(references) or not answers:
         raise ValueError(f"agreement needs a reference for each answer, got {len(answers)} and {len(references)}")

@@ -13,7 +13,7 @@ from fewstep.measure.metrics import Interval, clustered_paired_interval, mcnemar
 class Comparison:
     """The first report against the second; differences are first - second, ratios first / second.
 
-    `names` tells the two apart: the models, with what differs if they are the same. `difference_clustered` treats the
+    `names` names the two: the models, and what differs if they are the same model. `difference_clustered` treats the
     problems of one template as one cluster; it is None if the problems name no templates. `p_value` is McNemar's exact
     test. `seconds_ratio` compares the medians and means something only if both reports come from one run on the same
     machine, at the same batch size.
@@ -70,7 +70,7 @@ def compare(
     *,
     settings: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
 ) -> Comparison:
-    """Compare two evaluations; `settings`, of which one model may have two, give them names.
+    """Compare two evaluations; `settings` name them if one model was evaluated with two settings.
 
     FewstepError unless they answered the same problems in the same order.
     """
@@ -118,7 +118,7 @@ def _among(report: Report, ids: Set[str]) -> Report:
 
 
 def _names(reports: tuple[Report, Report], settings: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str]:
-    """The models; one model twice has beside it, in brackets, what differs.
+    """The names of the models; if both are the same model, with what differs in brackets.
 
     That is what the reports say of the decoding, since a default may have been the checkpoint's, and otherwise the
     settings, of which one may have been left to its default.

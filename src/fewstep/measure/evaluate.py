@@ -41,7 +41,8 @@ class Record:
 class Report:
     """An evaluation: how it was run, and a record for each problem in order.
 
-    `num_kept` of the answers are of an earlier run that was cut off. `calibration`: what the checkpoint promises, if it
+    `num_kept` of the answers come from an earlier run that was interrupted. `calibration`: what the checkpoint
+    promises, if it
     was decoded as that says. `wall_seconds` is for all problems together,
     `step_ms` the median time between two rounds of the loop (at batch 1 one forward and what goes with it).
     """
@@ -149,10 +150,10 @@ def evaluate(
 ) -> Report:
     """Answer every problem and judge the answers by `metric`. Settings are those of `LanguageModel.generate`.
 
-    `task` is the name that the report gives to where the problems are from.
+    `task` is the report's name for the source of the problems.
     At `batch_size` 1 the problems are asked one after another, so a record's `seconds` is the time of that problem
-    alone; in a batch it counts from the common start, waiting for a free slot included. `kept`: answers of an earlier
-    run, which are not asked for again, and where new ones are kept. `progress` is called after each problem.
+    alone; in a batch it counts from the common start and includes the wait for a free slot. `kept`: answers of an
+    earlier run, which are not computed again; new answers are added to them. `progress` is called after each problem.
     FewstepError if there are no problems, or if the model cannot take one, before any is answered.
     """
     check_problems(model, problems, **settings)
@@ -253,7 +254,7 @@ def _calibration(model: LanguageModel, decoder: Decoder, settings: Mapping[str, 
 
 
 def _warm_up(model: LanguageModel, problem: Problem, settings: dict[str, Any]) -> None:
-    """A short answer, so that the first problem pays for no lazy initialisation."""
+    """Give a short answer, so that lazy initialisation does not count for the first problem."""
     short = {name: value for name, value in settings.items() if name not in ("steps", "canvas_length")}
     model.generate(problem.question, **{**short, "max_new_tokens": _WARM_UP_TOKENS})
 

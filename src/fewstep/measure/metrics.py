@@ -24,7 +24,8 @@ class Interval:
 
 
 def wilson_interval(num_right: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """The share `num_right` / `n` with Wilson's score interval (1927); for n = 0 the share is NaN and all is possible.
+    """The share `num_right` / `n` with Wilson's score interval (1927); for n = 0 the share is NaN and the interval is
+    [0, 1].
 
     ValueError if `num_right` is not between 0 and `n`.
     """
@@ -41,7 +42,8 @@ def wilson_interval(num_right: int, n: int, confidence: float = CONFIDENCE) -> I
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of McNemar's test: items that only the first, and only the second, has right.
+    """Two-sided exact p-value of McNemar's test: the numbers of items that only the first, or only the second, answers
+    right.
 
     Under the hypothesis of equal accuracy each such item is a fair coin. 1.0 if there are none.
     """
@@ -54,7 +56,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def paired_interval(first: Sequence[bool], second: Sequence[bool], confidence: float = CONFIDENCE) -> Interval:
-    """Accuracy of `first` less accuracy of `second` on the same items, which are taken as independent.
+    """Accuracy of `first` minus accuracy of `second` on the same items, which are assumed to be independent.
 
     The estimate is the plain difference; the interval is Wald's after adding one item to each discordant cell
     (Bonett and Price 2012), so it keeps a width when the two never differ. ValueError for other lengths or none.
@@ -70,10 +72,10 @@ def paired_interval(first: Sequence[bool], second: Sequence[bool], confidence: f
 def clustered_paired_interval(
     first: Sequence[bool], second: Sequence[bool], clusters: Sequence[Hashable], confidence: float = CONFIDENCE
 ) -> Interval:
-    """The same difference when items of one cluster (a template) rise and fall together.
+    """The same difference when items of one cluster (a template) are correlated.
 
     Cluster-robust variance of the mean difference with the factor G / (G - 1), and Student's t with G - 1 degrees of
-    freedom for G clusters (Miller 2024, arXiv 2411.00640). A single cluster says nothing: -1 to 1.
+    freedom for G clusters (Miller 2024, arXiv 2411.00640). A single cluster gives no information: -1 to 1.
     """
     n = _check_pairs(first, second)
     if len(clusters) != n:
@@ -132,8 +134,9 @@ def crossed_interval(values_SI: np.ndarray, clusters: Sequence[int]) -> Interval
     """The mean over seeds and problems with a 95 % interval for other seeds and other problems.
 
     Two variances are added: of the problems' means over the seeds, clustered (as `clustered_paired_interval`), and of
-    the seeds' means. Student's t with the degrees of freedom of Welch and Satterthwaite. A little too wide, as what a
-    seed does to a problem counts in both. Values may be differences.
+    the seeds' means. Student's t with the degrees of freedom of Welch and Satterthwaite. The interval is a little too
+    wide, since the
+    interaction of seed and problem counts in both. Values may be differences.
     """
     num_seeds, num_items = values_SI.shape
     mean = float(values_SI.mean())

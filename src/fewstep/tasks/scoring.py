@@ -17,7 +17,8 @@ class Metric:
     """One way to judge answers.
 
     `reference(value, where)` is the right answer of a row as text, or a FewstepError naming `where`; `extract(text)`
-    the answer that a text gives in its normalised form, None for none; `is_correct(text, answer)` the verdict.
+    the answer that a text gives, in its normalised form (None if it gives none); `is_correct(text, answer)` the
+    verdict.
     """
 
     name: str

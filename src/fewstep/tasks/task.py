@@ -12,7 +12,7 @@ from fewstep.tasks.scoring import NUMBER, Metric, metric_named
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """What a model is asked, and how its answers are judged; a new one says its `name`, `about` and `read`.
+    """What a model is asked, and how its answers are judged; a new task defines `name`, `about` and `read`.
 
     `splits`: the parts it has, the default first; none if a file is all there is. `reads`: what file or folder the user
     gives, None if the problems ship with the package. `metrics`: those that a user may choose from.
@@ -33,7 +33,8 @@ class Task(ABC):
     def problems(self, split: str | None = None, n: int | None = None, *, data: Path | None = None) -> list[Problem]:
         """The first `n` problems of a split, by default all of the first one.
 
-        FewstepError for a split that the task has not, data that it does not read or lacks, and damaged files.
+        FewstepError for a split that the task does not have, for data that it does not read or that is missing, and for
+        damaged files.
         """
         if data is None and self.reads is not None:
             raise FewstepError(f"data must be given for the task {self.name}: {self.reads}")
@@ -65,7 +66,7 @@ class Task(ABC):
         return self.metric.is_correct(text, answer)
 
     def judged_by(self, metric: str) -> "Task":
-        """The same task with another metric. FewstepError for one that it has not."""
+        """The same task with another metric. FewstepError for a metric that it does not have."""
         chosen = metric_named(metric)
         if metric not in self.metrics:
             raise FewstepError(

@@ -1,4 +1,4 @@
-"""How near a text comes to the right one: exact, normalised, contained, and chrF. Axes: N = orders of n-grams."""
+"""How close a text comes to the right one: exact, normalised, contained, and chrF. Axes: N = orders of n-grams."""
 
 import re
 import unicodedata
@@ -37,7 +37,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def is_exact(text: str, answer: str) -> bool:
-    """Whether the two are the same, but for white space at their ends."""
+    """Whether the two are the same, except for white space at their ends."""
     return text.strip() == answer.strip()
 
 

@@ -143,11 +143,13 @@ def collect_jacobi(
 ) -> CollectReport:
     """Decode `rows` by `decoder` and store the states of their windows; other options are those of `collect_records`.
 
-    With `most_repetition` answers are rejected of whose 4-grams more than this share occurred in them before: training
-    on repetitive answers collapses. `on_output` is called as each prompt is decoded. FewstepError for no such share.
+    With `most_repetition` an answer is rejected if more than this share of its 4-grams occurred earlier in it: training
+    on repetitive answers collapses. `on_output` is called as each prompt is decoded. FewstepError unless it lies
+    between
+    0 and 1.
     """
     if most_repetition is not None and not 0 <= most_repetition <= 1:
-        raise FewstepError(f"most_repetition is a share between 0 and 1, got {most_repetition}; try 0.3")
+        raise FewstepError(f"most_repetition must be a share between 0 and 1, got {most_repetition}; try 0.3")
 
     def decode(some: Sequence[PromptRow], seeds: Sequence[int]) -> list[JacobiTrajectory]:
         requests = requests_for(some, seeds, max_new_tokens=max_new_tokens, early_stop=early_stop)
@@ -212,7 +214,7 @@ def collect_texts(
 
 
 def _writer_hash(network: Network) -> str:
-    """Whose texts they are: with a gated adapter they are its base's."""
+    """The hash of the network whose texts these are; with a gated adapter, that of its base."""
     return weights_hash(network) if network.adapter is None else network.adapter.base_hash
 
 

@@ -65,9 +65,9 @@ class BlockOrders:
 class CDLMSettings:
     """Weights of the three losses and how each is formed.
 
-    A share `untouched` of the trajectories' blocks is shown fully masked, the state that decoding meets in every
-    block; the others draw their state with equal chances (as published, with `untouched` 0). FewstepError for a
-    consistency loss without an anchor, unless forced.
+    A share `untouched` of the trajectories' blocks is fully masked, which is how every block looks when decoding
+    begins with it; the other blocks draw their state uniformly (as published, with `untouched` 0). FewstepError for a
+    consistency loss without a second loss that anchors it, unless `allow_unanchored` is set.
     """
 
     distillation: Annotated[Weight, "Weight of the divergence from the teacher's distributions."] = 1.0
@@ -107,7 +107,10 @@ class CDLMObjective:
         settings: CDLMSettings | None = None,
         corruption: BlockCorruption | None = None,
     ) -> None:
-        """`corruption`: how the blocks of references are masked. FewstepError for what has no meaning together."""
+        """`corruption`: how the blocks of references are masked. FewstepError if the role, the table and the settings
+        do
+        not fit each other.
+        """
         if role.name != "block_causal":
             raise FewstepError(f"CDLM trains a block_causal student, not {role.name}")
         check_packable(role)
@@ -256,7 +259,7 @@ class CDLMBatch:
 
 
 def _hard(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Cross-entropy; without a position 0, with a gradient."""
+    """Cross-entropy; if there is no position, 0 with a gradient."""
     return losses.cross_entropy(logits_NV, targets_N, weights_N) if len(targets_N) else logits_NV.sum()
 
 
@@ -286,7 +289,7 @@ class _BlockStates:
         return (self._block_source_RT + state_RT).clamp(0, len(self._orders.rank_P) - 1)
 
     def last_of_pass(self, state_RT: Tensor) -> Tensor:
-        """The last of the states that are the same as these."""
+        """The highest number that names the same state: positions of one pass share their state."""
         return torch.where(state_RT < self.count_RT, self._orders.after_P[self._at(state_RT)] - 1, state_RT)
 
     def masked_in(self, state_RT: Tensor) -> Tensor:

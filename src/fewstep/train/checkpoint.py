@@ -1,4 +1,4 @@
-"""Checkpoints of a run in training: whole folders, of which the newest is continued.
+"""Checkpoints of a training run: whole folders, of which the newest is continued.
 
 A checkpoint also names the hash of each of its files. Nothing of it is used unless all are there as they were written:
 accelerate would go on without random states that are missing, and the run would no longer repeat itself.

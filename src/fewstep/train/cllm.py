@@ -89,7 +89,7 @@ class JacobiTable:
         return torch.from_numpy(table_WK[:, :-1])
 
     def fingerprint(self) -> str:
-        """Other trajectories or another window, another fingerprint."""
+        """Differs for other trajectories or another window."""
         return f"{self.window}: {self.examples.fingerprint()} {fingerprint(self.states_Z, self.num_states_W)}"
 
 
@@ -98,7 +98,7 @@ class CLLMSettings:
     """The weights of the two losses and how each is formed.
 
     The consistency loss is between a window's state and its fixed point (`global`) or its next state (`local`), from
-    the first token on in which they differ. A state is drawn with equal chances for each window (`uniform`, as
+    the first token on in which they differ. A state is drawn uniformly for each window (`uniform`, as
     published), or the windows of an answer take the states nearest to noise ratios that rise from 1 / `noise_cycle` to
     1 and begin again (`progressive`, Jacobi Forcing; where the cycle begins is drawn for each answer). In a share
     `augmented` of the windows half of the wrong tokens are corrected. The autoregressive loss is on the network's own
@@ -271,7 +271,7 @@ class _Windows:
 
     @property
     def next_tokens_RT(self) -> Tensor:
-        """The windows' tokens one pass later."""
+        """The tokens of the windows one pass later."""
         return self._tokens_of(self._state_U + 1)
 
     def layout(self) -> Layout:
@@ -281,10 +281,10 @@ class _Windows:
         return Layout(documents.packed.document_RT, position_RT, self._noisy_RT, start_RT)
 
     def scored(self) -> Tensor:
-        """Noisy rows behind a token that is not the goal's, which score a token of their window.
+        """Noisy rows that score a token of their window and see at least one token that differs from the goal.
 
-        Rows before see nothing wrong, so theirs is the goal already. The first token of a window is scored by a clean
-        row.
+        Earlier rows see only right tokens, so they compute the goal itself. The first token of a window is scored by a
+        clean row.
         """
         goal_RT = self.next_tokens_RT if self._settings.goal == "local" else self._documents.clean_RT
         wrong_RT = (self.tokens_RT != goal_RT) & self._noisy_RT

@@ -41,7 +41,7 @@ class CollectReport:
     num_forwards: int = 0
 
     def plus(self, facts: Mapping[str, int], *, made_now: bool) -> "CollectReport":
-        """With one more shard."""
+        """The report with one more shard."""
         return replace(
             self,
             num_shards=self.num_shards + 1,
@@ -75,7 +75,7 @@ def requests_for(rows: Sequence[PromptRow], seeds: Sequence[int], **asked: Any) 
 
 
 def whenever(call: Callable[[], None] | None) -> Callable[[int, object], None]:
-    """Calls `call`, if there is one, whenever a request completes; what completed does not matter."""
+    """A callback of `decode` that calls `call`, if there is one, each time a request completes."""
 
     def completed(_index: int, _output: object) -> None:
         if call is not None:
@@ -170,10 +170,11 @@ def collect_records(
 
     Shard s holds rows s * shard_size onwards and is decoded in one call by worker k of n if s % n == k; seeds depend on
     the prompt's id and `seed` only, so the files do not depend on the number of workers or on interruptions. `settings`
-    says how `decode_rows` decodes, `stop_token_ids` where its answers end, `described` what `kind` has to know; all go
-    into the manifest, and a folder begun with others or other rows is refused. `keep` rejects records (a wrong answer,
-    say); rejections are counted in the shard and in the report. The next shard is decoded while the last one is
-    written. `on_shard` is told of those that were finished before, together, and of each that is made now.
+    describes how `decode_rows` decodes, `stop_token_ids` which tokens end its answers, and `described` is what `kind`
+    needs to know; all are written into the manifest, and a folder begun with other values or rows is refused. `keep`
+    returns False for a record to be rejected (a wrong answer, for example); the shard and the report count rejections.
+    The next shard is decoded while the last one is written. `on_shard` is called once for all shards that were finished
+    before, and once for each that is made now.
 
     FewstepError for no rows, ids that occur twice, a bad worker, other settings, or a full disk.
     """
@@ -237,7 +238,9 @@ def collect_records(
 
 
 def _named_ends(folder: Path, stop_token_ids: Sequence[int]) -> dict[str, list[int]]:
-    """What the manifest says of the end tokens: nothing where an older version began it, which knew of one at most."""
+    """The manifest's entry of end tokens; empty if an older version, which knew one end token at most, began the
+    folder.
+    """
     manifest = folder / MANIFEST_NAME
     if len(stop_token_ids) <= 1 and manifest.exists():
         begun = read_json(manifest)

@@ -24,8 +24,9 @@ class BlockCorruption:
     point masked and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
     the rest has positions masked at random.
 
-    From a share `visited` of the states the network that is trained goes on by itself: a forward without gradient ranks
-    the masked positions of the block by confidence, and a random number of the most confident ones are unmasked, to
+    In a share `visited` of the states, the network in training first decodes further by itself: a forward without
+    gradient ranks the masked positions of the block by confidence, and a random number of the most confident ones are
+    unmasked, to
     the reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
     visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
@@ -103,7 +104,7 @@ class Corruption(BlockCorruption):
             raise FewstepError("visited and late states have no mask ratio to weight by; use the weighting uniform")
 
     def check(self, role: RoleName) -> None:
-        """FewstepError where a share has no meaning for the role."""
+        """FewstepError if a share has no meaning for the role."""
         if role == "block_causal" and self.leftward:
             raise FewstepError("leftward states are for the role bidirectional; a block_causal network sees no others")
         if role == "bidirectional" and (self.frontier or self.late or self.visited) and not self.leftward:

@@ -121,8 +121,8 @@ class CanvasLengths:
         return len(self.weights) * self.block_size
 
     def draw(self, needed_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """At least `needed_N` tokens each: the distribution conditioned on being long enough; without `rng` the longest
-        that it may give.
+        """Canvas lengths of at least `needed_N` tokens, drawn from the distribution conditioned on being long enough;
+        without `rng` the greatest possible lengths.
         """
         chance = np.asarray(self.weights) / np.sum(self.weights)
         needed_blocks = np.maximum(-(-needed_N // self.block_size), 1)
@@ -179,8 +179,8 @@ class PackedDocuments:
         self.clean_RT = torch.where(in_context, prompt, response).long()
 
     def layout(self) -> Layout:
-        """Visibility by the role's block numbers. Rows apart for noise, which only rows of their own number see, have
-        the blocks of a block-causal network and several canvases of one context.
+        """Visibility by the role's block numbers. The blocks of a block-causal network, and several canvases of one
+        context, have noisy rows of their own, which only rows of the same number see.
         """
         blocks = self.role.blocks(self.positions_RT, self.context_RT)
         if self.role.name == "block_causal":
@@ -234,7 +234,7 @@ class PackedDocuments:
         return Masking(masked_RT, masked_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
 
     def unmasking(self, masking: Masking, targets: Tensor, visited: float, generator: torch.Generator) -> Unmasking:
-        """Of a share `visited` of the states that can go on a random number of positions, not all masked ones."""
+        """For a share `visited` of the states that can go on: a random number of their masked positions, but not all."""
         goes_on_U, share_U = (corruption.stratified_uniform((masking.num_units,), generator) for _ in range(2))
         unit_S = masking.unit_RT.flatten()[targets]
         free_S = masking.goes_on_RT.flatten()[targets] & masking.masked_RT.flatten()[targets]

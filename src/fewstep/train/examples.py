@@ -50,7 +50,7 @@ class Origin:
 class Examples:
     """N pairs of prompt and completion (end-of-text included) as flat token ids and offsets [N + 1].
 
-    `origins`: where they come from, one after the other, if that is known; for sentences about one of them.
+    `origins`: where they come from, one after the other, if that is known; error messages name examples by them.
     """
 
     prompt_ids: Tensor
@@ -73,7 +73,7 @@ class Examples:
         return f"example {index + 1}"
 
     def check_tokens(self, vocab_size: int) -> None:
-        """FewstepError naming the first example with a token that a network of so many does not have."""
+        """FewstepError naming the first example with a token outside the vocabulary of `vocab_size` tokens."""
         for ids, offsets in ((self.prompt_ids, self.prompt_offsets), (self.completion_ids, self.completion_offsets)):
             outside = ((ids < 0) | (ids >= vocab_size)).nonzero()
             if len(outside):
@@ -98,7 +98,7 @@ class Examples:
         return torch.stack([self.prompt_offsets.diff(), self.completion_offsets.diff()], 1).cpu().numpy()
 
     def fingerprint(self) -> str:
-        """A hash of all token ids and offsets: other data, another fingerprint."""
+        """A hash of all token ids and offsets, which differs for other data."""
         return fingerprint(self.prompt_ids, self.prompt_offsets, self.completion_ids, self.completion_offsets)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What learns: weights, optimizer, schedule and moving average, and one step of theirs."""
+"""Weights, optimizer, schedule and moving average of a run, and one optimizer step."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -229,7 +229,8 @@ class Learner:
 def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     """Step, from 1 -> its share of the highest learning rate, above 0 in the first step and in the last.
 
-    transformers' schedules are 0 at step 0 of a warm-up and at the end, which are no steps of ours.
+    transformers' schedules are 0 at step 0 of the warm-up and at the end, which are steps that a run here does not
+    have.
     """
     shares: Any = get_scheduler(
         settings.schedule,

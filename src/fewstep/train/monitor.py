@@ -1,7 +1,8 @@
-"""Stops a run whose model has collapsed: a loss that is not a number or runs away, outputs that repeat or say nothing.
+"""Stops a run whose model has collapsed: its loss is not a number or grows without end, or its outputs repeat or are
+empty.
 
-Consistency losses have a trivial solution, the model that says one thing always. The loss falls all the same, so the
-outputs are watched: their health must stay near that of a baseline (the references, or the first evaluation).
+Consistency losses have a trivial solution, the model that always gives the same answer. The loss falls even then, so
+the outputs are watched: their health must stay near that of a baseline (the references, or the first evaluation).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The folder that a training run writes: whether it can be had is found out before any work."""
+"""The folder that a training run writes: whether it can be written is found out before any work."""
 
 import os
 import re
@@ -28,7 +28,7 @@ PROBE = b"\0" * 4096
 def check_output(output: Path) -> None:
     """FewstepError if `output` holds a finished model, or cannot be a folder that is written to.
 
-    It is tried out with a small file, in the folders of an earlier run too; what is made for that is removed again. If
+    This is tried with a small file, also in the folders of an earlier run; the file is removed again. If
     the model is that of a run that was killed before it could remove its checkpoints, they are removed now.
     """
     try:

@@ -227,8 +227,8 @@ class RecordStore(Generic[ShardsT]):
     """A finished folder of records, for reading."""
 
     def __init__(self, folder: str | Path, files: type[ShardsT], *, teacher_hash: str | None = None) -> None:
-        """FewstepError if the folder is no store of this kind and schema, unfinished, or of another than
-        `teacher_hash`.
+        """FewstepError if the folder is no store of this kind and schema, is unfinished, or was made by a network other
+        than the one of `teacher_hash`.
         """
         shards = Shards.open(folder)
         self.files = files(shards)
@@ -256,7 +256,7 @@ class RecordStore(Generic[ShardsT]):
     def columns(self, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
         """The columns of all shards, one shard after the other: `ids`, flat arrays and lengths.
 
-        FewstepError for a shard that is damaged, as one counts in whose columns `check` raises a ValueError.
+        FewstepError for a damaged shard; a shard for whose columns `check` raises a ValueError counts as damaged.
         """
         parts = []
         for index in self.finished:
@@ -294,7 +294,7 @@ def check_range(name: str, values: np.ndarray, least: float, most: float | None 
 
 
 def concatenated(parts: Sequence[np.ndarray], dtype: Any, width: int | None = None) -> np.ndarray:
-    """Arrays one after the other in this type; of none, an empty one."""
+    """Arrays one after the other in this type; an empty array if there are none."""
     shape = (0,) if width is None else (0, width)
     return np.concatenate([np.empty(shape, dtype), *parts], dtype=dtype, casting="same_kind")
 
@@ -307,7 +307,7 @@ def offsets_of(lengths: Sequence[int] | np.ndarray, dtype: Any = np.int64) -> np
 
 
 def ragged(values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Flat values, so many to each of N rows, as tensors: the values and the offsets [N + 1]."""
+    """Flat values of N rows with these lengths, as tensors: the values and the offsets [N + 1]."""
     return torch.from_numpy(values), torch.from_numpy(offsets_of(lengths))
 
 
@@ -328,7 +328,7 @@ def list_column(sequences: Sequence[Sequence[int] | None]) -> pa.Array:
 
 
 def list_column_of(flat: np.ndarray, lengths: Sequence[int], missing: pa.Array | None = None) -> pa.Array:
-    """A list column of the values `flat`, so many to a row."""
+    """A list column of the values `flat`, in rows of these lengths."""
     return pa.ListArray.from_arrays(pa.array(offsets_of(lengths, np.int32)), pa.array(flat), mask=missing)
 
 

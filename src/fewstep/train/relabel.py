@@ -8,9 +8,10 @@ The student decodes as it will be used. For each of its passes, the teacher scor
 one: the context, earlier blocks final, the block as it stood, everything after it masked up to the teacher's canvas.
 Stored at each position is the teacher's distribution when the student finalised it.
 
-Final ids stay the student's, also where the teacher's best token is another one: they are what later states were made
-of. There the stored distribution says so, and a divergence teaches it; so such a store is for distillation with the
-directions `forward` and `reverse`, and `hard` is refused (`TrajectoryTable.of_student`).
+Final ids stay the student's, also where the teacher prefers another token, because later states were made from them.
+The stored distribution then differs from the final id, and the divergence teaches the student the difference. So such a
+store is for distillation with the directions `forward` and `reverse`; `hard` is refused
+(`TrajectoryTable.of_student`).
 """
 
 import math
@@ -51,7 +52,7 @@ class Labelling:
 
 
 def labelled(decode_rows: Decode, teacher: Network, labelling: Labelling) -> Decode:
-    """The `decode_rows` of `collect` that lets the student's `decode_rows` decode and `teacher` label what it visited.
+    """A `decode_rows` for `collect`: the student's `decode_rows` decodes, and `teacher` labels the states it visited.
 
     Give `collect` the teacher as `teacher_of(teacher)`, the student's `stop_token_ids`, and `of_student(student)` among
     its settings.
@@ -78,7 +79,7 @@ def _check_same_tokens(first: Teacher, second: Teacher, whose: str) -> None:
 
 
 def of_student(student: Network) -> dict[str, Any]:
-    """What goes into the settings of a relabelled store."""
+    """The entry of the student in the settings of a relabelled store."""
     return {OF_STUDENT: network_hash(student)}
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: history, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
+"""The log of a training run: history, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
 import sys
 import threading

@@ -40,8 +40,8 @@ class Samples:
         self._num_shown, self._batch_size, self._settings = num_shown, batch_size, settings
 
     def check(self, network: Network, names: Sequence[str]) -> None:
-        """FewstepError if a prompt cannot be answered so by this network, naming it by one of `names`, or if the file
-        holds something else: before a run, which would otherwise be lost at its first evaluation.
+        """FewstepError if this network cannot answer a prompt with these settings (naming it by one of `names`), or if
+        the file holds something else. To be called before a run, which would otherwise fail at its first evaluation.
         """
         check_prompts(LanguageModel(network), self._prompts, names, **self._settings)
         if self._file is not None and self._file.exists():
@@ -68,7 +68,7 @@ class Samples:
         }
 
     def _write(self, file: Path, outputs: Sequence[Output], step: int) -> None:
-        """Add this step's answers; those of this step and later are of a run that was interrupted, and go."""
+        """Add this step's answers; those of this step and later come from an interrupted run, and are removed."""
         earlier = [row for row in read_rows(file, ["step"]) if row["step"] < step] if file.exists() else []
         new = [
             {

@@ -54,7 +54,7 @@ It may raise FewstepError to stop the run. `train.samples.Samples` is one.
 
 @dataclass
 class TrainResult:
-    """What a finished run says of itself; also written as `report.json` beside the weights, with the command, the
+    """The figures of a finished run; also written as `report.json` beside the weights, with the command, the
     settings of the run and of its objective, and the device's name.
 
     `real_tokens` are those of all processes, padding left out. `seconds` and `tokens_per_second` are of the training
@@ -90,7 +90,7 @@ def train(
     FewstepError if an example does not fit a row, if a loss or what learns is not finite, if the monitor sees a
     collapse, if `output` holds a finished model or cannot be written, if a checkpoint is of other settings or data or
     damaged, if memory or a disk is full, or if another process has ended. KeyboardInterrupt after Ctrl-C or SIGTERM,
-    when the step is finished and a checkpoint saved; of several processes on GPUs they are granted at the next line of
+    when the step is finished and a checkpoint saved; several processes on GPUs stop at the next line of
     the log. What comes while the finished model is written changes nothing.
     """
     if lora is not None and heads is not None:
@@ -257,11 +257,11 @@ class _Run:
         )
 
     def _anybody(self, wish: bool) -> bool:
-        """Whether any of the processes has this wish: a signal reaches them at different steps."""
+        """Whether any of the processes wants this: a signal reaches them at different steps."""
         return wish if self.accelerator.num_processes == 1 else self._sum(float(wish)) > 0
 
     def _sum(self, value: float) -> float:
-        """Over the processes."""
+        """The sum over the processes."""
         return float(
             self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device), "sum")
         )
@@ -272,7 +272,7 @@ class _Run:
             self.monitor.observe_loss(figures["loss"], step=self.step)
 
     def _evaluate(self) -> None:
-        """On the main process; what stops it stops the others too."""
+        """Evaluate on the main process; an error there stops the other processes too."""
         problem: list[str | None] = [None]
         if self.evaluate is not None and self.is_main:
             try:
@@ -303,7 +303,7 @@ class _Run:
         self.checkpoints.save(self.step, run, {"stream": self.stream.state_dict(), "means": self.means.state_dict()})
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint, if there is one. FewstepError if it is no good."""
+        """Continue from the newest checkpoint, if there is one. FewstepError if it cannot be used."""
         found = self.checkpoints.restore()
         if found is None:
             return
