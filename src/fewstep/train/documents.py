@@ -234,7 +234,7 @@ class PackedDocuments:
         return Masking(masked_RT, masked_RT | self.settled_RT, ratio_RT, unit_RT, len(ratio_U), self.is_noisy_RT)
 
     def unmasking(self, masking: Masking, targets: Tensor, visited: float, generator: torch.Generator) -> Unmasking:
-        """For a share `visited` of the states that can go on: a random number of their masked positions, but not all."""
+        """A random number of the masked positions, but not all, in a share `visited` of the states that can go on."""
         goes_on_U, share_U = (corruption.stratified_uniform((masking.num_units,), generator) for _ in range(2))
         unit_S = masking.unit_RT.flatten()[targets]
         free_S = masking.goes_on_RT.flatten()[targets] & masking.masked_RT.flatten()[targets]
