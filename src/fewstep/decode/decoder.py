@@ -58,12 +58,11 @@ class Traits:
     """What the loop has to know about a decoder; a step does not read it.
 
     `roles`: the roles of networks that it can run. `cached`: whether passes read and write a KV cache. `guided`:
-    whether
-    logits come from two forwards, so that no hidden row gives them. `branching`: whether guesses branch, so that the
-    rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that sample.
-    `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`: how many
-    positions from the front on hold guesses, 0 for a decoder that does not guess. `companions`: the networks that plans
-    name besides "target", each with a cache of its own.
+    whether logits come from two forwards, so that no hidden row gives them. `branching`: whether guesses branch, so
+    that the rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that
+    sample. `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`:
+    how many positions from the front on hold guesses, 0 for a decoder that does not guess. `companions`: the networks
+    that plans name besides "target", each with a cache of its own.
     """
 
     roles: tuple[RoleName, ...]

@@ -58,9 +58,9 @@ class Diffusion(Finalising):
 
     They matter to paced policies only (`EvenSplit`, `Origin`). A block without masks gives up the rest of its steps: no
     pass is run that cannot finalise anything. `canvas_length`: the positions for the answer that the network sees, by
-    default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A
-    block-causal network is decoded as its role says, without the cache. `cfg_scale` above 0 guides by the network's
-    answer to a context that is masked out, like LLaDA's; a pass then has twice the rows.
+    default `max_new_tokens` rounded up to whole blocks; a bidirectional network's result depends on it. A block-causal
+    network is decoded as its role says, without the cache. `cfg_scale` above 0 guides by the network's answer to a
+    context that is masked out, like LLaDA's; a pass then has twice the rows.
     """
 
     name: ClassVar[str] = "diffusion"

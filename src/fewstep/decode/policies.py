@@ -105,9 +105,8 @@ class Threshold:
     """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618.
 
     With `gaps`, a position is finalised only if at most `gaps` masked positions of a lower probability precede it in
-    its
-    block. Positions further right wait: their confidence rests on a reading of the text that the uncertain positions
-    before them may turn out to contradict.
+    its block. Positions further right wait: their confidence rests on a reading of the text that the uncertain
+    positions before them may turn out to contradict.
     """
 
     at_least: Annotated[
@@ -321,10 +320,9 @@ class DreamSchedule:
 
     Times are evenly spaced from 1 to `eps`, and a step from time t to s finalises the share 1 - s/t of the masks: the
     best ones, rounded down, or with `origin` each masked position independently with that probability; the last step
-    takes all. With
-    `alg_temp` above 0 as many are drawn at random instead of taking the best, without replacement, from
-    softmax(certainty / alg_temp)
-    over the masks. A step may choose nothing, as published. Its number is that of the steps left, this one included.
+    takes all. With `alg_temp` above 0 as many are drawn at random instead of taking the best, without replacement, from
+    softmax(certainty / alg_temp) over the masks. A step may choose nothing, as published. Its number is that of the
+    steps left, this one included.
     """
 
     alg: Annotated[

@@ -65,8 +65,7 @@ def look_up(tokens_RL: Tensor, front_R: Tensor, ngram: int, count: int) -> tuple
     one.
 
     The occurrence is the one with the most matching tokens, up to `ngram`, and of several such the latest. If fewer
-    than
-    `count` tokens follow it, they are repeated, as in a text that repeats itself.
+    than `count` tokens follow it, they are repeated, as in a text that repeats itself.
     """
     length = tokens_RL.shape[1]
     position_L = torch.arange(length, device=tokens_RL.device)

@@ -17,10 +17,9 @@ class Request:
 
     `max_new_tokens` is a limit of any size. `canvas`, for infilling, replaces it: the ids after the prompt, with mask
     ids at the positions to fill; all of them are filled, and an end-of-text among them does not stop the request. All
-    noise of the request follows from
-    `seed`. `policy`: a policy of the decoder's kind with numbers of its own (threshold, gaps); None is the decoder's.
-    `stop_token_ids`: tokens that end the answer; None is those of the network. Without `early_stop` all
-    passes of the canvas are run, and only the output ends there.
+    noise of the request follows from `seed`. `policy`: a policy of the decoder's kind with numbers of its own
+    (threshold, gaps); None is the decoder's. `stop_token_ids`: tokens that end the answer; None is those of the
+    network. Without `early_stop` all passes of the canvas are run, and only the output ends there.
     """
 
     prompt_ids: list[int]

@@ -184,10 +184,9 @@ class LanguageModel:
         """Fill a gap of `num_tokens` between `prefix` and `suffix`, or every mask token inside `text`.
 
         `prompt` is the prompt that the text answers; the chat template is applied unless `raw`. The output's `text` is
-        the whole
-        text filled in, its `token_ids` the canvas from the first mask on (with a prompt, the whole text), of which
-        `num_tokens` are new. Settings are those of the diffusion decoder, except `max_new_tokens`, `canvas_length`,
-        `early_stop` and `alg`.
+        the whole text filled in, its `token_ids` the canvas from the first mask on (with a prompt, the whole text), of
+        which `num_tokens` are new. Settings are those of the diffusion decoder, except `max_new_tokens`,
+        `canvas_length`, `early_stop` and `alg`.
         """
         for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
             if name in settings:
@@ -270,8 +269,7 @@ class Stream:
     """Iterate over the events of one request as they happen; `output` is its Output once they are exhausted.
 
     An event's `text` is that of its token alone. `answer_text()` is the text of all tokens before the first open
-    position,
-    up to an end-of-text: it only grows, so it can be printed as it comes.
+    position, up to an end-of-text: it only grows, so it can be printed as it comes.
     """
 
     def __init__(self, model: LanguageModel, chosen: GenerationSettings, request: Request) -> None:

@@ -42,9 +42,8 @@ class Report:
     """An evaluation: how it was run, and a record for each problem in order.
 
     `num_kept` of the answers come from an earlier run that was interrupted. `calibration`: what the checkpoint
-    promises, if it
-    was decoded as that says. `wall_seconds` is for all problems together,
-    `step_ms` the median time between two rounds of the loop (at batch 1 one forward and what goes with it).
+    promises, if it was decoded as that says. `wall_seconds` is for all problems together, `step_ms` the median time
+    between two rounds of the loop (at batch 1 one forward and what goes with it).
     """
 
     model: str
@@ -150,11 +149,11 @@ def evaluate(
 ) -> Report:
     """Answer every problem and judge the answers by `metric`. Settings are those of `LanguageModel.generate`.
 
-    `task` is the report's name for the source of the problems.
-    At `batch_size` 1 the problems are asked one after another, so a record's `seconds` is the time of that problem
-    alone; in a batch it counts from the common start and includes the wait for a free slot. `kept`: answers of an
-    earlier run, which are not computed again; new answers are added to them. `progress` is called after each problem.
-    FewstepError if there are no problems, or if the model cannot take one, before any is answered.
+    `task` is the report's name for the source of the problems. At `batch_size` 1 the problems are asked one after
+    another, so a record's `seconds` is the time of that problem alone; in a batch it counts from the common start and
+    includes the wait for a free slot. `kept`: answers of an earlier run, which are not computed again; new answers are
+    added to them. `progress` is called after each problem. FewstepError if there are no problems, or if the model
+    cannot take one, before any is answered.
     """
     check_problems(model, problems, **settings)
     decoder = model.decoder(**settings)

@@ -135,8 +135,7 @@ def crossed_interval(values_SI: np.ndarray, clusters: Sequence[int]) -> Interval
 
     Two variances are added: of the problems' means over the seeds, clustered (as `clustered_paired_interval`), and of
     the seeds' means. Student's t with the degrees of freedom of Welch and Satterthwaite. The interval is a little too
-    wide, since the
-    interaction of seed and problem counts in both. Values may be differences.
+    wide, since the interaction of seed and problem counts in both. Values may be differences.
     """
     num_seeds, num_items = values_SI.shape
     mean = float(values_SI.mean())

@@ -1,6 +1,5 @@
 """What a causal network writes by itself, on disk: its Jacobi trajectories, which CLLM trains on (arXiv 2403.00835),
-and
-its texts, greedy or sampled, which drafts learn from.
+and its texts, greedy or sampled, which drafts learn from.
 
 The shards are those of `records`. A record of a Jacobi trajectory is a prompt, the network's greedy answer, and the
 states of each window of it: its tokens before the first pass and after each, the last being the fixed point. A record
@@ -145,8 +144,7 @@ def collect_jacobi(
 
     With `most_repetition` an answer is rejected if more than this share of its 4-grams occurred earlier in it: training
     on repetitive answers collapses. `on_output` is called as each prompt is decoded. FewstepError unless it lies
-    between
-    0 and 1.
+    between 0 and 1.
     """
     if most_repetition is not None and not 0 <= most_repetition <= 1:
         raise FewstepError(f"most_repetition must be a share between 0 and 1, got {most_repetition}; try 0.3")

@@ -65,8 +65,8 @@ class BlockOrders:
 class CDLMSettings:
     """Weights of the three losses and how each is formed.
 
-    A share `untouched` of the trajectories' blocks is fully masked, which is how every block looks when decoding
-    begins with it; the other blocks draw their state uniformly (as published, with `untouched` 0). FewstepError for a
+    A share `untouched` of the trajectories' blocks is fully masked, which is how every block looks when decoding begins
+    with it; the other blocks draw their state uniformly (as published, with `untouched` 0). FewstepError for a
     consistency loss without a second loss that anchors it, unless `allow_unanchored` is set.
     """
 
@@ -108,8 +108,7 @@ class CDLMObjective:
         corruption: BlockCorruption | None = None,
     ) -> None:
         """`corruption`: how the blocks of references are masked. FewstepError if the role, the table and the settings
-        do
-        not fit each other.
+        do not fit each other.
         """
         if role.name != "block_causal":
             raise FewstepError(f"CDLM trains a block_causal student, not {role.name}")

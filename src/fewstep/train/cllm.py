@@ -98,12 +98,12 @@ class CLLMSettings:
     """The weights of the two losses and how each is formed.
 
     The consistency loss is between a window's state and its fixed point (`global`) or its next state (`local`), from
-    the first token on in which they differ. A state is drawn uniformly for each window (`uniform`, as
-    published), or the windows of an answer take the states nearest to noise ratios that rise from 1 / `noise_cycle` to
-    1 and begin again (`progressive`, Jacobi Forcing; where the cycle begins is drawn for each answer). In a share
-    `augmented` of the windows half of the wrong tokens are corrected. The autoregressive loss is on the network's own
-    answer (`trajectory`), or on reference answers as separate documents. FewstepError for a consistency loss without
-    it, unless forced.
+    the first token on in which they differ. A state is drawn uniformly for each window (`uniform`, as published), or
+    the windows of an answer take the states nearest to noise ratios that rise from 1 / `noise_cycle` to 1 and begin
+    again (`progressive`, Jacobi Forcing; where the cycle begins is drawn for each answer). In a share `augmented` of
+    the windows half of the wrong tokens are corrected. The autoregressive loss is on the network's own answer
+    (`trajectory`), or on reference answers as separate documents. FewstepError for a consistency loss without it,
+    unless forced.
     """
 
     consistency: Annotated[Weight, "Weight of the divergence of a window's state from its goal."] = 1.0

@@ -19,16 +19,15 @@ from fewstep.values import MOST_INTEGER, Share, check_fields
 class BlockCorruption:
     """Which positions the states of a block mask.
 
-    A share `untouched` is fully masked, the state that decoding meets in every block of a block-causal network. A
-    share `frontier` of the others is masked from a random point on, a share `late` has the `late_tokens` after such a
-    point masked and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and
-    the rest has positions masked at random.
+    A share `untouched` is fully masked, the state that decoding meets in every block of a block-causal network. A share
+    `frontier` of the others is masked from a random point on, a share `late` has the `late_tokens` after such a point
+    masked and few others (decoding by confidence leaves what has to be computed, such as digits, for last), and the
+    rest has positions masked at random.
 
     In a share `visited` of the states, the network in training first decodes further by itself: a forward without
     gradient ranks the masked positions of the block by confidence, and a random number of the most confident ones are
-    unmasked, to
-    the reference's tokens, before the state is learned from. So training meets the states that decoding by confidence
-    visits (as PUMA does, arXiv 2602.10314, by streams of batches).
+    unmasked, to the reference's tokens, before the state is learned from. So training meets the states that decoding by
+    confidence visits (as PUMA does, arXiv 2602.10314, by streams of batches).
     """
 
     frontier: Annotated[Share, "Share of the states that are unmasked up to a random point."] = 0.0

@@ -35,8 +35,7 @@ class DraftSettings:
 
     A position of a draft is weighted by the probability that decoding reaches it, which is the product of the
     probabilities that the draft gives to the tokens before it (`reach` = 1); or all have the same weight (`reach` = 0);
-    or the weight is a mixture of both.
-    FewstepError if a value has no meaning.
+    or the weight is a mixture of both. FewstepError if a value has no meaning.
     """
 
     block_size: Annotated[int, Ge(2), Le(1024), "Mask tokens of a draft."] = 32

@@ -28,8 +28,8 @@ PROBE = b"\0" * 4096
 def check_output(output: Path) -> None:
     """FewstepError if `output` holds a finished model, or cannot be a folder that is written to.
 
-    This is tried with a small file, also in the folders of an earlier run; the file is removed again. If
-    the model is that of a run that was killed before it could remove its checkpoints, they are removed now.
+    This is tried with a small file, also in the folders of an earlier run; the file is removed again. If the model is
+    that of a run that was killed before it could remove its checkpoints, they are removed now.
     """
     try:
         if any((output / name).exists() for name in DESCRIPTIONS):

@@ -10,8 +10,7 @@ Stored at each position is the teacher's distribution when the student finalised
 
 Final ids stay the student's, also where the teacher prefers another token, because later states were made from them.
 The stored distribution then differs from the final id, and the divergence teaches the student the difference. So such a
-store is for distillation with the directions `forward` and `reverse`; `hard` is refused
-(`TrajectoryTable.of_student`).
+store is for distillation with the directions `forward` and `reverse`; `hard` is refused (`TrajectoryTable.of_student`).
 """
 
 import math

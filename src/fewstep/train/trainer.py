@@ -54,8 +54,8 @@ It may raise FewstepError to stop the run. `train.samples.Samples` is one.
 
 @dataclass
 class TrainResult:
-    """The figures of a finished run; also written as `report.json` beside the weights, with the command, the
-    settings of the run and of its objective, and the device's name.
+    """The figures of a finished run; also written as `report.json` beside the weights, with the command, the settings
+    of the run and of its objective, and the device's name.
 
     `real_tokens` are those of all processes, padding left out. `seconds` and `tokens_per_second` are of the training
     steps, without evaluation and saving.
@@ -90,8 +90,8 @@ def train(
     FewstepError if an example does not fit a row, if a loss or what learns is not finite, if the monitor sees a
     collapse, if `output` holds a finished model or cannot be written, if a checkpoint is of other settings or data or
     damaged, if memory or a disk is full, or if another process has ended. KeyboardInterrupt after Ctrl-C or SIGTERM,
-    when the step is finished and a checkpoint saved; several processes on GPUs stop at the next line of
-    the log. What comes while the finished model is written changes nothing.
+    when the step is finished and a checkpoint saved; several processes on GPUs stop at the next line of the log. What
+    comes while the finished model is written changes nothing.
     """
     if lora is not None and heads is not None:
         raise ValueError("heads are trained on a frozen network; train the adapter first")

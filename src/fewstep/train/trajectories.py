@@ -60,8 +60,8 @@ _ROUNDING = 0.01
 class Distribution:
     """How the teacher's distribution is stored: its top `width` tokens with the mass of the rest, or hidden rows.
 
-    `top_k` needs no head, is small, and works from a larger teacher. `hidden` keeps rows after the final norm,
-    `width` wide, from which the teacher's own head rebuilds the whole distribution.
+    `top_k` needs no head, is small, and works from a larger teacher. `hidden` keeps rows after the final norm, `width`
+    wide, from which the teacher's own head rebuilds the whole distribution.
     """
 
     kind: Literal["top_k", "hidden"] = "top_k"
