@@ -20,7 +20,7 @@ ONE_CTRL_C_S = 1.0
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM, into a wish, to be granted between two steps; a second Ctrl-C acts at once.
+    """Notes the first Ctrl-C, or SIGTERM, so that the run stops between two steps; a second Ctrl-C acts at once.
 
     SIGTERM is left to whoever listens to it already, as the command line does, which calls this handler.
     """
@@ -53,7 +53,7 @@ class Interrupt:
 
 @contextmanager
 def told_failures(accelerator: Accelerator) -> Iterator[None]:
-    """Say in a sentence what torch tells in words of its own: no memory, or a process that is gone."""
+    """Turn torch's errors about memory or a process that has ended into one sentence."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
