@@ -165,7 +165,7 @@ class _Run:
         distribution: Literal["top_k", "hidden"],
         top: int,
     ) -> "CollectReport":
-        """What `lm` decodes, with the distributions of `teacher`, who may be the same."""
+        """What `lm` decodes, with the distributions of `teacher`, which may be the same model."""
         from fewstep.decode.decoder import threshold_rule
         from fewstep.train.collect import collect as collect_shards
         from fewstep.train.collect import decode_with, distribution_of, teacher_of
@@ -208,7 +208,7 @@ class _Run:
 
 @contextmanager
 def _saying_what_is_kept(output: Path) -> Iterator[None]:
-    """Let an interrupt tell of the shards that are finished."""
+    """Let an interruption report the shards that are finished."""
     try:
         yield
     except KeyboardInterrupt:
@@ -231,7 +231,9 @@ def _parse_worker(text: str) -> tuple[int, int]:
 
 
 def _takes(lm: "LanguageModel", teacher: "LanguageModel", given: dict[str, Any]) -> Callable[[list[int]], None]:
-    """What raises FewstepError for a prompt that cannot be decoded so, or whose answer the teacher cannot label."""
+    """A check that raises FewstepError for a prompt that cannot be decoded with these settings, or whose answer the
+    teacher cannot label.
+    """
     from fewstep.decode.admission import check_request
     from fewstep.decode.jacobi import Jacobi
     from fewstep.decode.requests import Request

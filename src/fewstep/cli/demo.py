@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 CANVAS_LENGTH = 256
 NUM_TIMED = 3
-"""Problems on which all contestants take turns for the closing factors; the teacher as published is slow."""
+"""How many problems all contestants solve in turn for the factors at the end: few, since the published teacher is slow.
+"""
 
 SECONDS_PER_FRAME = 0.05
 LANE_HEIGHT = 14
@@ -74,7 +75,7 @@ class Contestant:
         return f"{network.name}, {network.role.name}, {network.num_parameters / 1e6:.1f} M parameters, {network.device}"
 
     def warm_up(self, problem: "Problem") -> None:
-        """A short answer nobody counts: the first forwards of a process are slow."""
+        """Give a short answer that is not counted, since the first forwards of a process are slow."""
         self.lm.generate(problem.question, **{**self.settings, "max_new_tokens": 32, "early_stop": True})
 
 

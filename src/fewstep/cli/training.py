@@ -384,7 +384,7 @@ def _require_extra() -> None:
 
 
 def _run_outcome(network: Network, objective: Objective, built: Built, json: Path | None, **decoding: Any) -> None:
-    """`_run` into what Outcome says."""
+    """Train, and write the result where and as `Outcome` says."""
     outcome: Outcome = built[Outcome]
     lora = built[LoRASettings] if outcome.lora else None
     _run(network, objective, built, json, outcome.output, lora=lora, **decoding)

@@ -1,1 +1,1 @@
-"""Weights, roles, masks, cache, tokenizer: everything that knows what a network is."""
+"""Weights, roles, masks, cache, tokenizer: everything that has to know about the network itself."""

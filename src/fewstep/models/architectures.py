@@ -1,9 +1,9 @@
 """Which stock classes can be run, and what is special about each: sliding windows, rotary factors, scaled logits.
 
 Nothing here is a list of names. What a class does is measured on the module itself, with a few random rows and its
-layers replaced by ones that note what they are given: which mask its own code makes for each layer, whether the masks,
-positions and cache that we give arrive there, whether a layer's rows are touched by rows that they do not see, and what
-happens to logits behind the head. A class for which one of these cannot be told is refused.
+layers replaced by ones that record their arguments: which mask its own code makes for each layer, whether the masks,
+positions and cache that we pass arrive there, whether rows are influenced by rows that they do not see, and what
+happens to logits after the head. A class for which one of these cannot be determined is refused.
 
 Axes: R = requests, Q = rows of a forward, K = keys, S = scored rows, D = hidden width, V = vocabulary.
 """
@@ -36,10 +36,10 @@ _KNOWN_LIMITS = re.compile("sliding_window|use_sliding_window|max_window_layers|
 class Architecture:
     """What `Network` and training have to know about a module.
 
-    `sliding_window`: a row of a layer with one sees positions above its own less this; None: no layer has one that a
-    text can outgrow. `mixed`: only some layers have it. `scales_logits`: the class does something to logits behind its
-    head. `long_from`: positions above which `longrope` has other factors. `restarts`: whether the reference computes a
-    text's keys again when it grows past that.
+    `sliding_window`: in a layer with one, a row sees only positions greater than its own minus this; None: no layer has
+    one that a text can outgrow. `mixed`: only some layers have it. `scales_logits`: the class does something to logits
+    behind its head. `long_from`: positions above which `longrope` has other factors. `restarts`: whether the reference
+    computes a text's keys again when it grows past that.
     """
 
     sliding_window: int | None = None
@@ -65,7 +65,7 @@ def within_sliding_window(query_positions: Tensor, key_positions: Tensor, slidin
 def examine(module: PreTrainedModel, name: str) -> Architecture:
     """Measure a module, and settle its rotary embedding; a class and its settings are measured once.
 
-    FewstepError, in one sentence, if it cannot be run or that cannot be told.
+    FewstepError if it cannot be run, or if that cannot be determined.
     """
     kind = type(module).__name__
     try:
@@ -328,7 +328,7 @@ def _tensors(nested: Any) -> list[Tensor]:
 
 
 def _check_layers(base: Any, found: Architecture) -> None:
-    """Refuse a class one of whose layers does without the cache, or lets a row see what its mask hides.
+    """Refuse a class with a layer that does not use the cache, or that lets a row see what its mask excludes.
 
     One layer of each make is run. Two requests write three rows each, every row by itself; the second differs from the
     first in a row that the row behind them does not see.

@@ -37,7 +37,7 @@ _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 def check_trainable(network: Network, *, compiled: bool) -> None:
-    """FewstepError for a network whose attention or positions packed training does not compute as they are defined."""
+    """FewstepError for a network whose attention or positions packed training would not compute as they are defined."""
     if network.architecture.long_from is not None:
         raise FewstepError(
             f"{network.name} has rotary factors that depend on the length of a text (longrope), which packed training "

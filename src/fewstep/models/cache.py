@@ -40,7 +40,7 @@ class KVCache(Cache):
     def view(self, requests_r: Tensor | None, length: int) -> "KVCache":
         """The same memory for a forward of these requests (None = all), none of which has a row at or past `length`.
 
-        Attention then reads `length` slots only, of a subset a copy.
+        Attention then reads `length` slots only; for a subset of the requests it reads a copy.
         """
         view = copy(self)
         if requests_r is not None:

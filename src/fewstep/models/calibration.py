@@ -1,4 +1,6 @@
-"""What a calibrated checkpoint promises: under its threshold and gaps it is hardly worse than a named reference."""
+"""What a calibrated checkpoint promises: with its threshold and gaps it is at most slightly worse than a named
+reference.
+"""
 
 import os
 import shutil

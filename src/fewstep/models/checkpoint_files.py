@@ -1,7 +1,7 @@
 """The files of a checkpoint: what may lie in its folder, and the one boundary through which libraries read them.
 
-A checkpoint is somebody else's: it may be damaged, incomplete or made to do harm. transformers, tokenizers, PEFT,
-huggingface_hub and safetensors raise whatever their code happens to meet in it; here that becomes one sentence.
+A checkpoint comes from somebody else: it may be damaged, incomplete or malicious. transformers, tokenizers, PEFT,
+huggingface_hub and safetensors raise many kinds of errors about it; here each becomes one sentence.
 """
 
 import stat
@@ -62,7 +62,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """FewstepError naming a file of the folder that is none: a pipe, which would never end, or a git-lfs pointer."""
+    """FewstepError naming a file of the folder that is not a regular file with content: a pipe, which would never end,
+    or a git-lfs pointer.
+    """
     with reading(folder, advice="check the folder"):
         for file in sorted(folder.iterdir()):
             try:
@@ -78,7 +80,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_generation_config(folder: Path) -> None:
-    """FewstepError naming the folder's generation settings if there are some, and they are none."""
+    """FewstepError naming the folder's file of generation settings if it exists and is not valid."""
     from transformers import GenerationConfig
 
     if (folder / GENERATION_CONFIG).exists():

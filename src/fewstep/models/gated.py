@@ -54,8 +54,8 @@ class _GatedLinear(LoRALinear):
 class GatedAdapter(nn.Module):
     """The adapter that was put into a causal network's layers, and the embedding of the mask that its rows hold.
 
-    `mask_token_id` names an id of the vocabulary that no text holds; its own embedding is in `mask_embedding` [D],
-    since the base's table, which may be tied to its head, stays as it is. `block_size`: masks of a draft in training.
+    `mask_token_id`: an id of the vocabulary that occurs in no text; its own embedding is in `mask_embedding` [D], since
+    the base's table, which may be tied to its head, stays as it is. `block_size`: masks of a draft in training.
     `base_hash`: `load.weights_hash` of the network that it belongs to.
     """
 
@@ -75,7 +75,7 @@ class GatedAdapter(nn.Module):
                 layer.gate = self._gate
 
     def learn_alone(self) -> None:
-        """Let the adapter and the mask's embedding learn, and nothing of the base."""
+        """Make the adapter and the mask's embedding trainable, and nothing of the base."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_" in name or name == MASK_EMBEDDING)
 
@@ -131,7 +131,8 @@ def new_gated_adapter(
 
 
 def start_from(adapter: GatedAdapter, other: PreTrainedModel, mask_embedding: Tensor) -> None:
-    """Begin with what another network of the same shape has learnt: the low-rank part of its weights less the base's.
+    """Start from what another network of the same shape has learnt: the low-rank part of the difference of its weights
+        from the base's.
 
     The best approximation of each difference in the adapter's rank, split evenly between both factors.
     FewstepError if the shapes differ.

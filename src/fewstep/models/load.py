@@ -171,7 +171,7 @@ def _with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder, less what would choose a back end: that is this machine's choice, not a checkpoint's.
+    """The config of a folder, without what would choose a back end, which is the choice of this machine.
 
     FewstepError naming config.json if it is damaged, of an unknown kind, or of quantised weights, or if the family has
     to be imported first.
@@ -260,7 +260,7 @@ def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
 
 
 def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
-    """FewstepError if the config describes a network of far other sizes than the weights have.
+    """FewstepError if the config describes a network of quite different sizes from those of the weights.
 
     Such a network would be built before its weights are found not to fit, however many layers it has.
     """
@@ -284,7 +284,7 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _try_forward(module: PreTrainedModel) -> None:
-    """One forward without memory or numbers: settings that no forward can run with are found before the weights."""
+    """One forward without memory or numbers: settings that no forward can run with are found before weights are read."""
     tokens_RQ = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 2, 2, device="meta")
     with torch.no_grad():
@@ -343,7 +343,7 @@ def weights_hash(network: Network) -> str:
 
 
 def module_hash(module: torch.nn.Module) -> str:
-    """The same over any module."""
+    """The same hash for any module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -27,8 +27,8 @@ class Layout:
     """What decides visibility, for each position: integer tensors [R, T], `noisy_RT` boolean.
 
     `document` separates packed examples; padding has a document number of its own, so that it sees and is seen by
-    padding only. `window`, if there is one, is for noisy rows the first block of their window, within which they are
-    causal; without it each noisy block is a window of its own.
+    padding only. `window_RT`, if given, is the first block of each noisy row's window; within a window rows are causal.
+    Without it each noisy block is a window of its own.
     """
 
     document_RT: Tensor
@@ -99,9 +99,10 @@ def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def show_tree(mask_R1QK: Tensor, slots_RQ: Tensor, tree_TT: Tensor) -> None:
-    """Let each of the last T rows see those of them that `tree_TT` ([T, T], or [R, T, T]) marks in its line, in place.
+    """Let each of the last T rows see those of them that `tree_TT` ([T, T], or [R, T, T]) marks in the row's line, in
+    place.
 
-    Their slots are invisible so far. A request that is done has slots past the end, and sees what it likes.
+    Their slots are invisible so far. A request that is done has slots past the end; what its rows see does not matter.
     """
     num_rows = tree_TT.shape[-1]
     slots_RT = slots_RQ[:, -num_rows:].clamp(max=mask_R1QK.shape[-1] - 1)

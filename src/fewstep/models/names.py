@@ -37,7 +37,7 @@ _HUB_ID = re.compile(f"{_PART}/{_PART}", re.ASCII)
 
 
 def not_found(name: str, reason: str) -> FewstepError:
-    """What to say of a name that is no folder here, and that the hub does not give either."""
+    """The error for a name that is neither a folder here nor available from the hub."""
     hint = _similar(Path(name)) or "check the name"
     return FewstepError(f"no model {name!r}: no folder of this name is here, and {reason}; {hint}")
 
