@@ -35,7 +35,9 @@ def check_made_by(made_by: Mapping[str, Any]) -> None:
 
 
 def keep_result(path: Path, result: Any, made_by: Mapping[str, Any]) -> None:
-    """Write a JSON value to a file of its own, with what made it. FewstepError if the file system refuses."""
+    """Write a JSON value to a file of its own, together with what it depends on. FewstepError if the file system
+    refuses.
+    """
     write_json_whole(path, {"made_by": _told(made_by), "result": result})
 
 

@@ -100,7 +100,7 @@ def _check_parts(module: PreTrainedModel) -> None:
     """Refuse what lacks the parts that a decoder with rotary positions has."""
     base, config = module.base_model, module.config
     if base is module or not isinstance(getattr(base, "layers", None), nn.ModuleList) or not len(base.layers):
-        raise _UnfitError("it is no stack of decoder layers that can be given masks and a cache")
+        raise _UnfitError("it is not a stack of decoder layers that takes masks and a cache")
     if not isinstance(getattr(base, "rotary_emb", None), nn.Module):
         raise _UnfitError("its positions are not rotary")
     for setting in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
@@ -278,7 +278,7 @@ def _sliding_layers(base: Any) -> list[bool]:
         and getattr(base.config, "use_sliding_window", True)
     ):
         raise _UnfitError(
-            f"which layers its sliding window of {base.config.sliding_window} positions is for is not told"
+            f"its config.json does not say which layers its sliding window of {base.config.sliding_window} positions is for"
         )
     return sliding
 
@@ -306,15 +306,15 @@ def _check_what_arrives(base: Any, found: Architecture, sliding: list[bool]) -> 
         wanted = narrow if is_sliding and narrow is not None else whole
         mask = given.get("attention_mask")
         if not isinstance(mask, Tensor) or not torch.equal(mask, wanted):
-            raise _UnfitError("its layers do not get the attention masks that it is given")
+            raise _UnfitError("its layers do not receive the attention masks that are passed to it")
         if not any(each is cache for each in given.values()):
-            raise _UnfitError("its layers do not get the cache that it is given")
+            raise _UnfitError("its layers do not receive the cache that is passed to it")
     rotated = [_tensors([given.get("position_embeddings") for given in each]) for each in seen]
     if not rotated[0]:
-        raise _UnfitError("its layers are given no rotary positions")
+        raise _UnfitError("its layers receive no rotary positions")
     for first, swapped, longer in zip(*rotated, strict=True):
         if not torch.equal(first, swapped.flip(1)) or torch.equal(first, swapped):
-            raise _UnfitError("its rotary positions are not those that it is given")
+            raise _UnfitError("its rotary positions are not those that are passed to it")
         if not torch.equal(first[:, :2], longer[:, :2]):
             raise _UnfitError("its rotary factors depend on the longest row of a forward")
 
@@ -354,10 +354,10 @@ def _check_layers(base: Any, found: Architecture) -> None:
     forward(0, 3, torch.eye(5, dtype=torch.bool)[:3].tolist())
     same, hidden = forward(3, 4, [[True, False, True, True, False]])[:, 0].double()
     if cache.written != set(makes.values()):
-        raise _UnfitError("some of its layers keep no keys and values")
+        raise _UnfitError("some of its layers store no keys and values in the cache")
     scale = same.norm()
     if not scale.isfinite() or (hidden - same).norm() > _ROUNDING[base.dtype] * scale:
-        raise _UnfitError("its rows depend on rows that they may not see")
+        raise _UnfitError("its rows depend on rows that the mask excludes")
 
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

@@ -57,7 +57,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. FewstepError if it holds anything else."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise FewstepError(f"{path} is no JSON object; correct it, or fetch it again")
+        raise FewstepError(f"{path} is not a JSON object; correct it, or fetch it again")
     return value
 
 

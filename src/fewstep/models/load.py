@@ -284,7 +284,7 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _try_forward(module: PreTrainedModel) -> None:
-    """One forward without memory or numbers: settings that no forward can run with are found before weights are read."""
+    """One forward without memory or numbers, which finds settings that cannot run before weights are read."""
     tokens_RQ = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 2, 2, device="meta")
     with torch.no_grad():
