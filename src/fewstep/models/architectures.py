@@ -278,7 +278,7 @@ def _sliding_layers(base: Any) -> list[bool]:
         and getattr(base.config, "use_sliding_window", True)
     ):
         raise _UnfitError(
-            f"its config.json does not say which layers its sliding window of {base.config.sliding_window} positions is for"
+            f"it is not said which layers its sliding window of {base.config.sliding_window} positions is for"
         )
     return sliding
 
