@@ -23,7 +23,9 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from fewstep.errors import FewstepError
 
 MOST_TOKENS = 1 << 24
-"""More than any text or network has, and few enough that a list of so many can be made before the limit is checked."""
+"""More than any text or network has, yet small enough that a list of this length can be made before the limit is
+checked.
+"""
 
 MOST_INTEGER = (1 << 31) - 1
 """What every integer of ours fits in."""

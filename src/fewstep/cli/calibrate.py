@@ -185,7 +185,7 @@ def _check_place(model: str, output: Path | None, *, overwrite: bool, in_place: 
 
 
 def _check_count(n: int, eps: float, confidence: float) -> None:
-    """FewstepError if so few problems could not show it even if both models solved the same ones."""
+    """FewstepError if so small a number of problems could not show it even if both models solved the same ones."""
     from fewstep.measure.noninferiority import Pairs, p_value
 
     if p_value(Pairs(0, 0, n), eps) > 1 - confidence:

@@ -18,7 +18,7 @@ from fewstep.models.network import Network, Plan, Scores
 from fewstep.models.roles import INVISIBLE, Role, RoleName
 
 FREE_ROWS = 128
-"""Up to about so many rows a forward costs what reading the weights costs, and one pass for all requests is best."""
+"""Up to about this many rows a forward takes as long as reading the weights, and one pass for all requests is best."""
 
 PREFILL_BUCKET = 16
 """Prefill shapes are multiples of this, so that there are few of them."""

@@ -28,7 +28,7 @@ from fewstep.models.network import Plan, Scores
 from fewstep.values import Count, check_fields
 
 PASSES_KEPT = 64
-"""The pool holds the n-grams of so many passes."""
+"""The pool holds the n-grams of this many passes."""
 
 NO_TOKEN = -1
 

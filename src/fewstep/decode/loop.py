@@ -39,7 +39,7 @@ CACHE_LENGTH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
 
 ROOM_FOR_STOP_TOKENS = 4
-"""A request may name so many stop tokens, or as many as the network has."""
+"""A request may name this many stop tokens, or as many as the network has."""
 
 Listener = Callable[[State], None]
 """Called after every round with the state of all slots; a free slot is `done`."""

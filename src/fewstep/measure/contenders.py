@@ -24,7 +24,7 @@ from fewstep.tasks.task import Task
 class Contender:
     """A model (name, folder or hub id) in a role, its own by default, with its settings of `LanguageModel.generate`.
 
-    `name` stands in tables and in names of files. `limit`: it answers only so many problems of each set.
+    `name` stands in tables and in names of files. `limit`: how many problems of each set it answers at most.
     """
 
     name: str

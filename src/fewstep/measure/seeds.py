@@ -37,7 +37,8 @@ def settings_of(rows: Sequence[Mapping[str, Any]], variant: str) -> dict[float, 
 
 
 def at_speed(settings: Mapping[float, Setting], tokens_per_forward: float) -> np.ndarray | None:
-    """Right or wrong [S, I] at so many tokens per forward, each seed interpolated linearly between two of its settings.
+    """Right or wrong [S, I] at this number of tokens per forward, each seed interpolated linearly between two of its
+    settings.
 
     None if a seed does not get there with the settings measured.
     """

@@ -26,7 +26,7 @@ OpenShare = Annotated[float, Gt(0), Lt(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The student's loss (accuracy of `reference` less its own) is below `eps`, with `confidence` over the draw of the
+    """The student's loss (accuracy of `reference` minus its own) is below `eps`, with `confidence` over the draw of the
     `n` problems of `task` that it was calibrated on. FewstepError for a value of another type, or outside its range.
 
     It speaks of the weights `weights` under `threshold`, `gaps` and `max_new_tokens`, greedily decoded, and of a

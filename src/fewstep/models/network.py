@@ -142,7 +142,7 @@ class Network:
             )
 
     def check_length(self, num_given: int, num_new: int) -> None:
-        """FewstepError if so long a text is beyond the network's positions, or beyond what can be computed exactly."""
+        """FewstepError if a text of this length exceeds the network's positions, or what can be computed exactly."""
         if num_given + num_new > self.max_positions:
             raise FewstepError(
                 f"a prompt of {num_given} tokens and {num_new} new ones exceed the {self.max_positions} positions of "

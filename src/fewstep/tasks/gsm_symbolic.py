@@ -48,7 +48,7 @@ Fits = Callable[[str, str], bool]
 
 
 def problems(split: Split, n: int | None = None) -> list[Problem]:
-    """The first `n` bundled problems of a split, all of them by default. FewstepError if there are not so many."""
+    """The first `n` bundled problems of a split, all of them by default. FewstepError if there are fewer."""
     name = f"bundled/gsm-symbolic/{split}.jsonl"
     with resources.as_file(resources.files("fewstep").joinpath(name)) as path:
         found = read_problems(path, split=split)
