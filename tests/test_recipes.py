@@ -272,19 +272,6 @@ def test_a_shape_is_known_by_itself_and_not_by_the_names_of_cases(throughput: Mo
     ]
 
 
-def test_operations_are_counted_by_the_formula(throughput: ModuleType) -> None:
-    network = tiny_network("autoregressive", hidden=16, layers=2)
-    examples = throughput.Examples.from_ids([[3, 5, 6]], [[7, 8, 1]])
-    objective = throughput.CausalObjective(network.role, examples, network.eos_token_id)
-    work = throughput.count_work(
-        objective, network.vocab_size, rows=1, row_length=8, device=torch.device("cpu"), batches=2
-    )
-    assert (work.real_tokens, work.scored, work.visible_keys) == (12, 6, 2 * 21)  # 1 + 2 + ... + 6 keys
-    weights = sum(parameter.numel() for parameter in network.module.parameters()) - 2 * 64 * 16
-    expected = 6 * weights + 6 * 64 * 16 * 0.5 + 12 * 2 * 16 * 3.5
-    assert throughput.flops_per_token(network, work) == pytest.approx(expected)
-
-
 def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) -> None:
     lossless = importlib.import_module("lossless")
     with pytest.raises(lossless.typer.Exit) as ended:

@@ -9,8 +9,10 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -132,6 +134,21 @@ def time_interleaved(
         if progress is not None:
             progress()
     return timings
+
+
+def matmul_flops_per_second(size: int, device: torch.device, dtype: torch.dtype, repeats: int = 50) -> float:
+    """The rate of size x size matrix products: 2 size^3 operations each, the median of five series."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    rates = []
+    for _ in range(6):
+        wait()
+        started_s = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        wait()
+        rates.append(repeats * 2 * size**3 / (time.perf_counter() - started_s))
+    return statistics.median(rates[1:])  # the first series warms up
 
 
 def this_command() -> str:
