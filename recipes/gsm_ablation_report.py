@@ -43,8 +43,8 @@ def markdown(
         "problems, clustered by template. Differences are paired by problem and seed; the last column compares at "
         f"{speed:.2f} tokens per forward, the speed of variant 7, interpolated between thresholds.",
         "",
-        "| | trained by | training tokens | solved, % | tokens per forward | on right answers | less 7, same threshold "
-        "| less 7, same speed |",
+        "| | trained by | training tokens | solved, % | tokens per forward | on right answers | minus variant 7, "
+        "same threshold | minus variant 7, same speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     said: list[str] = []
@@ -110,12 +110,14 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
 
 def _sentence(variant: str, title: str, same_threshold: Interval, same_speed: Interval | None) -> str:
     def verdict(interval: Interval) -> str:
-        return f"{points(interval, signed=True)} points, {'exceeds' if exceeds(interval) else 'within'} its interval"
+        contains = "does not contain 0" if exceeds(interval) else "contains 0"
+        return f"{points(interval, signed=True)} points, and this interval {contains}"
 
     speed = verdict(same_speed) if same_speed else "not reached"
+    named = f"Variant {variant}" if variant.isdigit() else f"The variant {variant}"
     return (
-        f"{variant} ({title}) less 7: at the same threshold {verdict(same_threshold)}; at the same tokens per forward "
-        f"{speed}."
+        f"{named} ({title}) against variant 7: at the same threshold {verdict(same_threshold)}; at the same tokens per "
+        f"forward {speed}."
     )
 
 
