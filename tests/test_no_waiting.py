@@ -47,21 +47,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "medusa": ("autoregressive", {"decoder": "medusa", "window": 12}),
     "medusa, typical": ("autoregressive", {"decoder": "medusa", "window": 12, "typical": 0.3}),
     "speculative": ("autoregressive", {"decoder": "speculative", "window": 3}),
-    "self-speculative": ("autoregressive", {"decoder": "self-speculative", "window": 4}),
+    "speculative, block draft": ("autoregressive", {}),
+    "self-speculative": ("autoregressive", {"decoder": "self-speculative", "window": 4, "branches": 3}),
+    "self-speculative, two-pass": ("autoregressive", {"decoder": "self-speculative", "window": 4, "cycle": "two-pass"}),
 }
 
 
 def case(name: str) -> tuple[Network, Decoder]:
     role, settings = CASES[name]
-    if name == "self-speculative":
+    if name.startswith("self-speculative"):
         net = drafting()
     elif name.startswith("medusa"):
         lm = tiny("autoregressive")
         return lm.network, lm.decoder(heads=medusa_heads(), **settings)
     else:
         net = network(role)
-    if name == "speculative":
-        return net, Speculative(role=net.role, draft=network("autoregressive"), window=3)
+    if name.startswith("speculative"):
+        draft = network("block_causal" if name.endswith("block draft") else "autoregressive")
+        return net, Speculative(role=net.role, draft=draft, window=3)
     return net, LanguageModel(net).decoder(**settings)
 
 

@@ -5,19 +5,22 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from generators import streamed
 from peft import PeftModel
 from torch.testing import assert_close
 
 from fewstep.cli.main import main
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.autoregressive import Autoregressive
-from fewstep.decode.loop import decode
+from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
-from fewstep.decode.self_speculative import SelfSpeculative
+from fewstep.decode.self_speculative import SelfSpeculative, SelfSpeculativeState
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network, save_network, weights_hash
@@ -66,30 +69,58 @@ def self_speculative(network: Network, **settings: object) -> SelfSpeculative:
     return SelfSpeculative(role=network.role, adapter=network.adapter, **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("window", "batch_size"), [(1, 3), (5, 1), (7, 8)])
+CYCLES: list[dict[str, object]] = [
+    {"cycle": "two-pass", "window": 5},
+    {"cycle": "fused", "window": 1, "branches": 1},
+    {"cycle": "fused", "window": 5, "branches": 2},
+    {"cycle": "fused", "window": 4, "branches": 9},
+]
+
+
+@pytest.mark.parametrize("settings", CYCLES)
+@pytest.mark.parametrize("batch_size", [3, 8])
 def test_greedy_texts_are_those_of_autoregressive_decoding(
-    own_texts: list[Output], window: int, batch_size: int
+    own_texts: list[Output], settings: dict[str, object], batch_size: int
 ) -> None:
     network = drafting()
-    outputs = decode(network, REQUESTS, self_speculative(network, window=window), batch_size=batch_size)
+    outputs = decode(network, REQUESTS, self_speculative(network, **settings), batch_size=batch_size)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
 
 
-def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(base: Network) -> None:
-    network, sampling = drafting(), Sampling(temperature=0.8, top_k=20)
-    asked = [replace(request, sampling=sampling) for request in REQUESTS]
+@pytest.mark.parametrize("settings", CYCLES)
+def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(
+    base: Network, settings: dict[str, object]
+) -> None:
+    network, samplings = drafting(), [Sampling(temperature=0.8, top_k=20), Sampling(), Sampling(temperature=1.2)]
+    asked = [replace(request, sampling=samplings[i % 3], early_stop=i < 4) for i, request in enumerate(REQUESTS)]
     wanted = decode(base, asked, Autoregressive(role=base.role))
-    outputs = decode(network, asked, self_speculative(network, window=4), batch_size=3)
+    outputs = decode(network, asked, self_speculative(network, **settings), batch_size=3)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
 
 
-def test_a_text_does_not_depend_on_its_companions() -> None:
+@pytest.mark.parametrize("settings", CYCLES)
+def test_a_text_does_not_depend_on_its_companions(settings: dict[str, object]) -> None:
+    """Which join and leave while it is under way."""
     network = drafting()
-    decoder = self_speculative(network, window=6)
-    together = decode(network, REQUESTS, decoder, batch_size=7)
-    for request, output in zip(REQUESTS, together, strict=True):
+    decoder = self_speculative(network, **settings)
+    loop = Loop(network, decoder, num_slots=3, length=max(positions_needed(decoder, one) for one in REQUESTS))
+    together: dict[int, Output] = {}
+    for request in REQUESTS:
+        loop.submit(request)
+        together.update(loop.step())
+    while loop.busy:
+        together.update(loop.step())
+    for number, request in enumerate(REQUESTS):
         alone = decode(network, [request], decoder)[0]
-        assert (alone.token_ids, alone.num_forwards) == (output.token_ids, output.num_forwards)
+        assert (alone.token_ids, alone.num_forwards) == (together[number].token_ids, together[number].num_forwards)
+
+
+def test_a_stream_tells_every_token_with_its_pass() -> None:
+    network = drafting()
+    for settings in CYCLES:
+        told, output = streamed(network, REQUESTS[2], self_speculative(network, **settings))
+        assert [event.token_id for event in told] == output.token_ids
+        assert [event.step for event in told] == output.step_G[: output.num_tokens].tolist()
 
 
 def test_without_adapted_rows_logits_are_exactly_the_bases(base: Network) -> None:
@@ -231,6 +262,50 @@ def test_training_makes_passes_fewer_and_a_folder_that_load_takes(trained: Path,
     assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
     untrained = decode(drafting(), REQUESTS, self_speculative(drafting(), window=BLOCK - 1))
     assert sum(o.num_forwards for o in outputs) < 0.75 * sum(o.num_forwards for o in untrained)
+    two_pass = decode(lm.network, REQUESTS, self_speculative(lm.network, window=BLOCK - 1, cycle="two-pass"))
+    assert [output.token_ids for output in two_pass] == [output.token_ids for output in own_texts]
+    assert sum(o.num_forwards for o in outputs) < 0.9 * sum(o.num_forwards for o in two_pass)
+
+
+def test_what_stands_at_the_front_was_drafted_from_the_text_before_it(trained: Path) -> None:
+    """Every draft that a pass keeps is that of a plain forward [text before its start | masks], less its front."""
+    network = load_network(trained / "draft")
+    adapter, window = network.adapter, BLOCK - 1
+    assert adapter is not None
+    decoder = self_speculative(network, window=window, branches=3)
+    seen = {"whole": 0, "cut": 0, "lost": 0}
+
+    def look(networks: Any, decoding: Any, state: Any, caches: Any, shape: Any) -> Any:
+        accepted, scores = run_pass(networks, decoding, state, caches, shape)
+        after = accepted.state
+        assert isinstance(after, SelfSpeculativeState)
+        front, drafted = int(after.front_R[0]), int(after.drafted_R[0])
+        if after.done_R[0] or drafted == 0:
+            seen["lost"] += drafted == 0
+            return accepted, scores
+        seen["whole" if drafted == window else "cut"] += 1
+        start = front - 1 - (window - drafted)
+        tokens = torch.cat([after.tokens_RL[0, :start], torch.zeros(window, dtype=torch.long)])[None]
+        adapted = torch.arange(tokens.shape[1])[None] >= start
+        sees = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+        sees[start:, start:] = True
+        positions = torch.arange(tokens.shape[1]).clamp(max=int(after.canvas_end_R[0]) - 1)[None]
+        with torch.no_grad(), adapter.open_for(adapted):
+            rows = network.module.base_model(
+                inputs_embeds=adapter.embed(tokens, adapted), attention_mask=sees[None, None], position_ids=positions
+            ).last_hidden_state[0, start:]
+        best = network.head(rows).argmax(-1)[window - drafted :]
+        room = int(after.canvas_end_R[0]) - front
+        assert after.tokens_RL[0, front : front + drafted][:room].tolist() == best[:room].tolist()
+        return accepted, scores
+
+    for request in REQUESTS[:4]:
+        loop = Loop(network, decoder, num_slots=1, length=positions_needed(decoder, request), run_pass=look)
+        loop.submit(request)
+        while loop.busy:
+            loop.step()
+    assert seen["whole"] > 10
+    assert seen["cut"] + seen["lost"] > 0
 
 
 def test_training_goes_on_from_a_folder_and_leaves_the_base_alone(trained: Path, own_texts: list[Output]) -> None:

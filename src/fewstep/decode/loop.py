@@ -128,6 +128,7 @@ class Loop:
         self._queue: deque[_Ticket] = deque()
         self._live: dict[int, _Ticket] = {}
         self._seen: dict[int, _Ticket] = {}  # slot -> request of the last round, also of those that it completed
+        self._steps_before_R = self.state.num_forwards_R  # of every slot, before the last round
         self._free = list(range(num_slots))[::-1]
         self._num_submitted = 0
         # The host's copy of what decides the passes of a round.
@@ -187,7 +188,7 @@ class Loop:
             return []
         slots_r = torch.tensor(list(self._seen), device=self.network.device)
         state = self.state
-        told = (state.tokens_RL, state.step_RL, state.confidence_RL, state.num_forwards_R)
+        told = (state.tokens_RL, state.step_RL, state.confidence_RL, self._steps_before_R)
         rows = zip(*(field[slots_r].cpu() for field in told), strict=True)
         return [
             (ticket.number, event)
@@ -224,6 +225,7 @@ class Loop:
         live_r = (self._pending_R >= 0).nonzero()[:, 0]
         if not len(live_r):
             return live_r
+        self._steps_before_R = self.state.num_forwards_R.clone()
         for members, shapes in self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]):
             self._run(live_r[members], shapes)
         self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()

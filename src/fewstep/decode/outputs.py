@@ -15,19 +15,19 @@ from fewstep.models.network import Network
 
 
 def new_events(
-    request: Request, tokens_L: Tensor, step_L: Tensor, confidence_L: Tensor, num_forwards: Tensor
+    request: Request, tokens_L: Tensor, step_L: Tensor, confidence_L: Tensor, steps_before: Tensor
 ) -> Iterator[Event]:
-    """What the last step of the request finalised in its answer."""
+    """What the steps of the request after the first `steps_before` finalised in its answer; a round may have two."""
     infilled = request.canvas is not None
     start, length = len(request.prompt_ids), request.max_new_tokens if request.canvas is None else len(request.canvas)
-    answer, step = slice(start, start + length), int(num_forwards)
+    answer = slice(start, start + length)
     tokens_G, steps_G = tokens_L[answer], step_L[answer]
     ends = torch.tensor(() if infilled else request.stop_token_ids or (), dtype=tokens_G.dtype)
     stops_G = torch.isin(tokens_G, ends) & (steps_G > 0)
-    for position in (steps_G == step).nonzero()[:, 0].tolist():
+    for position in (steps_G > steps_before).nonzero()[:, 0].tolist():
         if stops_G[:position].any():
             return
-        yield Event(position, int(tokens_G[position]), step, float(confidence_L[start + position]))
+        yield Event(position, int(tokens_G[position]), int(steps_G[position]), float(confidence_L[start + position]))
 
 
 def output_of(request: Request, layout: Canvas, state: State, row: int, *, seconds: float) -> Output:

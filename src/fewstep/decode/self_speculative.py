@@ -1,28 +1,46 @@
 """Self-speculative decoding: one set of weights drafts a block with a gated adapter and verifies it without.
 
-Axes: R = requests, Q = rows of a forward, C = guesses, S = positions scored (C + 1), T = draft rows.
+Axes: R = requests, Q = rows of a forward, C = guesses of a draft, S = rows scored, K = branches, T = masks of all
+branches (K C).
 
-A cycle takes two passes. The first computes the pending tokens on the base, the last of which says what comes next, and
-behind them masks on base + adapter, of which the one at position p guesses token p + 1. The second pass verifies the
-guesses on the base alone. So the tokens are those of autoregressive decoding, at any temperature: guesses are drawn
-with the noise of their positions, and a guess is right if it equals the base's own draw. The keys and values of the
-masks stand in slots that no later forward sees.
+A draft is C masks on base + adapter, the first of which stands where a token is still unknown; the mask at position p
+guesses token p + 1. What belongs in place of the first mask the base itself says in the same forward, in the row
+before. So a draft that begins at position s gives, with one token of the base's own, guesses for s + 1 .. s + C, and
+needs to know the tokens before s alone.
+
+A pass has up to three parts: the pending tokens on the base; guesses behind them, which the base verifies; and drafts
+that begin where the guesses may turn out wrong. The parts share a forward because a draft for the acceptance of a
+guesses begins at front + a, where the correction will stand: it sees the guesses before that place and its own masks,
+and the base's row there says the correction. Drafts of different a are *branches*. They stand in slots that no later
+forward sees.
+
+- `two-pass`: a pass drafts (no guesses, one branch), the next verifies (no branch).
+- `fused`: every pass verifies the last draft and drafts the next one for the `branches` most probable acceptance
+  lengths, as the draft's own confidences have it: a is accepted with the chance that the guesses before it are right
+  and the one after them is not. A branch is kept if it began at the right place, or earlier and has guessed what became
+  final since; of several the latest. Where none did, the next pass drafts only, as the first one of a request does.
+
+The tokens are those of autoregressive decoding, at any temperature: guesses are drawn with the noise of their
+positions, and a guess is right if it equals the base's own draw. TiDAR (arXiv 2511.08923) drafts and verifies in one
+forward alike, for all acceptance lengths; I-DLM (2604.11035) gates its adapter alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.causal import Causal, accept_agreed, verify
+from fewstep.decode.causal import Causal, accept_agreed, keep_agreed
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
-from fewstep.decode.requests import Output
+from fewstep.decode.requests import Canvas, Output, Request
 from fewstep.decode.resources import Resources
+from fewstep.decode.sampling import confidence
 from fewstep.decode.state import State, scored_positions, write
 from fewstep.decode.steps import draw_tokens
+from fewstep.decode.tree import MOST_GUESSES
 from fewstep.errors import FewstepError
 from fewstep.models.network import Plan, Scores
 from fewstep.models.roles import INVISIBLE
@@ -34,29 +52,73 @@ else:  # its file loads PEFT, which takes a second
     GatedAdapter = Any
 
 
-def where_drafts_began(output: Output) -> Tensor:
-    """Of each token of an answer of this decoder, whether a draft began at it; boolean, on the CPU.
+_WITH_DRAFT, _WITHOUT_DRAFT = 1, 2
+"""Pending tokens after a fused pass. A request that it left without a draft computes its last two tokens again, not the
+last alone: that is how the host, which reads no more of a request, learns that it needs a draft.
+"""
 
-    A request's passes draft and verify in turn, and a draft pass finalises the one token at which its draft begins.
+
+def where_drafts_began(output: Output) -> Tensor:
+    """Of each token of an answer that was decoded in two passes a cycle, whether a draft began at it; boolean.
+
+    Such passes draft and verify in turn, and a draft pass finalises the one token at which its draft begins.
     """
     return output.step_G[: output.num_tokens] % 2 == 1
 
 
+Cycle = Literal["two-pass", "fused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculativeState(State):
+    """`drafted_R` guesses stand at the front; `odds_RC`: how probable the draft found each of them."""
+
+    drafted_R: Tensor
+    odds_RC: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of a pass, besides the pending rows: how many guesses it verifies, and how many drafts it makes."""
+
+    guesses: int
+    branches: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculative(Causal):
-    """`window` guesses in each cycle of two passes.
+    """`window` guesses a draft; see the module for `cycle` and `branches`.
 
-    Plan shapes: `draft` (W pending rows and `window` masks; W = 1, or more for requests that begin) and `verify` (1 +
-    window rows).
+    Plan shapes, beside W pending rows (1; 2 where a fused pass left no draft; more for requests that begin): `draft`
+    (`window` rows), `verify` (`window`) and `fused` (`window` guesses and as many masks for each branch).
     """
 
     name: ClassVar[str] = "self-speculative"
 
     adapter: GatedAdapter
     window: Annotated[Count, "Guesses per pass."] = 16
+    cycle: Annotated[Cycle, "Passes of a draft and its verification: two, or one that also drafts the next block."] = (
+        "fused"
+    )
+    branches: Annotated[Count, "How many acceptance lengths a fused pass drafts for."] = 2
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
+        if self.window * self.branches > MOST_GUESSES:
+            raise FewstepError(
+                f"the {self.name} decoder would draft {self.branches} times {self.window} tokens in every pass; set a "
+                f"smaller window or fewer branches, for at most {MOST_GUESSES}"
+            )
+
+    @cached_property
+    def parts(self) -> Mapping[str, Parts]:
+        """Of every kind of plan."""
+        num_branches = min(self.branches, self.window + 1)
+        return {
+            "draft": Parts(0, 1),
+            "verify": Parts(self.window, 0),
+            "fused": Parts(self.window, num_branches),
+        }
 
     @classmethod
     def build(cls, resources: Resources, **given: Any) -> Self:
@@ -69,47 +131,126 @@ class SelfSpeculative(Causal):
 
     @cached_property
     def traits(self) -> Traits:
+        most = max(parts.guesses + parts.branches * self.window for parts in self.parts.values())
         return Traits(
             roles=("autoregressive",),
             cached=True,
             num_guessed=self.window + 1,
-            pass_length=1 + self.window,
+            pass_length=1 + (self.window if self.cycle == "two-pass" else most),
             branching=True,
         )
 
+    def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
+        odds_RC = torch.zeros((len(state.front_R), self.window))
+        return SelfSpeculativeState(**vars(state), drafted_R=torch.zeros_like(state.front_R), odds_RC=odds_RC)
+
     def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
-        for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
-            yield members, [Shape("draft", width), Shape("verify", 1)]
+        if self.cycle == "two-pass":
+            for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
+                yield members, [Shape("draft", width), Shape("verify", 1)]
+            return
+        active = self.parts["fused"].guesses + self.parts["fused"].branches * self.window
+        for members, width in grouped_passes(pending_R, shapes=(_WITH_DRAFT, _WITHOUT_DRAFT), active=active):
+            may_have_drafts = bool((pending_R[members] == _WITH_DRAFT).any())
+            yield members, [Shape("fused" if may_have_drafts else "draft", width)]
 
     def plan(self, state: State, shape: Shape) -> Plan:
-        if shape.kind == "verify":
-            return cached_plan(shape.kind, state, self.role, width=1, active=self.window)
-        trunk = cached_plan(shape.kind, state, self.role, width=shape.width, active=0)
+        assert isinstance(state, SelfSpeculativeState)
+        parts = self.parts[shape.kind]
+        trunk = cached_plan(shape.kind, state, self.role, width=shape.width, active=parts.guesses)
+        if not parts.branches:
+            return trunk
         assert trunk.slots_RQ is not None
         device, length = state.tokens_RL.device, state.tokens_RL.shape[1]
-        done_R1 = state.done_R[:, None]
-        places_RT = scored_positions(state, self.window)
+        done_R1, num_masks = state.done_R[:, None], parts.branches * self.window
+        # Of every mask, where its branch begins.
+        start_RT = (state.front_R[:, None] + self._branches(state, parts)).repeat_interleave(self.window, 1)
+        mask_T = torch.arange(num_masks, device=device)
         # What follows the end of the canvas is never used; its rows stay within the positions that the network knows.
-        positions_RT = places_RT.minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
-        blocks_RT = torch.where(done_R1, INVISIBLE, state.front_R[:, None] - 1).expand_as(places_RT)
-        is_mask_Q = torch.arange(shape.width + self.window, device=device) >= shape.width
+        positions_RT = (start_RT + mask_T % self.window).minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
+        slots_RT = state.front_R[:, None] + parts.guesses + mask_T
+        num_clean = shape.width + parts.guesses
+        row_Q = torch.arange(num_clean + num_masks, device=device)
+        branch_T = mask_T // self.window
         return replace(
             trunk,
-            tokens_RQ=torch.cat([trunk.tokens_RQ, torch.full_like(places_RT, self.adapter.mask_token_id)], 1),
+            tokens_RQ=torch.cat([trunk.tokens_RQ, torch.full_like(start_RT, self.adapter.mask_token_id)], 1),
             positions_RQ=torch.cat([trunk.positions_RQ, positions_RT], 1),
-            blocks_RQ=torch.cat([trunk.blocks_RQ, blocks_RT], 1),
-            slots_RQ=torch.cat([trunk.slots_RQ, torch.where(done_R1, length, places_RT)], 1),
-            scored_RS=(shape.width - 1 + torch.arange(self.window + 1, device=device)).expand(len(places_RT), -1),
-            tree_TT=torch.ones((self.window, self.window), dtype=torch.bool, device=device),
-            adapted_RQ=is_mask_Q.expand(len(places_RT), -1),
+            blocks_RQ=torch.cat([trunk.blocks_RQ, torch.where(done_R1, INVISIBLE, start_RT - 1)], 1),
+            slots_RQ=torch.cat([trunk.slots_RQ, torch.where(done_R1, length, slots_RT)], 1),
+            scored_RS=row_Q[shape.width - 1 :].expand(len(start_RT), -1),
+            tree_TT=branch_T[:, None] == branch_T,
+            adapted_RQ=(row_Q >= num_clean).expand(len(start_RT), -1),
         )
 
     def accept(self, state: State, shape: Shape, scores: Scores) -> Accepted[State]:
-        if shape.kind == "verify":
-            return verify(self, state, shape, scores)[0]
-        positions_RS = scored_positions(state, self.window + 1)
+        assert isinstance(state, SelfSpeculativeState)
+        parts = self.parts[shape.kind]
+        start_RK = state.front_R[:, None] + self._branches(state, parts)
+        positions_RS = torch.cat(
+            [scored_positions(state, parts.guesses + 1), (self._places(start_RK + 1)).flatten(1)], 1
+        )
         turn_RS = positions_RS - state.context_length_R[:, None] + 1
         tokens_RS = draw_tokens(shape.drawing, state, scores.logits_RSV, positions_RS, turn_RS)
-        open_RS = ~state.final_RL.gather(1, positions_RS) & ~state.done_R[:, None]
-        guessed = replace(state, tokens_RL=write(state.tokens_RL, positions_RS, open_RS, tokens_RS))
-        return accept_agreed(self, guessed, tokens_RS, torch.zeros_like(open_RS), scores)
+
+        verified = parts.guesses + 1
+        guess_S = torch.arange(verified, device=tokens_RS.device)
+        agreed_RS = state.tokens_RL.gather(1, positions_RS[:, :verified]) == tokens_RS[:, :verified]
+        agreed_RS &= guess_S < state.drafted_R.clamp(max=parts.guesses)[:, None]
+        of_base = Scores(scores.logits_RSV[:, :verified], scores.hidden_RSD[:, :verified])
+        accepted = keep_agreed(accept_agreed(self, state, tokens_RS[:, :verified], agreed_RS, of_base))
+        after = accepted.state
+        if not parts.branches:
+            return replace(accepted, state=replace(after, drafted_R=torch.where(state.done_R, state.drafted_R, 0)))
+        shape_KC = (parts.branches, self.window)
+        guesses_RKC = tokens_RS[:, verified:].unflatten(1, shape_KC)
+        odds_RKC = confidence(scores.logits_RSV[:, verified:], tokens_RS[:, verified:]).unflatten(1, shape_KC)
+        return replace(accepted, state=self._drafted(after, start_RK, guesses_RKC, odds_RKC, parts))
+
+    def _branches(self, state: SelfSpeculativeState, parts: Parts) -> Tensor:
+        """The acceptance lengths that the pass drafts for, the most probable first, [R, K]."""
+        if parts.guesses == 0:
+            return torch.zeros_like(state.front_R)[:, None].expand(-1, parts.branches)
+        guess_C = torch.arange(parts.guesses, device=state.front_R.device)
+        odds_RC = state.odds_RC[:, : parts.guesses].double()
+        odds_RC = torch.where(guess_C < state.drafted_R[:, None], odds_RC, 0.0)
+        reached_RS = torch.nn.functional.pad(odds_RC.cumprod(1), (1, 0), value=1.0)
+        wrong_RS = torch.nn.functional.pad(1 - odds_RC, (0, 1), value=1.0)
+        return (reached_RS * wrong_RS).topk(parts.branches, 1).indices
+
+    def _drafted(
+        self, after: SelfSpeculativeState, start_RK: Tensor, guesses_RKC: Tensor, odds_RKC: Tensor, parts: Parts
+    ) -> SelfSpeculativeState:
+        """With the guesses of the branch that fits what became final in the pass, from the new front on."""
+        live_R1, size = ~after.done_R[:, None], self.window
+        # How many guesses of a branch lie before the front now: none of the branch that began at the last final token.
+        behind_RK = after.front_R[:, None] - 1 - start_RK
+        place_C = torch.arange(size, device=start_RK.device)
+        last = after.tokens_RL.shape[1] - 1
+        tokens_RKC = after.tokens_RL.gather(1, self._places(start_RK + 1).flatten(1).clamp(max=last))
+        agreed_RKC = (guesses_RKC == tokens_RKC.view_as(guesses_RKC)) | (place_C >= behind_RK[..., None])
+        fits_RK = (behind_RK >= 0) & (behind_RK < size) & agreed_RKC.all(-1)
+        behind_R1, branch_R1 = behind_RK.masked_fill(~fits_RK, size).min(1, keepdim=True)
+        shifted_RC = (behind_R1 + place_C).clamp(max=size - 1)
+
+        def kept(field_RKC: Tensor) -> Tensor:
+            return field_RKC.gather(1, branch_R1[..., None].expand(-1, 1, size))[:, 0].gather(1, shifted_RC)
+
+        drafted_R1 = size - behind_R1
+        positions_RC = scored_positions(after, size)
+        open_RC = ~after.final_RL.gather(1, positions_RC) & (place_C < drafted_R1) & live_R1
+        cached_R = after.cached_R
+        if parts.guesses:
+            lost_R = (live_R1 & (drafted_R1 == 0))[:, 0]
+            cached_R = torch.where(lost_R, after.front_R - _WITHOUT_DRAFT, cached_R)
+        return replace(
+            after,
+            tokens_RL=write(after.tokens_RL, positions_RC, open_RC, kept(guesses_RKC)),
+            drafted_R=torch.where(live_R1, drafted_R1, after.drafted_R[:, None])[:, 0],
+            odds_RC=torch.where(live_R1, kept(odds_RKC), after.odds_RC),
+            cached_R=cached_R,
+        )
+
+    def _places(self, first_RK: Tensor) -> Tensor:
+        """`window` positions from each of these on, [R, K, C]."""
+        return first_RK[..., None] + torch.arange(self.window, device=first_RK.device)

@@ -8,6 +8,7 @@ drafts began.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -189,6 +190,9 @@ def collect_texts(
 
     `on_output` is called as each prompt is decoded.
     """
+    drafts = isinstance(decoder, SelfSpeculative)
+    if isinstance(decoder, SelfSpeculative):
+        decoder = replace(decoder, cycle="two-pass")  # its outputs say where drafts began; the texts are the same
     decode_rows = decode_with(
         network,
         decoder,
@@ -204,7 +208,7 @@ def collect_texts(
         rows,
         folder,
         maker_hash=_writer_hash(network),
-        described={"drafted": isinstance(decoder, SelfSpeculative)},
+        described={"drafted": drafts},
         settings=settings,
         stop_token_ids=network.stop_token_ids,
         **options,
