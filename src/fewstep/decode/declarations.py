@@ -7,7 +7,7 @@ A setting is an annotated field of a class, or an annotated argument of a functi
 Of a class the arguments of its class method `build` count too. What the text cannot say stands in `Details` beside it.
 
 `declared_settings` is given the class or function itself, or where it is ("fewstep.decode.jacobi:Jacobi"). Then its
-module is read but not run, unless it is loaded already: a module that decodes loads torch, which takes seconds, and a
+module is read but not run, unless torch is loaded already: a module that decodes loads it, which takes seconds, and a
 command line that prints its help or refuses an option must not wait for them.
 """
 
@@ -66,25 +66,26 @@ class Declared:
 
 def declared_settings(owner: Place | Callable[..., Any]) -> dict[str, Declared]:
     """Name -> setting, in the order of declaration, those of base classes first."""
-    if not isinstance(owner, str):
-        return _by_name(_read(owner))
-    module, _, name = owner.partition(":")
-    if module in sys.modules:
-        return _by_name(_read(getattr(sys.modules[module], name)))
-    return _from_source(owner)
+    if isinstance(owner, str):
+        module, _, name = owner.partition(":")
+        if module not in sys.modules and "torch" not in sys.modules:
+            return _from_source(owner)
+        owner = getattr(import_module(module), name)
+    return _of_loaded(owner)
 
 
 @cache
 def _from_source(place: Place) -> dict[str, Declared]:
     module, _, name = place.partition(":")
     try:
-        return _by_name(_source(module).declared(name))
+        return {one.name: one for one in _source(module).declared(name)}
     except _UnreadableError:
-        return _by_name(_read(getattr(import_module(module), name)))
+        return _of_loaded(getattr(import_module(module), name))
 
 
-def _by_name(found: Iterator[Declared]) -> dict[str, Declared]:
-    return {one.name: one for one in found}
+@cache
+def _of_loaded(owner: Callable[..., Any]) -> dict[str, Declared]:
+    return {one.name: one for one in _read(owner)}
 
 
 def _declared(field: str, annotation: Any, default: Any) -> Iterator[Declared]:
