@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,24 @@ class Block:
     run: bool
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of every `fewstep` command in it; in a console behind `$`, perhaps over several lines."""
-        if self.language not in ("", "console", "sh", "shell", "bash"):
-            return
-        for line in self.text.replace("\\\n", " ").splitlines():
-            program, _, rest = line.removeprefix("$ ").partition(" ")
+        """The words of every `fewstep` command in it."""
+        for line in self._lines():
+            program, _, rest = line.partition(" ")
             if program in ("fewstep", ".venv/bin/fewstep"):
                 yield shlex.split(rest, comments=True)
+
+    def recipes(self) -> Iterator[list[str]]:
+        """The recipe's name and the words of every command that runs one."""
+        for line in self._lines():
+            if line.startswith("python recipes/"):
+                script, *words = shlex.split(line.removeprefix("python recipes/"), comments=True)
+                yield [script.removesuffix(".py"), *words]
+
+    def _lines(self) -> list[str]:
+        """Commands, which may be written over several lines; in a console they stand behind `$`."""
+        if self.language not in ("", "console", "sh", "shell", "bash"):
+            return []
+        return [line.removeprefix("$ ") for line in self.text.replace("\\\n", " ").splitlines()]
 
 
 def blocks() -> list[Block]:
@@ -58,6 +70,7 @@ def blocks() -> list[Block]:
 
 
 COMMANDS = [(block.page, words, block.run) for block in blocks() for words in block.commands()]
+RECIPES = [words for block in blocks() for words in block.recipes()]
 PROGRAMS = [block for block in blocks() if block.language == "python" and block.run]
 
 
@@ -118,6 +131,25 @@ def test_programs_of_the_documentation_run_one_after_another(tmp_path: Path, mon
     names: dict[str, Any] = {"__name__": "documentation"}
     for block in PROGRAMS:
         exec(compile(block.text, block.page, "exec"), names)
+
+
+@pytest.mark.parametrize("words", RECIPES, ids=lambda words: "".join(words)[:40])
+def test_a_recipe_of_the_documentation_takes_its_options(words: list[str]) -> None:
+    name, *rest = words
+    command: Any = typer.main.get_command(import_module(name).app)
+    if hasattr(command, "commands"):
+        assert rest[0] in command.commands
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(name, rest)
+
+
+def test_recipes_in_the_text_exist() -> None:
+    """But for the log, a record of what there was."""
+    named = {
+        name for page in PAGES if page.name != "log.md" for name in re.findall(r"recipes/\w+\.py", page.read_text())
+    }
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
+    assert len(named) > 10
 
 
 def test_options_in_the_text_exist() -> None:
