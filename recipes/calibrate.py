@@ -7,7 +7,7 @@ GPUs; repeat the command until all are done. Every calibration is read from this
 """
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -15,19 +15,17 @@ from typing import Annotated, Any
 import typer
 from run_recipe import run_recipe
 
-from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.json_files import write_json_whole
 from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
-from fewstep.measure.evaluate import Report, evaluate
-from fewstep.measure.jobs import Job, spread, weights_of
-from fewstep.measure.reports import merge_reports, report_columns
+from fewstep.measure.contenders import Contender, answer_problems, load_contenders
+from fewstep.measure.evaluate import Report
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.tasks.gsm_symbolic import make_problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file
+from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
-loaded = cache(load)
 
 
 def pool_of(count: int, path: Path) -> list[Problem]:
@@ -35,10 +33,6 @@ def pool_of(count: int, path: Path) -> list[Problem]:
     if not path.exists() or len(read_problems(path)) != count:
         write_problem_file(path, Random(0).sample(make_problems("dev", count), count))
     return read_problems(path)
-
-
-def answered(model: str, settings: dict[str, Any], asked: list[Problem], shard: int) -> dict[str, Any]:
-    return report_columns(evaluate(loaded(model), asked, batch_size=shard, **settings))
 
 
 def judged(table: dict[str, Report], paths: list[list[Rule]], eps: float, confidence: float, n: int, m: int) -> Any:
@@ -78,26 +72,17 @@ def main(
 ) -> None:
     """Answer what is missing, then calibrate: `calibrate.json`."""
     pool, paths = pool_of(calibrations * n + fresh, results_folder / "problems.jsonl"), paths_of(threshold, [gaps])
-    asked: dict[str, tuple[str, dict[str, Any]]] = {str(rule): (model, vars(rule)) for rule in paths[0]}
-    asked["reference"] = reference, {}
-
-    weights = weights_of({"model": model, "reference": reference})
-    jobs = [
-        Job(
-            name=f"{name}--{at:06d}",
-            made_by={"weights": weights, "pool": len(pool), "shard": shard, **asked[name][1]},
-            run=partial(answered, *asked[name], pool[at : at + shard], shard),
-        )
-        for at in range(0, len(pool), shard)
-        for name in asked
-    ]
-    found = spread(jobs, results_folder / "answers", time_limit_s=time_limit)
+    everyone = [Contender(name=str(rule), model=model, settings=vars(rule)) for rule in paths[0]]
+    everyone.append(Contender(name="reference", model=reference))
+    found = answer_problems(
+        everyone, load_contenders(everyone), {"pool": pool}, results_folder / "answers",
+        task=task_named("gsm-symbolic"), batch_size=shard, shard=shard, time_limit_s=time_limit,
+    )  # fmt: skip
     if found is None:
         return
-    if missing := [job.name for job in jobs if job.name not in found]:
-        raise FewstepError(f"{len(missing)} of {len(jobs)} jobs are not done, first {missing[0]}; repeat the command")
-    known = {problem.id: problem for problem in pool}
-    table = {one: merge_reports([found[job.name] for job in jobs if job.name.startswith(one)], known) for one in asked}
+    table = found["pool"]
+    if missing := [one.name for one in everyone if one.name not in table or table[one.name].n < len(pool)]:
+        raise FewstepError(f"not all problems are answered by {'; '.join(missing)}; repeat the command")
     told = {
         "command": this_command(), "machine": describe_machine(), "fresh": fresh,
         "rows": {name: report.to_json() for name, report in table.items()},

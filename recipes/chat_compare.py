@@ -11,30 +11,36 @@ so that answers can be compared one to one. A contender's settings are those of 
 model is used: quality is not measured.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import typer
 from run_recipe import run_recipe
 
 from fewstep.cli.compare import read_specification
-from fewstep.decode.health import measure_health
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.made_by import answers_made_by
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
-from fewstep.files import write_whole
-from fewstep.json_files import read_rows, write_json_whole, write_rows_whole
-from fewstep.measure.agreement import measure_agreement
+from fewstep.files import write_text_whole
+from fewstep.json_files import write_json_whole, write_rows_whole
 from fewstep.measure.contenders import Contender, figure, load_contenders, markdown_table
+from fewstep.measure.conversations import (
+    EVERYTHING,
+    TURNS,
+    Conversation,
+    evenly,
+    figures_of,
+    first_of_each,
+    groups_of,
+    hold,
+    read_conversations,
+)
 from fewstep.measure.jobs import Job, results, spread
-from fewstep.measure.timing import Timing, describe_machine, this_command, time_interleaved
-from fewstep.models.text import Message
+from fewstep.measure.timing import describe_machine, this_command, time_interleaved
 
 app = typer.Typer(pretty_exceptions_enable=False)
 History = Literal["baseline", "own"]
@@ -43,9 +49,6 @@ PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 SPECIFICATION = "NAME=MODEL[,setting=value...]"
 SHARED = ("max_new_tokens", "temperature", "top_k", "top_p")
 """Settings that a contender does not have of its own: answers are greedy, and of one greatest length."""
-KEPT = ("text", "token_ids", "num_tokens", "num_forwards", "num_draft_forwards", "finish_reason")
-"""What is kept of an answer."""
-EVERYTHING, TURNS = "all", ("turn 1", "turn 2")
 NO_JUDGE = (
     "No judge model is used: agreement says how much of the baseline's answers a contender reproduces, not whether its "
     "answers are good. Quality is not measured."
@@ -66,54 +69,6 @@ COLUMNS = {
     "common prefix": figure(".1%", "agreement", "common_prefix"),
     "similarity": figure(".1%", "agreement", "similarity"),
 }
-
-
-# --- who and what ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """What a person says in the two turns, whatever is answered."""
-
-    id: str
-    category: str
-    turns: tuple[str, str]
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """Names of the two answers."""
-        return f"{self.id}/1", f"{self.id}/2"
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """FewstepError for a row without two turns of text, an id that occurs twice, or no row."""
-    found: dict[str, Conversation] = {}
-    for row in read_rows(path, required=("id", "category", "turns")):
-        turns = row["turns"]
-        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise FewstepError(f"{path}: the turns of {row['id']!r} must be two texts, got {turns!r}")
-        if row["id"] in found:
-            raise FewstepError(f"{path}: the id {row['id']!r} occurs twice")
-        if row["category"] in (EVERYTHING, *TURNS):
-            raise FewstepError(f"{path}: the category {row['category']!r} is a name of the report; choose another")
-        found[row["id"]] = Conversation(id=row["id"], category=row["category"], turns=(turns[0], turns[1]))
-    if not found:
-        raise FewstepError(f"{path} holds no conversation")
-    return list(found.values())
-
-
-def first_of_each(conversations: Sequence[Conversation], count: int | None) -> list[Conversation]:
-    """The first `count` of each category; None: all."""
-    by_category: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        by_category.setdefault(conversation.category, []).append(conversation)
-    return [conversation for some in by_category.values() for conversation in some[:count]]
-
-
-def evenly(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
-    """So many of them, or all, from everywhere in the list."""
-    count = min(count, len(conversations))
-    return [conversations[i * len(conversations) // count] for i in range(count)]
 
 
 def contender_of(specification: str, max_new_tokens: int) -> Contender:
@@ -145,46 +100,6 @@ def loaded(contenders: Sequence[Contender], *, dtype: str, device: str) -> dict[
     return found
 
 
-# --- conversations ---
-
-
-@dataclass(frozen=True)
-class Held:
-    """The conversations of one contender by the answers' keys: what it was asked, and KEPT of what it answered."""
-
-    prompts: Mapping[str, Sequence[Message]]
-    answers: Mapping[str, Mapping[str, Any]]
-
-
-def hold(
-    lm: LanguageModel,
-    conversations: Sequence[Conversation],
-    settings: Mapping[str, Any],
-    *,
-    history: Mapping[str, Mapping[str, Any]] | None = None,
-    batch_size: int = 32,
-) -> Held:
-    """Both turns of every conversation. The second follows the first answer of `history`, or of `lm` itself."""
-
-    def answered(prompts: Mapping[str, Sequence[Message]]) -> dict[str, dict[str, Any]]:
-        outputs = lm.generate(list(prompts.values()), batch_size=batch_size, **settings)
-        return {key: {name: getattr(one, name) for name in KEPT} for key, one in zip(prompts, outputs, strict=True)}
-
-    prompts: dict[str, Sequence[Message]] = {one.keys[0]: [_said("user", one.turns[0])] for one in conversations}
-    answers = answered(prompts)
-    replies = answers if history is None else history
-    seconds: dict[str, Sequence[Message]] = {
-        second: [*prompts[first], _said("assistant", replies[first]["text"]), _said("user", one.turns[1])]
-        for one in conversations
-        for first, second in [one.keys]
-    }
-    return Held({**prompts, **seconds}, {**answers, **answered(seconds)})
-
-
-def _said(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
 def jobs_of(
     contenders: Sequence[Contender],
     models: Mapping[str, LanguageModel],
@@ -212,54 +127,6 @@ def jobs_of(
         }
         jobs.append(Job(name=one.name, made_by=made_by, run=partial(run, one, needs), needs=needs))
     return jobs
-
-
-# --- figures ---
-
-
-def groups_of(conversations: Sequence[Conversation]) -> dict[str, list[str]]:
-    """Name of a group -> keys of its answers: all, the turns, the categories."""
-    groups: dict[str, list[str]] = {name: [] for name in (EVERYTHING, *TURNS)}
-    for conversation in conversations:
-        groups[EVERYTHING] += conversation.keys
-        for turn, key in zip(TURNS, conversation.keys, strict=True):
-            groups[turn].append(key)
-        groups.setdefault(conversation.category, []).extend(conversation.keys)
-    return groups
-
-
-def part_of(timing: Timing, timed_keys: Sequence[str], keys: Collection[str]) -> Timing | None:
-    """The part of a timing that is about these keys; None if none of them was timed."""
-    at = [index for index, key in enumerate(timed_keys) if key in keys]
-    if not at:
-        return None
-    return Timing(*([values[i] for i in at] for values in (timing.seconds, timing.num_forwards, timing.num_tokens)))  # type: ignore[arg-type]
-
-
-def figures_of(
-    answers: Sequence[Mapping[str, Any]],
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    alone: Timing | None,
-    baseline: Timing | None,
-    eos_token_id: int,
-) -> dict[str, Any]:
-    """A contender's figures for some of its answers; agreement is that of the `pairs` with the baseline's tokens.
-
-    `speed_ratio` compares tokens per second, since answers may differ in length. Passes are the network's own; a
-    draft's take their time and are counted apart.
-    """
-    drafts = fmean(one["num_draft_forwards"] for one in answers)
-    return {
-        "n": len(answers),
-        "num_tokens_mean": fmean(one["num_tokens"] for one in answers),
-        "tokens_per_forward": sum(a["num_tokens"] for a in answers) / sum(a["num_forwards"] for a in answers),
-        "cut_off": fmean(one["finish_reason"] == "length" for one in answers),
-        "health": measure_health((one["token_ids"] for one in answers), ignored_ids=[eos_token_id]).to_json(),
-        "agreement": measure_agreement(*zip(*pairs, strict=True)).to_json() if pairs else None,
-        "batch_1": alone.to_json() if alone else None,
-        "speed_ratio": alone.tokens_per_second / baseline.tokens_per_second if alone and baseline else None,
-        **({"num_draft_forwards_mean": drafts} if drafts else {}),
-    }
 
 
 def document_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tokens: int) -> str:
@@ -329,13 +196,10 @@ def compare(
 
     def figures(name: str, keys: Sequence[str]) -> dict[str, Any]:
         answers, references = (found[which]["answers"] for which in (name, first))
-        return figures_of(
-            [answers[key] for key in keys],
-            [(answers[key]["token_ids"], references[key]["token_ids"]) for key in keys if key in comparable],
-            part_of(timings[name], timed_keys, keys),
-            part_of(timings[first], timed_keys, keys),
-            models[name].network.eos_token_id,
-        )
+        pairs = [(answers[key]["token_ids"], references[key]["token_ids"]) for key in keys if key in comparable]
+        places = [index for index, key in enumerate(timed_keys) if key in keys]
+        alone, reference = timings[name].at(places), timings[first].at(places)
+        return figures_of([answers[key] for key in keys], pairs, alone, reference, models[name].network.eos_token_id)
 
     rows = [
         {
@@ -373,8 +237,7 @@ def compare(
     ]  # fmt: skip
     write_rows_whole(folder / "answers.jsonl", answers)
     document = document_of(rows, history, max_new_tokens)
-    with write_whole(folder / "chat.md") as temporary:
-        temporary.write_text(f"{document}\n", encoding="utf-8")
+    write_text_whole(folder / "chat.md", f"{document}\n")
     print(document, flush=True)
 
 

@@ -19,7 +19,7 @@ from task_options import TaskData, TaskName, TaskSplit
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.files import write_whole
+from fewstep.files import write_text_whole
 from fewstep.json_files import write_json_whole
 from fewstep.measure.contenders import (
     Contender,
@@ -198,8 +198,7 @@ def compare(
     if earlier:
         lines.append(f"Answered in an earlier run, which their tokens/s in batches are of: {'; '.join(earlier)}.")
     table = "\n".join(lines)
-    with write_whole(folder / "comparison.md") as temporary:
-        temporary.write_text(f"{table}\n", encoding="utf-8")
+    write_text_whole(folder / "comparison.md", f"{table}\n")
     print(table, flush=True)
     plot_bars(rows, BARS, folder / "speeds")
     plot_accuracy({row["contender"]: [row] for row in rows}, folder / "accuracy")

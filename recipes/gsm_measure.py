@@ -18,10 +18,17 @@ from stages import BLOCK
 
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
-from fewstep.files import write_whole
+from fewstep.files import write_text_whole
 from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.compare import compare_shared
-from fewstep.measure.contenders import Contender, answer_problems, load_contenders, time_contenders
+from fewstep.measure.contenders import (
+    Contender,
+    answer_problems,
+    figure,
+    load_contenders,
+    markdown_table,
+    time_contenders,
+)
 from fewstep.measure.evaluate import Report
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import agreement, fastest_good_enough, with_no_fewer_passes
@@ -33,6 +40,13 @@ from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
+COLUMNS = {
+    "set": lambda row: row["set"],
+    "contender": lambda row: row["contender"],
+    "n": figure("d", "n"),
+    "solved": figure(".2%", "accuracy"),
+    "tokens per forward": figure(".3f", "tokens_per_forward"),
+}
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
@@ -118,11 +132,14 @@ def compared(found: Mapping[str, Report], threshold: float) -> list[dict[str, An
 
 
 def gather(reports: Mapping[str, Mapping[str, Report]], slack: float) -> dict[str, Any]:
-    """What `accuracy.json` says: a report for each set and contender, and comparisons."""
+    """What `accuracy.json` says: a report for each set and contender, and comparisons.
+
+    `without_stopping`: whether the published teacher and the stopping one solve the same problems.
+    """
     dev = reports["dev"]
     ready = "teacher" in dev and bool(_of(dev, "student-"))
     threshold = choose_threshold(dev, slack) if ready else 0.9
-    return {
+    told: dict[str, Any] = {
         "command": this_command(),
         "machine": describe_machine(),
         "chosen_threshold": threshold,
@@ -130,24 +147,17 @@ def gather(reports: Mapping[str, Mapping[str, Report]], slack: float) -> dict[st
         "chosen_on": f"{dev['teacher'].n} development problems, at most {100 * slack:g} points below the teacher"
         if ready
         else "not chosen",
-        "rows": [
-            {"set": set_name, "contender": contender, **report.to_json()}
-            for set_name, found in reports.items()
-            for contender, report in found.items()
-        ],
-        "comparisons": [
-            {"set": set_name, **row} for set_name, found in reports.items() for row in compared(found, threshold)
-        ],
-        "without_stopping": [row for set_name, found in reports.items() for row in _without_stopping(set_name, found)],
+        "rows": [],
+        "comparisons": [],
+        "without_stopping": [],
     }
-
-
-def _without_stopping(set_name: str, found: Mapping[str, Report]) -> list[dict[str, Any]]:
-    """Whether the published teacher and the stopping one solve the same problems."""
-    if "teacher" not in found or "teacher-published" not in found:
-        return []
-    alike, n = agreement(found["teacher-published"], found["teacher"])
-    return [{"set": set_name, "n": n, "same_outcome_and_length": alike}]
+    for name, found in reports.items():
+        told["rows"] += [{"set": name, "contender": one, **report.to_json()} for one, report in found.items()]
+        told["comparisons"] += [{"set": name, **row} for row in compared(found, threshold)]
+        if "teacher" in found and "teacher-published" in found:
+            alike, n = agreement(found["teacher-published"], found["teacher"])
+            told["without_stopping"].append({"set": name, "n": n, "same_outcome_and_length": alike})
+    return told
 
 
 CURVES = {
@@ -158,17 +168,16 @@ CURVES = {
     "ar": "autoregressive, cached",
     "cllm": "CLLM, Jacobi, cached",
 }
+"""Beginning of a contender's name -> its curve. The teacher at one token a pass ends the curve of its passes."""
 
 
-def accuracy_curves(rows: Sequence[Mapping[str, Any]], set_name: str) -> dict[str, list[Mapping[str, Any]]]:
-    """For the plot: the rows of a set by curve; the teacher at one token per pass ends the curve of its passes."""
-    curves: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        name = "teacher-steps-" if row["contender"] == "teacher" else row["contender"]
-        title = next((title for prefix, title in CURVES.items() if name.startswith(prefix)), None)
-        if row["set"] == set_name and title is not None:
-            curves.setdefault(title, []).append(row)
-    return curves
+def accuracy_curves(found: Mapping[str, Report]) -> dict[str, list[dict[str, Any]]]:
+    """For the plot: the reports of a set by curve."""
+    named = {"teacher-steps-" if name == "teacher" else name: report.to_json() for name, report in found.items()}
+    curves = {
+        title: [row for name, row in named.items() if name.startswith(prefix)] for prefix, title in CURVES.items()
+    }
+    return {title: rows for title, rows in curves.items() if rows}
 
 
 @app.command()
@@ -198,10 +207,9 @@ def accuracy(
     time_limit: Annotated[float | None, typer.Option(help="seconds after which no job is begun")] = None,
 ) -> None:
     """Every contender on development problems, test problems and held-out templates, then `accuracy.json`."""
-    sets = {
-        "dev": problem_set("dev", dev, problem_folder),
-        "test": problem_set("test", test, problem_folder),
-        "heldout": problem_set("heldout", heldout, problem_folder),
+    counts: dict[Split, int] = {"dev": dev, "test": test, "heldout": heldout}
+    sets: dict[str, list[Problem]] = {
+        split: problem_set(split, count, problem_folder) for split, count in counts.items()
     }
     everyone = contenders(
         {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}, threshold, teacher_steps,
@@ -215,16 +223,12 @@ def accuracy(
         return
     told = gather(reports, slack)
     write_json_whole(results_folder / "accuracy.json", told)
-    for row in told["rows"]:
-        print(
-            f"{row['set']:8} {row['contender']:24} n {row['n']:6} {row['accuracy']:.4f} tokens/forward "
-            f"{row['tokens_per_forward']:.3f}"
-        )
+    print(markdown_table(told["rows"], COLUMNS))
     for row in told["comparisons"]:
         print(f"{row['set']:8} {comparison_sentence(row)}")
     print(f"threshold {told['chosen_threshold']}, chosen on {told['chosen_on']}")
     try:
-        plot_accuracy(accuracy_curves(told["rows"], "test"), results_folder / "accuracy", title="Test problems")
+        plot_accuracy(accuracy_curves(reports["test"]), results_folder / "accuracy", title="Test problems")
     except FewstepError as error:  # without matplotlib; the same command draws it later from what is there
         print(error)
 
@@ -308,12 +312,9 @@ def cards(
             if (results_folder / picture).exists():
                 shutil.copy(results_folder / picture, bundled / name / picture)
         text = card(name, kind, bundled / name, read_json(path) if path else None, sources)
-        with write_whole(bundled / name / "README.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(
-            f"{bundled / name / 'README.md'}"
-            + (f"; left out, as not there: {', '.join(sources.missing)}" if sources.missing else "")
-        )
+        write_text_whole(bundled / name / "README.md", text)
+        missing = f"; left out, as not there: {', '.join(sources.missing)}" if sources.missing else ""
+        print(f"{bundled / name / 'README.md'}{missing}")
 
 
 if __name__ == "__main__":

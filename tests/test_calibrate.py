@@ -193,7 +193,7 @@ def test_the_recipe_judges_calibrations_from_one_table_of_answers(
             model="m", role="", decoder="", engine="", task="", records=records, wall_seconds=1.0, step_ms=1.0, **shared
         )
 
-    monkeypatch.setattr(recipe, "evaluate", evaluated)
+    monkeypatch.setattr("fewstep.measure.contenders.evaluate", evaluated)
     for _ in range(2):
         recipe.main(
             tmp_path / "results", str(tmp_path / "student"), str(tmp_path / "reference"), threshold=[0.5, 0.9], gaps=2,

@@ -52,6 +52,12 @@ def write_whole(path: str | Path) -> Iterator[Path]:
                 raise
 
 
+def write_text_whole(path: str | Path, text: str) -> None:
+    """Replace a file by this text, in UTF-8; see `write_whole`."""
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def write_folder_whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new empty folder beside `target`; on success it becomes `target`, on any failure it is removed.

@@ -46,6 +46,12 @@ class Timing:
         self.num_forwards.append(output.num_forwards)
         self.num_tokens.append(output.num_tokens)
 
+    def at(self, indices: Sequence[int]) -> "Timing | None":
+        """The part about the problems at these places; None for no place."""
+        if not indices:
+            return None
+        return Timing(*([of[i] for i in indices] for of in (self.seconds, self.num_forwards, self.num_tokens)))  # type: ignore[arg-type]
+
     @property
     def seconds_median(self) -> float:
         return statistics.median(self.seconds)
