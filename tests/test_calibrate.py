@@ -399,12 +399,15 @@ def test_bad_input_is_one_sentence(command: Any, options: tuple[object, ...], se
 
 
 def test_only_a_block_causal_student_is_calibrated_and_no_folder_is_replaced_unasked(
-    folders: dict[str, Path], command: Any
+    folders: dict[str, Path], command: Any, tmp_path: Path
 ) -> None:
+    (tmp_path / "file").touch()
     code, said, _ = command("--model", folders["causal"])
     assert (code, "has the role autoregressive" in said) == (2, True)
     code, said, _ = command("--output", folders["causal"])
     assert (code, "is what --reference reads" in said) == (2, True)
+    code, said, _ = command("--output", tmp_path / "file")
+    assert (code, "is a file, not a folder" in said) == (2, True)
     folders["copy"].mkdir()
     (folders["copy"] / "mine").touch()
     code, said, _ = command("--output", folders["copy"])

@@ -177,6 +177,8 @@ def _check_place(model: str, output: Path | None, *, overwrite: bool, in_place: 
         raise FewstepError("--output writes a copy and --in-place changes the model itself; give one of them")
     if overwrite and output is None:
         raise FewstepError("--overwrite has no effect without --output; add it, or leave it out")
+    if output is not None and os.path.isfile(output):
+        raise FewstepError(f"{output} is a file, not a folder; name a folder")
     if output is not None and not overwrite and os.path.isdir(output) and os.listdir(output):
         raise FewstepError(f"the folder {output} is not empty; choose another, or overwrite it (--overwrite)")
     folder = local_folder(model) if in_place else None

@@ -16,6 +16,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
+from fewstep.models.switch import with_adapter
 from fewstep.models.text import (
     AnswerText,
     Message,
@@ -84,6 +85,16 @@ class LanguageModel:
     @property
     def role(self) -> Role:
         return self.network.role
+
+    def with_adapter(self, name: str | Path | None) -> "LanguageModel":
+        """The same weights in another role: the model, or its base if it has an adapter already, with the adapter of a
+        bundled name, a folder or a hub id; the base alone for None.
+
+        Nothing of the base is copied or changed: all models made from one share its parameters, and answer in turn.
+        FewstepError if `name` is no adapter, or one of a model with other weights.
+        """
+        base = self.network.base or self.network
+        return LanguageModel(base if name is None else with_adapter(base, name))
 
     def decoder(self, **settings: Any) -> Decoder:
         """The decoder that these settings make for this model. FewstepError if its generator runs none."""

@@ -76,7 +76,7 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     changes one of the two.
     """
     weights = folder / ADAPTER_WEIGHTS
-    shapes = _stored_shapes(weights)
+    shapes = stored_shapes(weights)
     with reading(folder / ADAPTER_CONFIG):
         config = read_description(folder / ADAPTER_CONFIG, base)
     _fit_embeddings(base, shapes, weights)
@@ -97,7 +97,8 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     return merged.requires_grad_(True)  # PEFT froze the base; what is merged can be trained like any model
 
 
-def _stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of an adapter's tensors. FewstepError if the file is missing or damaged."""
     if not weights.is_file():
         raise FewstepError(f"{weights.parent} holds an {ADAPTER_CONFIG} but no {weights.name}; copy the file beside it")
     try:

@@ -127,13 +127,12 @@ def load_network(
     except FewstepError as error:
         raise FewstepError(f"{config_folder / CONFIG}: {error}") from error
     tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
-    ends = _end_tokens(checkpoint)
     gated = getattr(config, GATED, None)
     weights = checkpoint
     if gated is not None:
         weights = _base_of_gated(checkpoint, spec, role)
     module = _load_module(weights, weights_dtype, target)
-    set_end_tokens(module, [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends])
+    set_end_tokens(module, end_tokens_of(checkpoint, tokenizer))
     if role is not None:
         spec = spec.playing(role)
     if block_size is not None:
@@ -141,7 +140,7 @@ def load_network(
     network = Network(module, spec, tokenizer, name=str(name))
     if role is None and block_size is None:
         network.calibration = calibration_in(checkpoint.folder, spec)
-    return network if gated is None else _with_gated_adapter(network, checkpoint.folder, gated)
+    return network if gated is None else with_gated_adapter(network, checkpoint.folder, gated)
 
 
 def _base_of_gated(checkpoint: Checkpoint, spec: Role, role: RoleName | None) -> Checkpoint:
@@ -156,18 +155,24 @@ def _base_of_gated(checkpoint: Checkpoint, spec: Role, role: RoleName | None) ->
     return checkpoint.base
 
 
-def _with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
-    """The network with the adapter of a folder in its layers, not merged. FewstepError if its base is another."""
+def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
+    """The network with the adapter of a folder beside its weights, which both share. FewstepError if its base is
+    another.
+    """
     from fewstep.models.gated import load_gated_adapter
+    from fewstep.models.shared import shared_copy
 
     found = weights_hash(base)
-    adapter = load_gated_adapter(base.module, folder, settings)
+    module = shared_copy(base.module)
+    adapter = load_gated_adapter(module, folder, settings)
     if found != adapter.base_hash:
         raise FewstepError(
             f"the gated adapter {folder} belongs to other weights than its base has ({adapter.base_hash[:12]}, not "
             f"{found[:12]}); load it beside the base that it was trained on"
         )
-    return Network(base.module, base.role, base.tokenizer, name=base.name, adapter=adapter)
+    network = Network(module, base.role, base.tokenizer, name=base.name, adapter=adapter)
+    network.base = base
+    return network
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -202,6 +207,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except FewstepError:
         name_damaged_json(folder)
         raise
+
+
+def end_tokens_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, and what an adapter and its base name."""
+    return [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *_end_tokens(checkpoint)]
 
 
 def _end_tokens(checkpoint: Checkpoint) -> list[int]:

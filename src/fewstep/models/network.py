@@ -78,6 +78,7 @@ class Network:
 
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
+    `base`: the network without the adapter, whose parameters this one shares; None if it has none.
     `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
     all rows, or without those never drawn where some stand for no token.
     """
@@ -97,6 +98,7 @@ class Network:
         self.name = name
         self.adapter = adapter
         self.calibration: Calibration | None = None
+        self.base: Network | None = None
         self._check_tokens()
         self.architecture = examine(module, name)
         self._check_role()

@@ -1,0 +1,58 @@
+"""One set of weights in several roles: a loaded network with an adapter beside its weights."""
+
+from pathlib import Path
+
+from fewstep.errors import FewstepError
+from fewstep.models.checkpoint_files import CONFIG, GATED, VOCABULARIES
+from fewstep.models.load import (
+    Checkpoint,
+    end_tokens_of,
+    load_network,
+    load_tokenizer,
+    open_checkpoint,
+    read_config,
+    weights_hash,
+    with_gated_adapter,
+)
+from fewstep.models.network import Network
+from fewstep.models.roles import Role
+from fewstep.models.shared import beside_adapter
+from fewstep.models.vocabulary import set_end_tokens
+
+
+def with_adapter(network: Network, name: str | Path) -> Network:
+    """The network, or its base if it has an adapter already, with the adapter of a bundled name, a folder or a hub id.
+
+    Both share all parameters of the base, and can be used in turn: nothing of the base is changed, moved or copied.
+    Role and tokenizer are the adapter's. FewstepError if `name` is no adapter, or one of a model with other weights.
+    """
+    base = network.base or network
+    checkpoint = open_checkpoint(name)
+    if checkpoint.base is None:
+        raise FewstepError(f"{name} is no adapter but a model of its own; load it")
+    config = read_config(checkpoint.holding(CONFIG))
+    gated = getattr(config, GATED, None)
+    if gated is not None:
+        if base.role.name != "autoregressive":
+            raise FewstepError(
+                f"the gated adapter {name} drafts for a causal network, and {base.name} has the role {base.role.name}"
+            )
+        return with_gated_adapter(base, checkpoint.folder, gated)
+    _check_base(base, checkpoint, str(name))
+    module = beside_adapter(base.module, checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
+    set_end_tokens(module, end_tokens_of(checkpoint, tokenizer))
+    adapted = Network(module, Role.from_config(config), tokenizer, name=str(name))
+    adapted.base = base
+    return adapted
+
+
+def _check_base(base: Network, checkpoint: Checkpoint, name: str) -> None:
+    """FewstepError unless the base of the adapter has the weights of this network."""
+    assert checkpoint.base is not None
+    belongs_to = load_network(checkpoint.base.folder, dtype=str(base.dtype).removeprefix("torch."), device="cpu")
+    if weights_hash(belongs_to) != weights_hash(base):
+        raise FewstepError(
+            f"the adapter {name} belongs to {checkpoint.base.folder}, and {base.name} has other weights; load that "
+            "model, and give it the adapter"
+        )
