@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "speculative": ("autoregressive", {"decoder": "speculative", "window": 3}),
     "speculative, block draft": ("autoregressive", {}),
     "self-speculative": ("autoregressive", {"decoder": "self-speculative", "window": 4, "branches": 3}),
+    "self-speculative, auto": ("autoregressive", {"decoder": "self-speculative", "window": 4, "cycle": "auto"}),
     "self-speculative, two-pass": ("autoregressive", {"decoder": "self-speculative", "window": 4, "cycle": "two-pass"}),
 }
 

@@ -115,6 +115,40 @@ def test_a_text_does_not_depend_on_its_companions(settings: dict[str, object]) -
         assert (alone.token_ids, alone.num_forwards) == (together[number].token_ids, together[number].num_forwards)
 
 
+def test_auto_tries_every_cycle_and_length_and_gives_the_same_texts(own_texts: list[Output]) -> None:
+    network = drafting()
+    decoder = self_speculative(network, cycle="auto", window=6)
+    assert decoder.lengths == (6, 3, 2)
+    tried: set[str] = set()
+
+    def look(networks: Any, decoding: Any, state: Any, caches: Any, shape: Any) -> Any:
+        tried.add(shape.kind)
+        return run_pass(networks, decoding, state, caches, shape)
+
+    for _ in range(2):
+        room = max(positions_needed(decoder, one) for one in REQUESTS)
+        loop, outputs = Loop(network, decoder, num_slots=2, length=room, run_pass=look), dict[int, Output]()
+        for request in REQUESTS:
+            loop.submit(request)
+        while loop.busy:
+            outputs.update(loop.step())
+        assert [outputs[i].token_ids for i in range(len(REQUESTS))] == [output.token_ids for output in own_texts]
+    assert {f"fused {m}, {m}" for m in (6, 3, 2)} <= tried
+    assert {f"{kind} {m}" for kind in ("draft", "verify") for m in (6, 3, 2)} <= tried
+    assert tried <= set(decoder.parts)
+    again = self_speculative(network, cycle="auto", window=6)
+    assert again.pace is decoder.pace, "what has been learnt is kept with the adapter"
+
+
+def test_sampled_texts_of_auto_are_those_of_autoregressive_decoding(base: Network) -> None:
+    network = drafting()
+    asked = [replace(request, sampling=Sampling(temperature=0.9)) for request in REQUESTS]
+    wanted = decode(base, asked, Autoregressive(role=base.role))
+    for window in (1, 5):
+        outputs = decode(network, asked, self_speculative(network, cycle="auto", window=window), batch_size=4)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
+
+
 def test_a_stream_tells_every_token_with_its_pass() -> None:
     network = drafting()
     for settings in CYCLES:

@@ -3,7 +3,7 @@
 Axes: R = requests, Q = rows of a forward, A = active rows of a request, W = room for its pending rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
@@ -54,6 +54,21 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Round:
+    """What the host has seen of a round, for the r requests that were live in it; tensors on the CPU.
+
+    `shapes`: of the passes of each group, as the decoder named them. `advance_r`: by how many positions the front
+    moved. `pending_r`: as in State, after the round. `told_Xr`: `State.told`.
+    """
+
+    shapes: Sequence[Sequence[Shape]]
+    seconds: float
+    advance_r: Tensor
+    pending_r: Tensor
+    told_Xr: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """What the loop has to know about a decoder; a step does not read it.
 
@@ -62,7 +77,8 @@ class Traits:
     that the rows scored are not those of neighbouring positions. `greedy_only`: whether it refuses requests that
     sample. `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`:
     how many positions from the front on hold guesses, 0 for a decoder that does not guess. `companions`: the networks
-    that plans name besides "target", each with a cache of its own.
+    that plans name besides "target", each with a cache of its own. `observe` is given every round, for a decoder that
+    learns from them how to split requests into passes.
     """
 
     roles: tuple[RoleName, ...]
@@ -73,6 +89,7 @@ class Traits:
     branching: bool = False
     greedy_only: bool = False
     companions: Mapping[str, Network] = field(default_factory=dict)
+    observe: Callable[[Round], None] | None = None
 
 
 AnyState = TypeVar("AnyState", bound=State, covariant=True)

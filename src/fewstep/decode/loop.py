@@ -4,7 +4,7 @@ Axes: R = slots, r = some of them, L = positions, S = positions scored in a step
 width.
 
 A round gives every live request one step. Small batches take it together; large ones in groups, one per plan shape,
-each with the requests that need it. After a round the host reads two integers per slot, and nothing per token.
+each with the requests that need it. After a round the host reads a few integers per slot, and nothing per token.
 """
 
 import time
@@ -21,6 +21,7 @@ from fewstep.decode.decoder import (
     DRAWINGS,
     Accepted,
     Decoder,
+    Round,
     Shape,
     drawing_of,
     whole_blocks,
@@ -226,9 +227,22 @@ class Loop:
         if not len(live_r):
             return live_r
         self._steps_before_R = self.state.num_forwards_R.clone()
-        for members, shapes in self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]):
+        started_s, front_R = time.perf_counter(), self._front_R
+        groups = list(self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]))
+        for members, shapes in groups:
             self._run(live_r[members], shapes)
-        self._pending_R, self._front_R = torch.stack((self.state.pending_R, self.state.front_R)).cpu()
+        told_XR = torch.stack((self.state.pending_R, self.state.front_R, *self.state.told)).cpu()
+        self._pending_R, self._front_R = told_XR[:2]
+        if self.decoder.traits.observe is not None:
+            self.decoder.traits.observe(
+                Round(
+                    shapes=[shapes for _, shapes in groups],
+                    seconds=time.perf_counter() - started_s,
+                    advance_r=(self._front_R - front_R)[live_r],
+                    pending_r=self._pending_R[live_r],
+                    told_Xr=told_XR[2:, live_r],
+                )
+            )
         for listener in self.listeners:
             listener(self.state)
         return live_r[self._pending_R[live_r] < 0]

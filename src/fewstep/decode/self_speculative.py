@@ -19,6 +19,9 @@ forward sees.
   lengths, as the draft's own confidences have it: a is accepted with the chance that the guesses before it are right
   and the one after them is not. A branch is kept if it began at the right place, or earlier and has guessed what became
   final since; of several the latest. Where none did, the next pass drafts only, as the first one of a request does.
+- `auto`: one or the other, and the length of drafts among a few, by what gives most tokens a second: see `pace`. A
+  fused pass then verifies no more guesses than one of its requests may hope to have accepted, rounded up to one of the
+  same few lengths.
 
 The tokens are those of autoregressive decoding, at any temperature: guesses are drawn with the noise of their
 positions, and a guess is right if it equals the base's own draw. TiDAR (arXiv 2511.08923) drafts and verifies in one
@@ -29,12 +32,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, keep_agreed
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
+from fewstep.decode.pace import Choice, Pace
 from fewstep.decode.requests import Canvas, Output, Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import confidence
@@ -66,40 +71,61 @@ def where_drafts_began(output: Output) -> Tensor:
     return output.step_G[: output.num_tokens] % 2 == 1
 
 
-Cycle = Literal["two-pass", "fused"]
+Cycle = Literal["two-pass", "fused", "auto"]
+
+_WORTH_A_ROW = 0.05
+"""Verified are guesses that are accepted with at least this chance."""
+
+_PACES: WeakKeyDictionary[GatedAdapter, dict[Any, Pace]] = WeakKeyDictionary()
+"""What has been learnt of an adapter outlives the decoders that are built for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculativeState(State):
-    """`drafted_R` guesses stand at the front; `odds_RC`: how probable the draft found each of them."""
+    """`drafted_R` guesses stand at the front, of which `worth_R` are worth a row.
+
+    `odds_RC`: how probable the draft found each. `verified_R`: guesses that the last pass verified.
+    """
 
     drafted_R: Tensor
     odds_RC: Tensor
+    worth_R: Tensor
+    verified_R: Tensor
+
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        return self.verified_R, self.drafted_R, self.worth_R
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Of a pass, besides the pending rows: how many guesses it verifies, and how many drafts it makes."""
+    """Of a pass, besides the pending rows: how many guesses it verifies, and how many drafts of so many masks."""
 
     guesses: int
     branches: int
+    masks: int
+
+    @property
+    def rows(self) -> int:
+        return self.guesses + self.branches * self.masks
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculative(Causal):
     """`window` guesses a draft; see the module for `cycle` and `branches`.
 
-    Plan shapes, beside W pending rows (1; 2 where a fused pass left no draft; more for requests that begin): `draft`
-    (`window` rows), `verify` (`window`) and `fused` (`window` guesses and as many masks for each branch).
+    Plan shapes, beside W pending rows (1; 2 where a fused pass left no draft; more for requests that begin): `draft m`
+    (m masks), `verify n` (n guesses) and `fused n, m` (n guesses, and m masks for each branch), where m and n are the
+    `window`, for `auto` also half and a quarter of it.
     """
 
     name: ClassVar[str] = "self-speculative"
 
     adapter: GatedAdapter
     window: Annotated[Count, "Guesses per pass."] = 16
-    cycle: Annotated[Cycle, "Passes of a draft and its verification: two, or one that also drafts the next block."] = (
-        "fused"
-    )
+    cycle: Annotated[
+        Cycle, "Draft and verify in two passes, or in one (fused); auto: what is faster here, with shorter drafts too."
+    ] = "fused"
     branches: Annotated[Count, "How many acceptance lengths a fused pass drafts for."] = 2
 
     def __post_init__(self) -> None:
@@ -111,14 +137,37 @@ class SelfSpeculative(Causal):
             )
 
     @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of drafts, the longest first."""
+        shares = (1, 2, 4) if self.cycle == "auto" else (1,)
+        return tuple(dict.fromkeys(-(-self.window // share) for share in shares))
+
+    @cached_property
     def parts(self) -> Mapping[str, Parts]:
         """Of every kind of plan."""
-        num_branches = min(self.branches, self.window + 1)
-        return {
-            "draft": Parts(0, 1),
-            "verify": Parts(self.window, 0),
-            "fused": Parts(self.window, num_branches),
-        }
+        kinds: dict[str, Parts] = {}
+        for masks in self.lengths:
+            kinds |= {_draft(masks): Parts(0, 1, masks), _verify(masks): Parts(masks, 0, 0)}
+            for guesses in self.lengths:
+                if guesses <= masks and self.cycle != "two-pass":
+                    kinds[_fused(guesses, masks)] = Parts(guesses, min(self.branches, guesses + 1), masks)
+        return kinds
+
+    @cached_property
+    def pace(self) -> Pace | None:
+        """What `auto` goes by, kept with the adapter."""
+        if self.cycle != "auto":
+            return None
+        choices = [
+            choice
+            for length in self.lengths
+            for choice in (
+                Choice("fused", length, (_fused(length, length),), (_draft(length),)),
+                Choice("two-pass", length, (_draft(length), _verify(length))),
+            )
+        ]
+        key = self.window, self.branches, self.adapter.mask_embedding.device, self.adapter.mask_embedding.dtype
+        return _PACES.setdefault(self.adapter, {}).setdefault(key, Pace(choices))
 
     @classmethod
     def build(cls, resources: Resources, **given: Any) -> Self:
@@ -131,28 +180,37 @@ class SelfSpeculative(Causal):
 
     @cached_property
     def traits(self) -> Traits:
-        most = max(parts.guesses + parts.branches * self.window for parts in self.parts.values())
         return Traits(
             roles=("autoregressive",),
             cached=True,
             num_guessed=self.window + 1,
-            pass_length=1 + (self.window if self.cycle == "two-pass" else most),
+            pass_length=1 + max(parts.rows for parts in self.parts.values()),
             branching=True,
+            observe=None if self.pace is None else self.pace.observe,
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
-        odds_RC = torch.zeros((len(state.front_R), self.window))
-        return SelfSpeculativeState(**vars(state), drafted_R=torch.zeros_like(state.front_R), odds_RC=odds_RC)
+        none_R = torch.zeros_like(state.front_R)
+        odds_RC = torch.zeros((len(none_R), self.window))
+        return SelfSpeculativeState(**vars(state), drafted_R=none_R, odds_RC=odds_RC, worth_R=none_R, verified_R=none_R)
 
     def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
-        if self.cycle == "two-pass":
-            for members, width in grouped_passes(pending_R, shapes=(1,), active=self.window):
-                yield members, [Shape("draft", width), Shape("verify", 1)]
+        masks = guesses = self.window
+        cycle = self.cycle
+        if self.pace is not None:
+            choice = self.pace.choose(len(pending_R))
+            cycle, masks = choice.cycle, choice.length
+            num_worth = self.pace.num_worth(choice, len(pending_R))
+            guesses = min(one for one in self.lengths if one >= num_worth)
+        widths = (_WITH_DRAFT, _WITHOUT_DRAFT)
+        if cycle == "two-pass":
+            for members, width in grouped_passes(pending_R, shapes=widths, active=masks):
+                yield members, [Shape(_draft(masks), width), Shape(_verify(masks), 1)]
             return
-        active = self.parts["fused"].guesses + self.parts["fused"].branches * self.window
-        for members, width in grouped_passes(pending_R, shapes=(_WITH_DRAFT, _WITHOUT_DRAFT), active=active):
+        fused = _fused(guesses, masks)
+        for members, width in grouped_passes(pending_R, shapes=widths, active=self.parts[fused].rows):
             may_have_drafts = bool((pending_R[members] == _WITH_DRAFT).any())
-            yield members, [Shape("fused" if may_have_drafts else "draft", width)]
+            yield members, [Shape(fused if may_have_drafts else _draft(masks), width)]
 
     def plan(self, state: State, shape: Shape) -> Plan:
         assert isinstance(state, SelfSpeculativeState)
@@ -162,16 +220,16 @@ class SelfSpeculative(Causal):
             return trunk
         assert trunk.slots_RQ is not None
         device, length = state.tokens_RL.device, state.tokens_RL.shape[1]
-        done_R1, num_masks = state.done_R[:, None], parts.branches * self.window
+        done_R1, num_masks = state.done_R[:, None], parts.branches * parts.masks
         # Of every mask, where its branch begins.
-        start_RT = (state.front_R[:, None] + self._branches(state, parts)).repeat_interleave(self.window, 1)
+        start_RT = (state.front_R[:, None] + self._branches(state, parts)).repeat_interleave(parts.masks, 1)
         mask_T = torch.arange(num_masks, device=device)
         # What follows the end of the canvas is never used; its rows stay within the positions that the network knows.
-        positions_RT = (start_RT + mask_T % self.window).minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
+        positions_RT = (start_RT + mask_T % parts.masks).minimum(state.canvas_end_R[:, None] - 1).clamp(min=0)
         slots_RT = state.front_R[:, None] + parts.guesses + mask_T
         num_clean = shape.width + parts.guesses
         row_Q = torch.arange(num_clean + num_masks, device=device)
-        branch_T = mask_T // self.window
+        branch_T = mask_T // parts.masks
         return replace(
             trunk,
             tokens_RQ=torch.cat([trunk.tokens_RQ, torch.full_like(start_RT, self.adapter.mask_token_id)], 1),
@@ -188,7 +246,7 @@ class SelfSpeculative(Causal):
         parts = self.parts[shape.kind]
         start_RK = state.front_R[:, None] + self._branches(state, parts)
         positions_RS = torch.cat(
-            [scored_positions(state, parts.guesses + 1), (self._places(start_RK + 1)).flatten(1)], 1
+            [scored_positions(state, parts.guesses + 1), _places(start_RK + 1, parts.masks).flatten(1)], 1
         )
         turn_RS = positions_RS - state.context_length_R[:, None] + 1
         tokens_RS = draw_tokens(shape.drawing, state, scores.logits_RSV, positions_RS, turn_RS)
@@ -200,9 +258,12 @@ class SelfSpeculative(Causal):
         of_base = Scores(scores.logits_RSV[:, :verified], scores.hidden_RSD[:, :verified])
         accepted = keep_agreed(accept_agreed(self, state, tokens_RS[:, :verified], agreed_RS, of_base))
         after = accepted.state
+        verified_R = state.drafted_R.clamp(max=parts.guesses)
+        after = replace(after, verified_R=torch.where(state.done_R, state.verified_R, verified_R))
         if not parts.branches:
-            return replace(accepted, state=replace(after, drafted_R=torch.where(state.done_R, state.drafted_R, 0)))
-        shape_KC = (parts.branches, self.window)
+            none_R = after.drafted_R.masked_fill(~state.done_R, 0)
+            return replace(accepted, state=replace(after, drafted_R=none_R, worth_R=none_R))
+        shape_KC = (parts.branches, parts.masks)
         guesses_RKC = tokens_RS[:, verified:].unflatten(1, shape_KC)
         odds_RKC = confidence(scores.logits_RSV[:, verified:], tokens_RS[:, verified:]).unflatten(1, shape_KC)
         return replace(accepted, state=self._drafted(after, start_RK, guesses_RKC, odds_RKC, parts))
@@ -222,12 +283,12 @@ class SelfSpeculative(Causal):
         self, after: SelfSpeculativeState, start_RK: Tensor, guesses_RKC: Tensor, odds_RKC: Tensor, parts: Parts
     ) -> SelfSpeculativeState:
         """With the guesses of the branch that fits what became final in the pass, from the new front on."""
-        live_R1, size = ~after.done_R[:, None], self.window
+        live_R1, size = ~after.done_R[:, None], parts.masks
         # How many guesses of a branch lie before the front now: none of the branch that began at the last final token.
         behind_RK = after.front_R[:, None] - 1 - start_RK
         place_C = torch.arange(size, device=start_RK.device)
         last = after.tokens_RL.shape[1] - 1
-        tokens_RKC = after.tokens_RL.gather(1, self._places(start_RK + 1).flatten(1).clamp(max=last))
+        tokens_RKC = after.tokens_RL.gather(1, _places(start_RK + 1, size).flatten(1).clamp(max=last))
         agreed_RKC = (guesses_RKC == tokens_RKC.view_as(guesses_RKC)) | (place_C >= behind_RK[..., None])
         fits_RK = (behind_RK >= 0) & (behind_RK < size) & agreed_RKC.all(-1)
         behind_R1, branch_R1 = behind_RK.masked_fill(~fits_RK, size).min(1, keepdim=True)
@@ -237,6 +298,10 @@ class SelfSpeculative(Causal):
             return field_RKC.gather(1, branch_R1[..., None].expand(-1, 1, size))[:, 0].gather(1, shifted_RC)
 
         drafted_R1 = size - behind_R1
+        odds_RC = torch.where(place_C < drafted_R1, kept(odds_RKC), 0.0)
+        # The first may well be wrong, but without it there would be no draft.
+        worth_R = (odds_RC.double().cumprod(1) >= _WORTH_A_ROW).sum(1).clamp(min=1)
+        odds_RC = torch.nn.functional.pad(odds_RC, (0, self.window - size))
         positions_RC = scored_positions(after, size)
         open_RC = ~after.final_RL.gather(1, positions_RC) & (place_C < drafted_R1) & live_R1
         cached_R = after.cached_R
@@ -247,10 +312,24 @@ class SelfSpeculative(Causal):
             after,
             tokens_RL=write(after.tokens_RL, positions_RC, open_RC, kept(guesses_RKC)),
             drafted_R=torch.where(live_R1, drafted_R1, after.drafted_R[:, None])[:, 0],
-            odds_RC=torch.where(live_R1, kept(odds_RKC), after.odds_RC),
+            odds_RC=torch.where(live_R1, odds_RC, after.odds_RC),
+            worth_R=torch.where(live_R1[:, 0], worth_R, after.worth_R),
             cached_R=cached_R,
         )
 
-    def _places(self, first_RK: Tensor) -> Tensor:
-        """`window` positions from each of these on, [R, K, C]."""
-        return first_RK[..., None] + torch.arange(self.window, device=first_RK.device)
+
+def _draft(masks: int) -> str:
+    return f"draft {masks}"
+
+
+def _verify(guesses: int) -> str:
+    return f"verify {guesses}"
+
+
+def _fused(guesses: int, masks: int) -> str:
+    return f"fused {guesses}, {masks}"
+
+
+def _places(first_RK: Tensor, count: int) -> Tensor:
+    """`count` positions from each of these on, [R, K, C]."""
+    return first_RK[..., None] + torch.arange(count, device=first_RK.device)

@@ -111,6 +111,11 @@ class State(Rows):
         """Number of pending positions; -1 for a request that is done."""
         return torch.where(self.done_R, -1, self.front_R - self.cached_R)
 
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        """Integers of each request that the host reads after a round for a decoder's `Traits.observe`."""
+        return ()
+
 
 StateT = TypeVar("StateT", bound=State)
 
