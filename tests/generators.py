@@ -9,7 +9,6 @@ import torch
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, answer
 from fewstep.decode.loop import loop_for
-from fewstep.decode.outputs import through_first
 from fewstep.decode.requests import Event, Output, Request
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
@@ -90,7 +89,8 @@ class Table:
         num_passes = self.passes[number]
         ids, steps = self._rows(self.live.pop(number))
         shown = [one if step <= num_passes else OPEN for one, step in zip(ids, steps, strict=True)]
-        token_ids = through_first(shown, self.ends)
+        ends = [at for at, one in enumerate(shown) if one in self.ends]
+        token_ids = shown[: ends[0] + 1] if ends else shown
         return Output(
             token_ids=token_ids,
             num_tokens=len(token_ids),

@@ -3,7 +3,7 @@
 Axes: L = positions, G = canvas positions, D = hidden width, V = vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -40,7 +40,8 @@ def output_of(request: Request, layout: Canvas, state: State, row: int, *, secon
     infilled = request.canvas is not None
     if not infilled:
         token_ids = token_ids[: request.max_new_tokens]
-        token_ids = through_first(token_ids, stop_token_ids)
+        ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
+        token_ids = token_ids[: ends[0] + 1] if ends else token_ids
     return Output(
         token_ids=token_ids,
         num_tokens=sum(layout.open) if infilled else len(token_ids),
@@ -52,12 +53,6 @@ def output_of(request: Request, layout: Canvas, state: State, row: int, *, secon
         step_G=state.step_RL[row, canvas].clone(),
         confidence_G=state.confidence_RL[row, canvas].clone(),
     )
-
-
-def through_first(token_ids: Sequence[int], stop_token_ids: Sequence[int]) -> list[int]:
-    """The ids up to and including the first that ends an answer; all of them if none does."""
-    ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
-    return list(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
 def with_record(output: Output, hidden_GD: Tensor, record: Record, network: Network) -> Output:
