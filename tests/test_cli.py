@@ -559,7 +559,7 @@ def test_a_prompt_that_is_too_long_is_found_before_decoding(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("fewstep.engine.language_model.decode", never)
+    monkeypatch.setattr("fewstep.engine.language_model.answer", never)
     source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "2"}, {"id": "late", "prompt": "2" * 1100})
     base = ("generate", "--model", networks["student"], "--input", source, "--output", tmp_path / "out.jsonl")
     sentence = run(*base, "--max-new-tokens", 8).sentence()
