@@ -90,7 +90,7 @@ def collect(
     if is_causal:
         if student is not None or top is not None or distribution != "top_k":
             raise FewstepError(
-                "only tokens are stored of a causal model; leave out --student, --distribution and --top"
+                "what is stored of a causal model is tokens only; leave out --student, --distribution and --top"
             )
     elif most_repetition is not None:
         raise FewstepError("--most-repetition has no effect with a diffusion teacher; leave it out")
