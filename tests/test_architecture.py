@@ -72,14 +72,21 @@ def test_shared_modules_import_no_room(shared: str) -> None:
     assert set(imported_rooms(PACKAGE / f"{shared}.py")) <= SHARED
 
 
-def test_help_imports_neither_torch_nor_transformers() -> None:
+def test_help_and_refusals_of_names_import_neither_torch_nor_transformers() -> None:
     program = (
         "import sys\n"
         "from fewstep.cli.main import main\n"
-        "try:\n"
-        "    main(['--help'])\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code, stop.code\n"
+        "for arguments, code in (\n"
+        "    ('--help', 0),\n"
+        "    ('generate --help', 0),\n"
+        "    ('eval --decoder blok', 2),\n"
+        "    ('generate 2+2 --policy margn', 2),\n"
+        "    ('compare gsm-student,decoder=blok gsm-student', 2),\n"
+        "):\n"
+        "    try:\n"
+        "        main(arguments.split())\n"
+        "    except SystemExit as stop:\n"
+        "        assert (stop.code or 0) == code, (arguments, stop.code)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'peft', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import typer
 
+from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.main import app, main
-from fewstep.cli.options import DecodingOptions
 from fewstep.cli.training import app as training
 from fewstep.engine.settings import GenerationSettings
 

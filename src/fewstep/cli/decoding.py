@@ -107,8 +107,7 @@ def described(name: str, found: Mapping[str, Declared]) -> str:
             told = ": ".join(part for part in (_listed(owners), default) if part)
             texts.setdefault(text, []).extend([told] if told else [])
     sentences = [
-        _with_options(text.rstrip(".") + (f" ({'; '.join(told)})" if told else "") + ".")
-        for text, told in texts.items()
+        with_options(text.rstrip(".") + (f" ({'; '.join(told)})" if told else "") + ".") for text, told in texts.items()
     ]
     return " ".join([*sentences, *([f"One of {', '.join(choices)}."] if choices else [])])
 
@@ -121,7 +120,7 @@ def _listed(owners: Iterable[str]) -> str:
     return ", ".join([*decoders, *([f"{kind} {', '.join(policies)}"] if policies else [])])
 
 
-def _with_options(text: str) -> str:
+def with_options(text: str) -> str:
     """With options in place of the settings that it names: a name with an underscore is no English word."""
     known = {*declared_settings(SHARED), *setting_names()}
     return re.sub(r"[a-z]+(?:_[a-z]+)+", lambda name: option_name(name[0]) if name[0] in known else name[0], text)

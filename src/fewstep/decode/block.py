@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.decode.building import BlockSize, ChosenPolicy
 from fewstep.decode.decoder import Shape, Traits, cached_plan, canvas_length, grouped_passes, open_canvas
+from fewstep.decode.own_policies import as_policy
 from fewstep.decode.policies import CONFIDENT, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.resources import Resources
@@ -35,6 +36,7 @@ class Block(Finalising):
     policy: Policy = CONFIDENT
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", as_policy(self.policy))
         if self.policy.paced:
             raise FewstepError("the block decoder takes no step schedule; set a threshold or use the diffusion decoder")
 

@@ -24,6 +24,7 @@ from fewstep.decode.decoder import (
     open_canvas,
     whole_blocks,
 )
+from fewstep.decode.own_policies import as_policy
 from fewstep.decode.policies import ONE_PER_STEP, DreamSchedule, Policy
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.resources import Resources
@@ -78,6 +79,7 @@ class Diffusion(Finalising):
     cfg_scale: Annotated[GuidanceScale, "Scale of LLaDA's classifier-free guidance."] = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", as_policy(self.policy))
         check_fields(self)
         if self.role.name == "block_causal" and self.block_size != self.role.block_size:
             raise FewstepError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.decoder import Accepted, Decoder, Drawing, Shape
-from fewstep.decode.own_policies import PassFacts, PreviousPass, reads, same_kind
+from fewstep.decode.own_policies import PassFacts, PreviousPass, as_policy, reads, same_kind
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.sampling import confidence, draw, noise_keys, uniform
 from fewstep.decode.state import (
@@ -97,7 +97,8 @@ def _settings(
         for request, canvas in zip(requests, canvases, strict=True)
     ]
     R = len(requests)
-    numbers = [(request.policy or decoder.policy).numbers for request in requests]
+    policies = [decoder.policy if request.policy is None else as_policy(request.policy) for request in requests]
+    numbers = [policy.numbers for policy in policies]
     sampling = [request.sampling for request in requests]
     return Settings(
         stop_tokens_RE=padded_tokens(stops, num_stop_tokens),
@@ -122,7 +123,7 @@ def check_settings(decoder: Decoder, request: Request) -> None:
             f"the {decoder.name} decoder is greedy only; leave out the temperature, or sample with the decoder "
             "autoregressive, prompt-lookup or speculative"
         )
-    if request.policy is not None and not same_kind(request.policy, decoder.policy):
+    if request.policy is not None and not same_kind(as_policy(request.policy), decoder.policy):
         raise FewstepError(
             f"requests of one batch share a kind of policy, which is {decoder.policy!r} here; got {request.policy!r}"
         )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fewstep.decode.building import PolicyChoice, build_decoder
 from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
+from fewstep.decode.own_policies import as_policy
 from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, own_aliases, setting_names
 from fewstep.decode.requests import Request
 from fewstep.decode.resources import Resources
@@ -21,6 +22,18 @@ DEFAULT_DECODER: dict[RoleName, str] = {
     "bidirectional": "diffusion",
     "block_causal": "block",
 }
+
+
+_ALWAYS_TOLD = {
+    **dict.fromkeys(("threshold", "gaps", "steps", "block_size", "canvas_length", "alg", "eps", "alg_temp")),
+    **dict.fromkeys(("draft", "heads", "window", "ngram", "typical")),
+    "order": "low_confidence",
+    "cfg_scale": 0.0,
+    "fixed_windows": False,
+}
+"""What descriptions held, set or not, before settings were declared by decoders. Kept answers and shards are guarded by
+them and go on; a setting that came later stands in a description only if it was set.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +113,9 @@ class GenerationSettings:
     def described(self) -> dict[str, Any]:
         """All settings by name as a JSON object, of the decoder's and the policy's those that were set."""
         shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "own"}
-        policy = {"policy": str(self.own["policy"])} if "policy" in self.own else {}
-        return {**shared, **self.own, **policy}
+        rule = self.own.get("policy")
+        policy = {} if rule is None else {"policy": rule if isinstance(rule, str) else repr(as_policy(rule))}
+        return {**_ALWAYS_TOLD, **shared, **self.own, **policy}
 
     def decoder_for(self, role: Role, **resources: Any) -> Decoder:
         """The decoder for a network of this role; `resources`: what `Resources` has besides.

@@ -1,0 +1,294 @@
+"""Settings are declared once: what decoders and policies declare is what Python, the command line and docs know."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module, reload
+from pathlib import Path
+from typing import Any
+
+import option_tables
+import pytest
+import torch
+from golden_tokens import tiny
+from test_contract import mixed
+from test_decoders import network, requests, same
+from test_no_waiting import OnFakes
+from toys import Echo, LogitGap, settled_twice
+
+import fewstep.cli.main
+from fewstep.cli.decoding import declared_everywhere, read_setting
+from fewstep.decode.block import Block
+from fewstep.decode.declarations import Declared, _read, _source, declared_settings
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.loop import Loop, decode, positions_needed
+from fewstep.decode.own_policies import OwnPolicy, PreviousPass, as_policy
+from fewstep.decode.policies import EntropyBelow, EvenSplit, Factor, FixedCount, Margin, Origin, Threshold
+from fewstep.decode.registry import DECODERS, POLICIES
+from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.settings import GenerationSettings
+from fewstep.errors import FewstepError
+from fewstep.models.load import save_network
+from fewstep.values import described
+
+SHARED = "fewstep.engine.settings:GenerationSettings"
+PLACES = [*DECODERS.values(), *POLICIES.values(), SHARED, "toys:Echo", "toys:settled_twice", "toys:LogitGap"]
+
+
+def told(declared: Declared) -> tuple[Any, ...]:
+    return declared.name, declared.field, described(declared.type), declared.default, declared.help, declared.details
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_read_from_the_source_is_what_the_class_declares(place: str) -> None:
+    module, _, name = place.partition(":")
+    from_source = [told(one) for one in _source(module).declared(name)]
+    assert from_source == [told(one) for one in _read(getattr(import_module(module), name))]
+
+
+def test_a_source_that_cannot_be_read_so_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "odd_decoder.py").write_text(
+        "from typing import Annotated\n\nimport torch\n\nSIZE = torch.tensor(3).item()\n\n\n"
+        "class Odd:\n    size: Annotated[int, 'Its size.'] = SIZE\n"
+    )
+    assert declared_settings("odd_decoder:Odd")["size"].default == 3
+
+
+def test_every_setting_has_a_help_that_is_a_sentence_and_one_kind_of_value() -> None:
+    for name, found in declared_everywhere().items():
+        assert all(one.help.endswith(".") for one in found.values()), name
+        assert len({one.details.aliases for one in found.values()}) == 1, name
+        assert len({described(one.type) for one in found.values()}) == 1, name
+
+
+# A newcomer
+
+
+@pytest.fixture
+def newcomers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A line of each registry for a decoder and two policies; the command line is set up with them."""
+    monkeypatch.setitem(DECODERS, "echo", "toys:Echo")
+    monkeypatch.setitem(POLICIES, "twice", "toys:settled_twice")
+    monkeypatch.setitem(POLICIES, "logit-gap", "toys:LogitGap")
+    reload(fewstep.cli.main)
+    yield
+    monkeypatch.undo()
+    reload(fewstep.cli.main)
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(*arguments: object) -> str:
+        with pytest.raises(SystemExit):
+            fewstep.cli.main.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return captured.out or captured.err
+
+    return call
+
+
+def test_a_decoder_is_one_file_and_one_line(newcomers: None, run: Run, tmp_path: Path) -> None:
+    lm = tiny("autoregressive")
+    expected = lm.generate("what is 2+2?", decoder="autoregressive", max_new_tokens=12)
+    output = lm.generate("what is 2+2?", decoder="echo", echoes=3, max_new_tokens=12)
+    assert output.token_ids == expected.token_ids
+    assert lm.decoder(decoder="echo", repeats=3) == Echo(role=lm.role, repeats=3)
+    with pytest.raises(FewstepError, match=r"^the jacobi decoder takes no repeats; only echo can$"):
+        lm.decoder(decoder="jacobi", repeats=3)
+    with pytest.raises(FewstepError, match=r"^repeats must be at least 1, got 0$"):
+        lm.decoder(decoder="echo", repeats=0)
+    with pytest.raises(FewstepError, match=r"^echoes is another name of repeats"):
+        lm.decoder(decoder="echo", repeats=1, echoes=1)
+
+    save_network(lm.network, tmp_path / "causal")
+    base = ("generate", "what is 2+2?", "--model", tmp_path / "causal", "--max-new-tokens", 12)
+    assert run(*base, "--decoder", "echo", "--echoes", 3) == f"{expected.text}\n"
+    assert "--repeats must be at least 1, got 0" in run(*base, "--decoder", "echo", "--repeats", 0)
+    for command in ("generate", "eval", "collect"):
+        shown = run(command, "--help")
+        assert re.search(r"--repeats,--echoes +<int> +How often the last token is guessed again \(echo: 2\)\.", shown)
+        assert "prompt-lookup, medusa, echo." in shown
+        assert re.search(r"--ngram .*\(lookahead: 4\)\. Nothing that matters \(echo: 7\)\.", shown)
+    assert read_setting("repeats", "4") == 4
+
+
+def test_a_policy_is_a_function_and_one_line(newcomers: None, run: Run, tmp_path: Path) -> None:
+    lm = tiny("block_causal")
+    for name, settings, policy in (
+        ("twice", {"trust": 0.3}, OwnPolicy(rule=settled_twice, settings={"trust": 0.3})),
+        ("logit-gap", {"logit_gap": 1.5}, OwnPolicy(rule=LogitGap(logit_gap=1.5))),
+    ):
+        expected = lm.generate("what is 2+2?", policy=policy, max_new_tokens=12)
+        same(lm.generate("what is 2+2?", policy=name, **settings, max_new_tokens=12), expected)
+        same(lm.generate("what is 2+2?", **settings, max_new_tokens=12), expected)
+        save_network(lm.network, tmp_path / name)
+        options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+        base = ("generate", "what is 2+2?", "--model", tmp_path / name, "--max-new-tokens", 12)
+        assert run(*base, "--policy", name, *options) == f"{expected.text}\n"
+        assert f"the policy {name} takes no gaps" in run(*base, *options, "--gaps", 2)
+    assert "Enough at once (policy twice: 0.9)." in run("infill", "--help")
+
+
+# Policies by name
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({"policy": "margin"}, Margin()),
+        ({"policy": "margin", "margin": 0.5}, Margin(at_least=0.5)),
+        ({"margin": 0.5}, Margin(at_least=0.5)),
+        ({"policy": "factor", "factor": 2.0}, Factor(factor=2.0)),
+        ({"entropy": 0.2}, EntropyBelow(nats=0.2)),
+        ({"policy": "threshold"}, Threshold(at_least=0.8, gaps=2)),
+        ({"policy": "threshold", "gaps": 1}, Threshold(at_least=0.8, gaps=1)),
+        ({"policy": "fixed", "tokens_per_pass": 3, "order": "margin"}, FixedCount(num_tokens=3, order="margin")),
+        ({"decoder": "diffusion", "policy": "even", "steps": 9}, EvenSplit()),
+        ({"decoder": "diffusion", "policy": "origin"}, Origin()),
+        ({"decoder": "diffusion", "policy": "fixed", "remasking": "random"}, FixedCount(order="random")),
+    ],
+)
+def test_a_policy_is_named_or_implied_by_its_own_setting(settings: dict[str, Any], policy: Any) -> None:
+    role = replace(network().role, threshold=0.8, gaps=2)
+    assert GenerationSettings.of(**settings).decoder_for(role).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "margn"}, "^unknown policy 'margn'; did you mean 'margin'?"),
+        ({"policy": 7}, "^7 is no policy; it must be one, or a function$"),
+        ({"policy": Margin}, r"is no policy; build it: Margin\(...\)$"),
+        ({"policy": "margin", "threshold": 0.5}, "^the policy margin takes no threshold; set one or the other$"),
+        ({"margin": 0.5, "entropy": 0.5}, "^margin sets the policy margin, and entropy the policy entropy; set one"),
+        ({"margin": 2.0}, "^the margin is a difference of probabilities"),
+        ({"policy": "even"}, "^the block decoder takes no step schedule"),
+        ({"order": "random"}, "^order belongs to the policies fixed and even; set policy with it$"),
+        ({"decoder": "diffusion", "tokens_per_pass": 2, "steps": 4}, "^tokens_per_pass replaces steps: the policy "),
+    ],
+)
+def test_policies_that_contradict_their_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        GenerationSettings.of(**settings).decoder_for(network().role)
+
+
+# A user's own policy
+
+
+def by_logits(logits: torch.Tensor, masked_RB: torch.Tensor, at_least: float = 0.3) -> torch.Tensor:
+    return masked_RB & (logits.softmax(-1).amax(-1) >= at_least)
+
+
+def of(net: Any, policy: Any) -> Decoder:
+    return Block(role=net.role, policy=policy)
+
+
+def test_a_function_that_names_logits_decodes_as_the_policy_that_it_spells_out() -> None:
+    net = network()
+    for asked, expected in zip(
+        decode(net, requests(6), of(net, by_logits)),
+        decode(net, requests(6), of(net, Threshold(at_least=0.3))),
+        strict=True,
+    ):
+        same(asked, expected)
+
+
+def test_numbers_of_a_function_are_each_requests_own() -> None:
+    net = network()
+    own = [OwnPolicy(rule=by_logits, settings={"at_least": share}) for share in (0.2, 0.5, 0.9)]
+    asked = mixed([None, *own], [requests(1)[0].sampling])
+    together = decode(net, asked, of(net, by_logits), batch_size=3)
+    for request, output in zip(asked, together, strict=True):
+        same(output, decode(net, [request], of(net, by_logits))[0])
+    assert len({output.num_forwards for output in together}) > 3
+    with pytest.raises(FewstepError, match="requests of one batch share a kind of policy"):
+        decode(net, requests(1, policy=OwnPolicy(rule=settled_twice)), of(net, by_logits))
+
+
+def test_one_token_is_finalised_where_a_policy_chooses_none_and_none_that_is_not_masked() -> None:
+    net = network()
+    for never in (lambda masked: masked & False, lambda masked: ~masked):
+        output = decode(net, requests(3)[2:], of(net, never))[0]
+        same(output, decode(net, requests(3)[2:], of(net, FixedCount()))[0])
+
+
+def test_the_previous_pass_is_what_was_drawn_at_the_same_positions() -> None:
+    net, seen = network(), []
+
+    def watch(tokens: torch.Tensor, confidence: torch.Tensor, previous: PreviousPass) -> torch.Tensor:
+        seen.append((tokens.clone(), confidence.clone(), previous))
+        return confidence < 0  # none: the most certain one is taken
+
+    decode(net, requests(2)[1:], of(net, watch))
+    block = net.role.block_size
+    assert len(seen) > 2 * block
+    for i, (_, _, previous) in enumerate(seen):
+        if i % block == 0:  # a new block
+            assert (previous.tokens == -1).all()
+            assert (previous.confidence == 0).all()
+        else:
+            assert torch.equal(previous.tokens, seen[i - 1][0])
+            assert torch.equal(previous.confidence, seen[i - 1][1])
+
+
+def test_a_state_keeps_the_previous_pass_only_for_a_policy_that_reads_it() -> None:
+    net = network()
+    for policy, kept in ((Threshold(), False), (by_logits, False), (settled_twice, True)):
+        loop = Loop(net, of(net, policy), num_slots=1, length=40)
+        assert (loop.state.previous is not None) == kept
+
+
+@pytest.mark.parametrize("policy", [by_logits, settled_twice, LogitGap()])
+def test_a_pass_with_a_policy_of_ones_own_waits_for_nothing(policy: Any) -> None:
+    net = network()
+    decoder, checked = of(net, policy), OnFakes()
+    asked = requests(3)
+    length = max(positions_needed(decoder, request) for request in asked)
+    loop = Loop(net, decoder, num_slots=3, length=length, run_pass=checked)
+    for request in asked:
+        loop.submit(request)
+    while loop.busy:
+        loop.step()
+    assert checked.seen
+
+
+def test_requests_of_a_policy_that_reads_the_previous_pass_do_not_depend_on_their_company() -> None:
+    net = network()
+    together = decode(net, requests(8), of(net, settled_twice), batch_size=3)
+    for request, output in zip(requests(8), together, strict=True):
+        same(output, decode(net, [request], of(net, settled_twice))[0])
+
+
+def test_own_policies_that_cannot_be_are_refused_in_one_sentence() -> None:
+    def of_hidden(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def of_numbers(masked: torch.Tensor) -> torch.Tensor:
+        return masked.float()
+
+    with pytest.raises(FewstepError, match="wants 'hidden', which no pass has; it may name certainty, masked, tokens"):
+        as_policy(of_hidden)
+    net = network()
+    with pytest.raises(FewstepError, match=r"of_numbers must return what it chooses as a boolean tensor of the shape"):
+        decode(net, requests(1), of(net, of_numbers))
+    with pytest.raises(FewstepError, match="a policy replaces threshold, gaps, steps and order; leave out threshold"):
+        LanguageModel(net).decoder(policy=by_logits, threshold=0.5)
+
+
+def test_answers_are_kept_under_what_an_own_policy_says_and_no_address() -> None:
+    assert repr(OwnPolicy(rule=by_logits)) == "by_logits(at_least=0.3)"
+    assert repr(OwnPolicy(rule=LogitGap(logit_gap=1.0))) == "LogitGap(logit_gap=1.0)"
+    assert GenerationSettings.of(policy=by_logits).described["policy"] == "by_logits(at_least=0.3)"
+
+
+# The documentation
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_declarations() -> None:
+    assert option_tables.PAGE.read_text() == option_tables.written(), "rewrite them: python tests/option_tables.py"
