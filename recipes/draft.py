@@ -13,9 +13,10 @@ the first adapter's drafts began, and `train --begin first --store visited` goes
 Any causal model can be the base: `--base runs/smollm/ar --mask-token-id 0 --runs runs/smollm-draft`.
 """
 
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
@@ -145,7 +146,8 @@ def acceptance(count: int) -> Evaluate:
             Request(prompt_ids=encode_prompt(network.tokenizer, problem.question), max_new_tokens=MAX_ANSWER)
             for problem in asked
         ]
-        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=network.adapter.block_size - 1)
+        window = network.adapter.block_size - 1
+        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=window, cycle="two-pass")
         outputs = decode(network, requests, decoder, batch_size=count)
         return {"tokens_per_forward": sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs)}
 
@@ -157,7 +159,8 @@ def measure(
     data: Annotated[Path, typer.Argument(help="problems: id, question, answer")],
     output: Annotated[Path, typer.Option(help="JSON file for the figures")] = RUNS / "measure.json",
     model: Annotated[str, typer.Option(help="the adapter: a bundled name or a folder")] = "gsm-draft",
-    window: Annotated[list[int], typer.Option(help="guesses of a cycle")] = [15, 31],  # noqa: B006
+    window: Annotated[list[int], typer.Option(help="guesses of a draft")] = [15, 31],  # noqa: B006
+    branches: Annotated[list[int], typer.Option(help="of fused passes; 0: two passes a cycle")] = [0, 2, 4],  # noqa: B006
     dtype: str = "float32",
     batch_size: int = 1000,
     limit: Annotated[int | None, typer.Option(help="the first problems only")] = None,
@@ -170,13 +173,16 @@ def measure(
     ]
     own = decode(network, requests, Autoregressive(role=network.role), batch_size=batch_size)
     figures: list[dict[str, float]] = []
-    for count in window:
-        assert network.adapter is not None
-        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=count)
+    assert network.adapter is not None
+    plain = SelfSpeculative(role=network.role, adapter=network.adapter, cycle="two-pass")
+    for count, wide in product(window, branches):
+        fused: dict[str, Any] = {"cycle": "fused", "branches": wide} if wide else {}
+        decoder = replace(plain, window=count, **fused)
         outputs = decode(network, requests, decoder, batch_size=batch_size)
         same = [ours.token_ids == theirs.token_ids for ours, theirs in zip(outputs, own, strict=True)]
         figures.append({
             "window": count,
+            "branches": wide,
             "n": len(same),
             "identical": sum(same) / len(same),
             "tokens_per_forward": sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs),

@@ -1,6 +1,7 @@
 """Which cycle of self-speculation is faster, from times and acceptances given by hand."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_each_choice_is_timed_before_one_is_preferred_and_for_every_size_of_batc
         pace.observe(seen(choice.round, 1.0, accepted=1, verified=choice.length))
     assert all(tried.count((choice.cycle, choice.length)) == 4 for choice in CHOICES)
     assert pace.choose(5) == CHOICES[0]
+
+
+def test_a_round_with_a_pass_for_lost_drafts_counts_as_one_of_its_cycle() -> None:
+    pace = Pace(CHOICES)
+    for _ in range(4):
+        one = seen(CHOICES[0].round, 1.0, accepted=4, verified=8)
+        pace.observe(replace(one, shapes=[*one.shapes, [Shape("draft 8", 2)]]))
+    assert pace.choose(1) == CHOICES[1]
 
 
 def test_rounds_in_which_requests_begin_are_not_timed() -> None:

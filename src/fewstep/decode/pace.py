@@ -12,6 +12,11 @@ from typing import Literal
 
 from fewstep.decode.decoder import Round
 
+WITH_DRAFT, WITHOUT_DRAFT = 1, 2
+"""Pending tokens after a fused pass. A request that it left without a draft computes its last two tokens again, not the
+last alone: that is how the host, before it plans a round, learns that the request needs a draft.
+"""
+
 _TIMED = 3
 """Rounds of a shape that are timed before its median counts; one before them, which may allocate memory, does not."""
 
@@ -55,12 +60,13 @@ class Pace:
 
     def observe(self, seen: Round) -> None:
         """Learn from a round of the loop. What it is told of a request: guesses verified, left, and worth a row."""
+        # Of a large batch, requests that have lost their draft take a pass of their own: the second group of the round.
         kinds = tuple(shape.kind for shape in seen.shapes[0])
         verified_r, left_r, worth_r = seen.told_Xr.tolist()
         goes_on_r = [pending >= 0 for pending in seen.pending_r.tolist()]
         self.most_worth = max((one for one, goes_on in zip(worth_r, goes_on_r, strict=True) if goes_on), default=0)
-        if len(seen.shapes) > 1 or seen.shapes[0][0].width > 2:
-            return  # no single group, or requests that begin
+        if any(shapes[0].width > WITHOUT_DRAFT for shapes in seen.shapes):
+            return  # requests begin
         key = kinds, _size(len(goes_on_r))
         self._num_rounds[key] += 1
         if self._num_rounds[key] > 1:

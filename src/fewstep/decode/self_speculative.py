@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, keep_agreed
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
-from fewstep.decode.pace import Choice, Pace
+from fewstep.decode.pace import WITH_DRAFT, WITHOUT_DRAFT, Choice, Pace
 from fewstep.decode.requests import Canvas, Output, Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import confidence
@@ -55,12 +55,6 @@ if TYPE_CHECKING:
     from fewstep.models.gated import GatedAdapter
 else:  # its file loads PEFT, which takes a second
     GatedAdapter = Any
-
-
-_WITH_DRAFT, _WITHOUT_DRAFT = 1, 2
-"""Pending tokens after a fused pass. A request that it left without a draft computes its last two tokens again, not the
-last alone: that is how the host, which reads no more of a request, learns that it needs a draft.
-"""
 
 
 def where_drafts_began(output: Output) -> Tensor:
@@ -202,14 +196,14 @@ class SelfSpeculative(Causal):
             cycle, masks = choice.cycle, choice.length
             num_worth = self.pace.num_worth(choice, len(pending_R))
             guesses = min(one for one in self.lengths if one >= num_worth)
-        widths = (_WITH_DRAFT, _WITHOUT_DRAFT)
+        widths = (WITH_DRAFT, WITHOUT_DRAFT)
         if cycle == "two-pass":
             for members, width in grouped_passes(pending_R, shapes=widths, active=masks):
                 yield members, [Shape(_draft(masks), width), Shape(_verify(masks), 1)]
             return
         fused = _fused(guesses, masks)
         for members, width in grouped_passes(pending_R, shapes=widths, active=self.parts[fused].rows):
-            may_have_drafts = bool((pending_R[members] == _WITH_DRAFT).any())
+            may_have_drafts = bool((pending_R[members] == WITH_DRAFT).any())
             yield members, [Shape(fused if may_have_drafts else _draft(masks), width)]
 
     def plan(self, state: State, shape: Shape) -> Plan:
@@ -307,7 +301,7 @@ class SelfSpeculative(Causal):
         cached_R = after.cached_R
         if parts.guesses:
             lost_R = (live_R1 & (drafted_R1 == 0))[:, 0]
-            cached_R = torch.where(lost_R, after.front_R - _WITHOUT_DRAFT, cached_R)
+            cached_R = torch.where(lost_R, after.front_R - WITHOUT_DRAFT, cached_R)
         return replace(
             after,
             tokens_RL=write(after.tokens_RL, positions_RC, open_RC, kept(guesses_RKC)),
