@@ -61,21 +61,21 @@ NUMBER = Metric(
 )
 EXACT = Metric(
     name="exact",
-    about="the text is the right one, but for white space at its ends",
+    about="the text equals the right one, apart from white space at its ends",
     reference=words_of,
     extract=str.strip,
     is_correct=is_exact,
 )
 NORMALISED = Metric(
     name="normalised",
-    about="the same without capitals, and without punctuation at the ends of words",
+    about="the texts are equal when capitals, and punctuation at the ends of words, are ignored",
     reference=words_of,
     extract=normalise,
     is_correct=is_same_normalised,
 )
 CONTAINS = Metric(
     name="contains",
-    about="the text, normalised, has the right answer in it as whole words",
+    about="the normalised text contains the right answer as whole words",
     reference=words_of,
     extract=normalise,
     is_correct=contains,
