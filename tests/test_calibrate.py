@@ -379,8 +379,12 @@ def refusing_causal(generate: Any) -> Any:
     ("options", "sentence"),
     [
         (("--eps", 0.01), "24 problems are too few to show a loss below 0.01"),
-        (("--eps", 0), "--eps must"),
-        (("--confidence", 1), "--confidence must"),
+        (("--eps", 1e-9), "--eps must"),
+        (("--confidence", 0.9999), "--confidence must"),
+        (
+            ("--gaps", "0,1,2,3,any", "--confidence", 0.999),
+            "24 problems are too few to show a loss below 0.3 at the error",
+        ),
         (("--thresholds", "0.9,1.5"), "the threshold is a probability"),
         (("--thresholds", "0.9,a"), "--thresholds is a list of numbers"),
         (("--gaps", "2,all"), "--gaps is a list of numbers"),

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from fewstep.cli.evaluate import numbers
 from fewstep.cli.model_names import check_model_name
-from fewstep.cli.options import Json, ModelOptions, ProblemOptions
+from fewstep.cli.options import Json, PlaceOptions, ProblemOptions
 from fewstep.cli.report import Advance, deliver, keeping_target, note, note_kept, print_table, progress_bar
 from fewstep.cli.sources import Touches
 from fewstep.errors import FewstepError
@@ -32,19 +32,24 @@ ANY = "any"
 
 
 def calibrate(
-    model: ModelOptions,
+    place: PlaceOptions,
     problems: ProblemOptions,
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The student: a bundled name, a folder, or a hub id."),
+        Touches.READS_MODEL,
+    ] = "gsm-student",
     reference: Annotated[
         str,
         typer.Option(metavar="NAME", help="What the student is measured against: a bundled name, folder or hub id."),
         Touches.READS_MODEL,
     ] = "gsm-teacher",
     eps: Annotated[
-        Annotated[float, Gt(0), Lt(1)],
+        Annotated[float, Ge(1e-4), Lt(1)],
         typer.Option(help="How much accuracy may be lost at most, as a share: 0.02 is two points."),
     ] = 0.02,
     confidence: Annotated[
-        Annotated[float, Gt(0), Lt(1)], typer.Option(help="How surely, over the draw of the problems.")
+        Annotated[float, Gt(0), Le(0.999)], typer.Option(help="How surely, over the draw of the problems.")
     ] = 0.95,
     thresholds: Annotated[
         str | None,
@@ -71,8 +76,8 @@ def calibrate(
     json: Json = None,
 ) -> None:
     """Chooses the fastest threshold whose loss against a reference is at most eps, with a stated confidence."""
-    _check_place(model.model, output, overwrite=overwrite, in_place=in_place)
-    for name in (model.model, reference):
+    _check_place(model, output, overwrite=overwrite, in_place=in_place)
+    for name in (model, reference):
         check_model_name(name)
     from fewstep.engine.made_by import answers_made_by
     from fewstep.kept import kept_results
@@ -81,20 +86,21 @@ def calibrate(
     from fewstep.measure.evaluate import check_problems
 
     asked = problems.read(problems.limit)
-    _check_count(len(asked), eps, confidence)
-    student = model.load_model()
+    counts = None if gaps is None else _gaps(gaps)
+    _check_count(len(asked), eps, (1 - confidence) / len(counts or [None]))
+    student = place.load(model)
     if student.role.name != "block_causal":
         raise FewstepError(
-            f"{model.model} has the role {student.role.name}, whose checkpoints name no threshold; calibrate a "
+            f"{model} has the role {student.role.name}, whose checkpoints name no threshold; calibrate a "
             "block_causal student"
         )
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     tried = numbers(thresholds, float, "--thresholds") or THRESHOLDS
-    paths = paths_of(tried, [student.role.gaps] if gaps is None else _gaps(gaps))
+    paths = paths_of(tried, counts or [student.role.gaps])
     for path in paths:
         for rule in path:
             student.decoder(**settings, **vars(rule))  # refuses a bad threshold or number of gaps
-    both = {"reference": model.load(reference), "student": student}
+    both = {"reference": place.load(reference), "student": student}
     for lm in both.values():
         check_problems(lm, asked, source=problems.source, **settings)
 
@@ -111,19 +117,20 @@ def calibrate(
         promise = None
         if outcome.chosen is not None:
             promise = _promise(outcome.chosen, answers, reference, eps, confidence)
-            _write(model.model, promise, output, overwrite=overwrite, in_place=in_place)
+            _write(model, promise, output, overwrite=overwrite, in_place=in_place)
         report = {
-            "model": model.model,
+            "model": model,
             **answers.about(reference),
             "eps": eps,
             "confidence": confidence,
+            "calibration": None if promise is None else vars(promise),
             "chosen": None if outcome.chosen is None else outcome.chosen.to_json(),
             "trials": [trial.to_json() for trial in outcome.trials],
         }
         deliver(json, report, show=lambda: _print_trials(outcome.trials))
     if promise is None:
         raise FewstepError(_nothing_found(outcome.closest, reference, eps, confidence))
-    note(f"{model.model} {promise.sentence()}; {_where(output, in_place)}")
+    note(f"{model} {promise.sentence()}; {_where(output, in_place)}")
 
 
 @dataclass(frozen=True)
@@ -186,15 +193,15 @@ def _check_place(model: str, output: Path | None, *, overwrite: bool, in_place: 
         raise FewstepError(f"{model} is no folder of your own, and is never changed; write a copy with --output")
 
 
-def _check_count(n: int, eps: float, confidence: float) -> None:
-    """FewstepError if so small a number of problems could not show it even if both models solved the same ones."""
+def _check_count(n: int, eps: float, level: float) -> None:
+    """FewstepError if so few problems could not show it even if both models solved the same ones."""
     from fewstep.measure.noninferiority import Pairs, p_value
 
-    if p_value(Pairs(0, 0, n), eps) > 1 - confidence:
-        needed = math.ceil(math.log(1 - confidence) / math.log(1 - eps))
+    if p_value(Pairs(0, 0, n), eps) > level:
+        needed = math.ceil(math.log(level) / math.log(1 - eps))
         raise FewstepError(
-            f"{n} problems are too few to show a loss below {eps:g} at a confidence of {confidence:g}, even if none is "
-            f"lost; give more than {needed}, and several times as many for a student that loses some"
+            f"{n} problems are too few to show a loss below {eps:g} at the error {level:g}, even if none is lost; give "
+            f"more than {needed}, and several times as many for a student that loses some"
         )
 
 

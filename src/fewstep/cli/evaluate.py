@@ -97,6 +97,9 @@ def evaluate(
                 drawn = plot_accuracy({model.model: figures, **beside}, plot_stem(plot), title=title)
                 note(f"drawn: {', '.join(map(str, drawn))}")
             print_figures(figures)
+            promised = lm.network.calibration
+            if promised is not None and any(report.calibration for report in reports):
+                note(f"{model.model} {promised.sentence()}")
 
         deliver(json, figures if swept else figures[0], rows_path=records, rows=rows, show=show)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 _Counts = npt.NDArray[Any]
 
-NUISANCE_LEVEL = 1e-4
+NUISANCE_LEVEL = 1e-5
 """Share of the error that is spent on bounding how often the two disagree."""
 
 _CELLS = 100

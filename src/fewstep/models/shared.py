@@ -56,7 +56,7 @@ def beside_adapter(module: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 f"{weights} does not fit its {ADAPTER_CONFIG}: missing or left over, first {different[0]}"
             )
     for layer in copied.modules():
-        if type(layer) is LoRALinear and not layer.use_dora[layer.active_adapters[0]]:
+        if type(layer) is LoRALinear and not layer.lora_variant:  # those, such as DoRA, add something else
             layer.__class__ = _LeanLinear
     copied.to(module.device, module.dtype).requires_grad_(False)
     for parameter, learns in learning:  # PEFT froze them
