@@ -5,24 +5,25 @@
 
 Stages, in order: `trajectories` (the model's Jacobi decoding, every state kept), `student` (CLLM, an adapter), `shares`
 (how much of it to keep), `medusa` (heads on the frozen model) and `draft` (a small model), which
-`recipes/compare_decoders.py` sets beside it, and `bundle`. `medusa` and `draft` train on the token tables of
-`recipes/gsm.py data`. Each writes a folder under --runs; `trajectories` skips what is there, training resumes. The
-bundled `gsm-cllm` is `bundle --source gsm-cllm-0.85` after the defaults of the others.
+`recipes/compare_decoders.py` sets beside it. `medusa` and `draft` train on the token tables of `recipes/gsm.py data`.
+Each writes a folder under --runs; `trajectories` skips what is there, training resumes. The bundled `gsm-cllm` is
+`gsm.py bundle runs/cllm/gsm-cllm-0.85 gsm-cllm --base gsm-ar` after the defaults of these.
 
-Any causal model can be the source, such as SmolLM2: `--runs runs/smollm --source runs/smollm/ar`, with `--name cllm`
-for the student, as `smollm.py report` calls it, and `--data runs/smollm/data` for heads and draft. Its 49,152 tokens
-leave room for fewer --rows on 80 GB: 24, and 16 for heads.
+Any causal model can be the source, such as SmolLM2: `--runs runs/smollm --source ar`, with `--data data` for heads and
+draft. Its 49,152 tokens leave room for fewer --rows on 80 GB: 24, and 16 for heads.
 """
 
+from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
+
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import gsm
 import typer
-from stages import Runs, accuracy, device, fresh_network, gpu_settings, is_there, worker
-from word_problems import GSM8K, MAX_ANSWER, keep_solved, load_examples, prompt_rows
+from pipeline import CausalFromScratch, Collecting
+from stages import Rank, Runs, Training, accuracy, app_of, device, is_there, worker
+from word_problems import MAX_ANSWER, load_examples
 
 from fewstep.decode.jacobi import Jacobi
 from fewstep.engine.language_model import load
@@ -36,164 +37,115 @@ from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.causal_records import collect_jacobi, read_jacobi_table
-from fewstep.train.cllm import CLLMObjective, CLLMSettings, Labels, Noise
-from fewstep.train.lora import LoRASettings
+from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
-from fewstep.train.objectives import CausalObjective
 from fewstep.train.trainer import train
-
-app = typer.Typer(pretty_exceptions_enable=False)
-Source = Annotated[str, typer.Option(help="the causal model: a bundled name or a folder")]
-Data = Annotated[Path, typer.Option(help="token tables of recipes/gsm.py or smollm.py")]
+from fewstep.values import Count, Share
 
 RUNS, DATA = Path("runs/cllm"), Path("runs/gsm/data")
 
 
-@app.command()
-def trajectories(
-    runs: Runs = RUNS,
-    source: Source = "gsm-ar",
-    name: str = "jacobi",
-    gsm8k: GSM8K = None,
-    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 32_768,
-    gsm8k_prompts: Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")] = 0,
-    window: int = 16,
-    batch_size: int = 1024,
-    shard_size: Annotated[
-        int, typer.Option(help="prompts in a file; larger than a batch, so that slots refill")
-    ] = 4096,
-    solved: Annotated[bool, typer.Option(help="keep only what the model solves")] = True,
-    most_repetition: Annotated[
-        float | None, typer.Option(help="reject answers more repetitive than this share")
-    ] = None,
-    seed: int = 9,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class JacobiTrajectories(Collecting):
     """Decode training problems in Jacobi windows, and keep every state."""
-    network = load_network(source, device=device())
-    rows, answers = prompt_rows(network.tokenizer, prompts, seed, gsm8k=gsm8k, gsm8k_count=gsm8k_prompts)
-    report = collect_jacobi(
-        network,
-        rows,
-        runs / name,
-        Jacobi(role=network.role, window=window),
-        max_new_tokens=MAX_ANSWER,
-        batch_size=batch_size,
-        settings={"decoder": Jacobi.name, "max_new_tokens": MAX_ANSWER, "keep": "solved" if solved else "all"},
-        most_repetition=most_repetition,
-        keep=keep_solved(network.tokenizer, answers, solved=solved),
-        seed=seed,
-        shard_size=shard_size,
-        worker=worker(),
-    )
-    print(report, flush=True)
+
+    window: Count = 16
+    shard_size: Annotated[Count, "Prompts in a file; more than a batch, so that slots refill."] = 4096
+    most_repetition: Annotated[Share | None, "Reject answers more repetitive than this share."] = None
+
+    def run(self) -> None:
+        network = load_network(self.found(self.source), device=device())
+        rows, keep = self.rows(network)
+        report = collect_jacobi(
+            network,
+            rows,
+            self.runs / self.name,
+            Jacobi(role=network.role, window=self.window),
+            max_new_tokens=MAX_ANSWER,
+            batch_size=self.batch_size,
+            settings={
+                "decoder": Jacobi.name,
+                "max_new_tokens": MAX_ANSWER,
+                "keep": "solved" if self.solved else "all",
+            },
+            most_repetition=self.most_repetition,
+            keep=keep,
+            seed=self.seed,
+            shard_size=self.shard_size,
+            worker=worker(),
+        )
+        print(report, flush=True)
 
 
-@app.command()
-def student(
-    runs: Runs = RUNS,
-    source: Source = "gsm-ar",
-    name: str = "gsm-cllm",
-    store: str = "jacobi",
-    steps: int = 2180,
-    rows: int = 48,
-    row_length: int = 2048,
-    learning_rate: float = 1e-3,
-    rank: Annotated[int, typer.Option(help="of the adapters; 0 trains all weights")] = 24,
-    consistency: float = 1.0,
-    autoregressive: float = 10.0,
-    labels: Labels = "trajectory",
-    noise: Noise = "uniform",
-    augmented: float = 0.0,
-    seed: int = 0,
-    dev: int = 500,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CLLMStudent(Training):
     """Train the model to jump from every state of a window to its fixed point."""
-    if is_there(runs / name / "config.json"):
-        return
-    network = load_network(source, dtype="float32", device=device())
-    table, references = read_jacobi_table(runs / store, network)
-    network = network.with_role(replace(network.role, jacobi_window=table.window))
-    objective = CLLMObjective(
-        network.role,
-        table,
-        network.eos_token_id,
-        references=references,
-        settings=CLLMSettings(
-            consistency=consistency, autoregressive=autoregressive, labels=labels, noise=noise, augmented=augmented
-        ),
-    )
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(50, steps),
-        log_every=50, evaluate_every=steps, seed=seed,
-    )  # fmt: skip
-    lora = LoRASettings(rank=rank, alpha=rank) if rank else None
-    train(network, objective, settings, runs / name, lora=lora, evaluate=accuracy(dev))
+
+    store: Annotated[str, "Folder of trajectories under --runs."] = "jacobi"
+    rank: Rank
+    losses: CLLMSettings
+
+    def run(self) -> None:
+        if is_there(self.output / "config.json"):
+            return
+        network = self.load()
+        table, references = read_jacobi_table(self.runs / self.store, network)
+        network = network.with_role(replace(network.role, jacobi_window=table.window))
+        objective = CLLMObjective(
+            network.role, table, network.eos_token_id, references=references, settings=self.losses
+        )
+        self.train(network, objective, rank=self.rank)
 
 
-@app.command()
-def medusa(
-    runs: Runs = RUNS,
-    data: Data = DATA,
-    source: Source = "gsm-ar",
-    name: str = "medusa",
-    heads: int = 3,
-    steps: int = 1500,
-    rows: int = 48,
-    row_length: int = 2048,
-    learning_rate: float = 1e-3,
-    dev: int = 200,
-) -> None:
-    """Train heads on the frozen model, then let it answer development problems with them."""
-    if is_there(runs / name / "medusa.json"):
-        return
-    network = load_network(source, dtype="float32", device=device())
-    objective = MedusaObjective(
-        network.role, load_examples(data), network.eos_token_id, settings=MedusaSettings(heads=heads)
-    )
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(50, steps),
-        log_every=50,
-    )  # fmt: skip
-    train(network, objective, settings, runs / name, heads=MedusaHeads.of(network, heads))
-    if worker()[0] == 0:
-        answer = accuracy(dev, decoder="medusa", heads=str(runs / name))
-        print(answer(load_network(source, device=device()), steps), flush=True)
+@dataclass(frozen=True, kw_only=True)
+class Heads(Training):
+    """Train Medusa heads on the frozen model, then let it answer development problems with them."""
+
+    data: Annotated[Path, "Token tables, under --runs or anywhere."]
+    medusa: MedusaSettings
+
+    def run(self) -> None:
+        if is_there(self.output / "medusa.json"):
+            return
+        network = self.load()
+        objective = MedusaObjective(
+            network.role, load_examples(Path(self.found(self.data))), network.eos_token_id, settings=self.medusa
+        )
+        heads = MedusaHeads.of(network, self.medusa.heads)
+        train(network, objective, self.settings(), self.output, heads=heads)
+        if worker()[0] == 0:
+            answer = accuracy(self.dev, decoder="medusa", heads=str(self.output))
+            print(answer(load_network(self.found(self.source), device=device()), self.steps), flush=True)
 
 
-@app.command()
-def draft(
-    runs: Runs = RUNS,
-    data: Data = DATA,
-    source: Source = "gsm-ar",
-    name: str = "draft",
-    layers: int = 2,
-    steps: int = 2000,
-    rows: int = 48,
-    row_length: int = 2048,
-    learning_rate: float = 2e-3,
-    dev: int = 200,
-) -> None:
-    """Train a model of the bundled shape with few layers and the source's vocabulary from scratch, to draft for it."""
-    if is_there(runs / name / "config.json"):
-        return
-    network = fresh_network(name, device(), layers=layers, like=load_network(source, device="cpu"))
-    objective = CausalObjective(network.role, load_examples(data), network.eos_token_id)
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(200, steps),
-        log_every=100, evaluate_every=steps,
-    )  # fmt: skip
-    train(network, objective, settings, runs / name, evaluate=accuracy(dev))
+app = app_of({
+    "trajectories": JacobiTrajectories(runs=RUNS, source="gsm-ar", name="jacobi", prompts=32_768, seed=9),
+    "student": CLLMStudent(
+        runs=RUNS, source="gsm-ar", name="gsm-cllm", steps=2180, rows=48, learning_rate=1e-3, rank=24,
+        losses=CLLMSettings(), dev=500,
+    ),
+    "medusa": Heads(
+        runs=RUNS, source="gsm-ar", name="medusa", data=DATA, steps=1500, rows=48, learning_rate=1e-3,
+        medusa=MedusaSettings(), dev=200,
+    ),
+    "draft": CausalFromScratch(
+        runs=RUNS, source="gsm-ar", name="draft", layers=2, data=DATA, steps=2000, rows=48, learning_rate=2e-3,
+        warmup_steps=200, log_every=100, dev=200,
+    ),
+})  # fmt: skip
 
 
 @app.command()
 def shares(
     runs: Runs = RUNS,
     results: Annotated[Path, typer.Option(help="folder for shares.md")] = Path("results/decoders"),
-    source: Source = "gsm-ar",
+    source: Annotated[
+        str, typer.Option(help="the causal model: a folder under --runs, a bundled name, or a folder")
+    ] = "gsm-ar",
     name: str = "gsm-cllm",
-    share: Annotated[list[float], typer.Option()] = [0.7, 0.8, 0.85, 0.9, 1.0],  # noqa: B006
-    dev: int = 1000,
-    batch_size: int = 100,
+    share: Annotated[list[float], typer.Option(min=0)] = [0.7, 0.8, 0.85, 0.9, 1.0],  # noqa: B006
+    dev: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 100,
 ) -> None:
     """Write parts of the adapter as NAME-SHARE, and what development problems say of each.
 
@@ -207,7 +159,7 @@ def shares(
     def answers(folder: str | Path) -> Report:
         return evaluate(load(folder, device=device()), items, batch_size=batch_size)
 
-    baseline = answers(source)
+    baseline = answers(runs / source if (runs / source).exists() else source)
     lines = []
     for part in share:
         folder = runs / f"{name}-{part}"
@@ -230,15 +182,5 @@ def write_share(adapter: Path, target: Path, share: float) -> None:
         write_json_whole(folder / "adapter_config.json", config)
 
 
-@app.command()
-def bundle(
-    runs: Runs = RUNS,
-    source: Annotated[str, typer.Option(help="folder of the adapter, or of a part of it")] = "gsm-cllm",
-    name: str = "gsm-cllm",
-) -> None:
-    """Put the finished adapter among the models that ship with the package."""
-    gsm.bundle(runs / source, name, base="gsm-ar")
-
-
 if __name__ == "__main__":
-    app()
+    run_recipe(app)

@@ -11,44 +11,41 @@ half as many trajectories. Likewise about half of the trajectories of variant 8 
 forward of the consistency loss and the first of variant 9, which have no gradient, add work but no training tokens.
 """
 
+from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
+
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from jobs import WEIGHTS, Job, check_settings, results, spread, weights_of
-from stages import BLOCK, digits
+from pipeline import collect_own_states, student_of
+from stages import BLOCK, Stage, app_of, digits, gpu_settings
 
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_json, write_json_whole
-from fewstep.measure.evaluate import Report, sweep
+from fewstep.kept import keep_result, kept_result
+from fewstep.measure.evaluate import sweep
+from fewstep.measure.jobs import Job, spread, weights_of
 from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
-from fewstep.models.roles import Role
+from fewstep.models.roles import Role, RoleName
 from fewstep.shards import MANIFEST_NAME
 from fewstep.tasks.gsm_symbolic import problems
-from fewstep.tasks.problems import Problem
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import MaskedDiffusionObjective, Objective
 from fewstep.train.records import PromptRow
-from fewstep.train.relabel import labelled, labelling_for, of_student
-from fewstep.train.trainer import TrainResult, TrainSettings, train
+from fewstep.train.trainer import train
 from fewstep.train.trajectories import TrajectoryStore, read_table
 from fewstep.train.trajectory_table import TrajectoryTable, join
-
-app = typer.Typer(pretty_exceptions_enable=False)
-Results = Annotated[Path, typer.Option("--results", help="folder for figures")]
-Runs = Annotated[Path, typer.Option(help="folder for adapters and the student's own states")]
+from fewstep.values import Count
 
 CONSISTENCY, DENOISING = 0.5, 0.1  # the weights beside distillation's 1, as in recipes/gsm.py
 OWN_STATES = "own-states"
@@ -58,44 +55,40 @@ ALL_THREE = "7"
 # --- what is trained on -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Material:
     """Teacher and trajectories of one process, loaded when first needed."""
 
-    def __init__(self, teacher: str, store: Path, runs: Path) -> None:
-        self.teacher, self.store, self.runs = teacher, store, runs
+    teacher: str
+    store: Path
+    runs: Path
 
     @cached_property
     def base(self) -> Network:
         """The teacher in float32, never changed itself."""
         return load_network(self.teacher, dtype="float32")
 
-    def student(self) -> Network:
-        """The teacher's weights in the block-causal role, to be trained."""
-        role = replace(self.base.role.playing("block_causal"), block_size=BLOCK)
-        return copy.deepcopy(self.base).with_role(role)
-
     @cached_property
-    def table(self) -> TrajectoryTable:
-        return read_table(self.store, self.base)[0]
+    def stored(self) -> tuple[TrajectoryTable, Examples | None]:
+        return read_table(self.store, self.base)
 
-    @cached_property
+    @property
     def references(self) -> Examples:
-        found = read_table(self.store, self.base)[1]
-        if found is None:
+        if self.stored[1] is None:
             raise FewstepError(
                 f"the trajectories in {self.store} hold no reference answers, which variants 1, 7 and 8 train on"
             )
-        return found
+        return self.stored[1]
 
     @cached_property
     def teacher_text(self) -> Examples:
         """The teacher's answers as plain examples, each cut after its end-of-text."""
-        return cut_after(self.table.examples, self.base.eos_token_id, self.base.role.mask_token_id)
+        return cut_after(self.stored[0].examples, self.base.eos_token_id, self.base.role.mask_token_id)
 
     @cached_property
     def with_own_states(self) -> TrajectoryTable:
         """The trajectories of the teacher, and those of the preliminary student with the teacher's labels."""
-        return join(self.table, read_table(self.runs / OWN_STATES, self.base)[0])
+        return join(self.stored[0], read_table(self.runs / OWN_STATES, self.base)[0])
 
 
 def cut_after(examples: Examples, eos_token_id: int, mask_token_id: int | None) -> Examples:
@@ -132,7 +125,7 @@ def cdlm(
     def build(material: Material, role: Role) -> Objective:
         return CDLMObjective(
             role,
-            material.with_own_states if own_states else material.table,
+            material.with_own_states if own_states else material.stored[0],
             material.base.eos_token_id,
             references=material.references if chosen.denoising else None,
             settings=chosen,
@@ -170,228 +163,169 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What every variant gets."""
-
-    steps: int = 350
-    rows: int = 32
-    row_length: int = 2048
-    learning_rate: float = 1.5e-3
-    rank: int = 32
-
-    def train(self, material: Material, variant: Variant, seed: int, output: Path) -> TrainResult:
-        """A student of the variant in `output`. An unfinished run there is begun again."""
-        cuda = torch.cuda.is_available()
-        network = material.student()
-        settings = TrainSettings(
-            max_steps=self.steps, rows=self.rows, row_length=self.row_length, learning_rate=self.learning_rate,
-            warmup_steps=max(1, self.steps // 12), log_every=max(1, self.steps // 4), seed=seed, compiled=cuda,
-            precision="bf16" if cuda else "no", weights_dtype="bfloat16" if cuda else "float32",
-        )  # fmt: skip
-        objective = variant.objective(material, network.role)
-        return train(network, objective, settings, output, lora=LoRASettings(rank=self.rank, alpha=self.rank))
-
-
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """Everything that the jobs share."""
+class Ablation(Stage):
+    """Train and evaluate what is missing, then gather `ablation.json`."""
 
-    material: Material
-    budget: Budget
-    items: Sequence[Problem]
-    thresholds: Sequence[float]
-    teacher_steps: Sequence[int]
-    own_threshold: float
-    max_new_tokens: int
-    batch_size: int
+    results: Annotated[Path, "Folder for figures."] = Path("results")
+    runs: Annotated[Path, "Folder for adapters and the student's own states."] = Path("runs/ablation")
+    teacher: str = "gsm-teacher"
+    store: Annotated[Path, "The teacher's trajectories."] = Path("runs/gsm/trajectories")
+    threshold: tuple[float, ...] = (0.6, 0.8, 0.9, 0.95, 0.99)
+    teacher_steps: tuple[int, ...] = (16, 24, 32, 48, 64, 128, 256)
+    seeds: Count = 3
+    dev: Annotated[Count, "Development problems."] = 1000
+    steps: Count = 350
+    rows: Count = 32
+    row_length: Count = 2048
+    learning_rate: float = 1.5e-3
+    rank: Count = 32
+    own_threshold: float = 0.9
+    max_new_tokens: Count = 256
+    batch_size: Count = 1000
+    time_limit: Annotated[float | None, "Seconds after which no job is begun."] = None
 
-    def jobs(self, seeds: Sequence[int]) -> list[Job]:
-        """What others need first, then one seed after the other."""
-        untrained = [
-            Job(name="untrained", run=self.untrained),
-            Job(
-                name="teacher-threshold", run=partial(self.of_teacher, "teacher-threshold", thresholds=self.thresholds)
-            ),
-            Job(name="teacher-steps", run=partial(self.of_teacher, "teacher-steps", steps=self.teacher_steps)),
-        ]
+    @cached_property
+    def material(self) -> Material:
+        return Material(self.teacher, self.store, self.runs)
+
+    @cached_property
+    def trained_by(self) -> dict[str, Any]:
+        """What every trained student depends on beside its variant and seed."""
+        names = ("steps", "rows", "row_length", "learning_rate", "rank", "max_new_tokens", "own_threshold")
+        return {
+            "weights": weights_of({"teacher": self.teacher}),
+            "trajectories": read_json(self.store / MANIFEST_NAME),
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def run(self) -> None:
+        jobs = self.jobs()
+        found = spread(jobs, self.results / "ablation", time_limit_s=self.time_limit)
+        if found is None:
+            return
+        rows = [row for result in found.values() for row in result.get("rows", [])]
+        write_json_whole(self.results / "ablation.json", rows)
+        seconds = sum(result["job_seconds"] for result in found.values())
+        about = {
+            "command": this_command(),
+            "machine": describe_machine(),
+            "steps": self.steps,
+            "tokens_per_step": self.rows * self.row_length,
+            "lora_rank": self.rank,
+            "learning_rate": self.learning_rate,
+            "own_threshold": self.own_threshold,
+            "device_seconds": seconds,
+            "own_states": found.get(OWN_STATES),
+        }
+        write_json_whole(self.results / "ablation-about.json", about)
+        told = f"{len(found)} of {len(jobs)} jobs are done ({seconds:.0f} device seconds); {len(rows)} rows are in "
+        print(f"{told}{self.results / 'ablation.json'}", flush=True)
+
+    def jobs(self) -> list[Job]:
+        """What others need first, then one seed after the other. FewstepError if --runs holds other students."""
+        judged_by = {**self.trained_by, "dev": self.dev, "thresholds": self.threshold}
+        for key in VARIANTS:
+            for seed in range(self.seeds):
+                self._kept(f"variant-{key}-seed-{seed}", key, seed)
         trained = [
-            Job(name=f"variant-{key}-seed-{seed}", run=partial(self.variant, key, seed), needs=variant.needs)
-            for seed in seeds
+            Job(
+                name=f"variant-{key}-seed-{seed}", made_by={**judged_by, "variant": key, "seed": seed},
+                run=partial(self.variant, key, seed), needs=variant.needs,
+            )
+            for seed in range(self.seeds)
             for key, variant in VARIANTS.items()
-        ]
+        ]  # fmt: skip
+        under_threshold = partial(self.untrained, "teacher-threshold", "teacher, uncached, under a threshold")
+        cut = partial(self.untrained, "teacher-steps", "teacher, uncached, cut to fewer passes")
+        weights = partial(self.untrained, "untrained", "teacher's weights, block-causal, untrained", "block_causal")
         return [
-            Job(name=OWN_STATES, run=self.own_states),
+            Job(name=OWN_STATES, made_by=self.trained_by, run=self.own_states),
             *trained[: len(VARIANTS)],
-            *untrained,
+            Job(name="untrained", made_by=judged_by, run=partial(weights, thresholds=self.threshold)),
+            Job(name="teacher-threshold", made_by=judged_by, run=partial(under_threshold, thresholds=self.threshold)),
+            Job(
+                name="teacher-steps", made_by={**judged_by, "teacher_steps": self.teacher_steps},
+                run=partial(cut, steps=self.teacher_steps),
+            ),
             *trained[len(VARIANTS) :],
-        ]
+        ]  # fmt: skip
+
+    def _kept(self, name: str, key: str, seed: int) -> dict[str, Any] | None:
+        """The figures of a training that is finished."""
+        return kept_result(self.runs / f"{name}.json", {**self.trained_by, "variant": key, "seed": seed})
+
+    def trained(self, name: str, key: str, seed: int) -> dict[str, Any]:
+        """Figures of the training of a variant in the folder `name`, which is done or gone on with if need be."""
+        if (figures := self._kept(name, key, seed)) is not None:
+            return figures
+        network = student_of(copy.deepcopy(self.material.base))
+        settings = gpu_settings(
+            max_steps=self.steps, rows=self.rows, row_length=self.row_length, learning_rate=self.learning_rate,
+            warmup_steps=max(1, self.steps // 12), log_every=max(1, self.steps // 4), seed=seed,
+        )  # fmt: skip
+        objective = VARIANTS[key].objective(self.material, network.role)
+        lora = LoRASettings(rank=self.rank, alpha=self.rank)
+        done = train(network, objective, settings, self.runs / name, lora=lora)
+        figures = {
+            "training_tokens": done.real_tokens,
+            "training_seconds": done.seconds,
+            "final_loss": done.history[-1]["loss"],
+        }
+        keep_result(self.runs / f"{name}.json", figures, {**self.trained_by, "variant": key, "seed": seed})
+        return figures
 
     def variant(self, key: str, seed: int) -> dict[str, Any]:
         """Train, load what was saved as anybody would, and sweep the threshold."""
-        output = self.material.runs / f"variant-{key}-seed-{seed}"
-        if (output / "config.json").exists():
-            report = read_json(output / "report.json")
-        else:
-            done = self.budget.train(self.material, VARIANTS[key], seed, output)
-            report = {"real_tokens": done.real_tokens, "seconds": done.seconds, "history": done.history}
-        training = {
-            "training_tokens": report["real_tokens"],
-            "training_seconds": report["seconds"],
-            "final_loss": report["history"][-1]["loss"],
-        }
-        found = self._sweep(load(output), thresholds=self.thresholds)
-        return {
-            "rows": [{"variant": key, "title": VARIANTS[key].title, "seed": seed, **training, **row} for row in found]
-        }
+        name = f"variant-{key}-seed-{seed}"
+        figures = self.trained(name, key, seed)
+        about = {"variant": key, "title": VARIANTS[key].title, "seed": seed, **figures}
+        return self._rows(load(self.runs / name), about, thresholds=self.threshold)
 
-    def untrained(self) -> dict[str, Any]:
-        """The teacher's weights in the block-causal role."""
-        found = self._sweep(
-            load(self.material.teacher, role="block_causal"), thresholds=self.thresholds, block_size=BLOCK
-        )
-        return {
-            "rows": [
-                {"variant": "untrained", "title": "teacher's weights, block-causal, untrained", "seed": None, **row}
-                for row in found
-            ]
-        }
-
-    def of_teacher(self, name: str, **swept: Any) -> dict[str, Any]:
-        title = (
-            "teacher, uncached, under a threshold"
-            if "thresholds" in swept
-            else "teacher, uncached, cut to fewer passes"
-        )
-        found = self._sweep(load(self.material.teacher), **swept, block_size=BLOCK)
-        return {"rows": [{"variant": name, "title": title, "seed": None, **row} for row in found]}
+    def untrained(self, variant: str, title: str, role: RoleName | None = None, **swept: Any) -> dict[str, Any]:
+        """The teacher's weights, in the role of a student or in their own."""
+        about = {"variant": variant, "title": title, "seed": None}
+        return self._rows(load(self.teacher, role=role), about, block_size=BLOCK, **swept)
 
     def own_states(self) -> dict[str, Any]:
         """A preliminary student of variant 7 decodes the trajectories' prompts; the teacher labels what it visits."""
-        output = self.material.runs / "preliminary"
-        if not (output / "config.json").exists():
-            self.budget.train(self.material, VARIANTS[ALL_THREE], OWN_SEED, output)
-        student, teacher = load_network(output), load_network(self.material.teacher)
-        store = TrajectoryStore(self.material.store)
-        distribution = store.distribution
-        decoder = LanguageModel(student).decoder(max_new_tokens=self.max_new_tokens, threshold=self.own_threshold)
-        decoding = decode_with(
-            student, decoder, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, distribution=distribution
-        )
+        self.trained("preliminary", ALL_THREE, OWN_SEED)
+        store = TrajectoryStore(self.store)
         rows = [
             PromptRow(
                 one.id, one.prompt_ids.tolist(), None if one.reference_ids is None else one.reference_ids.tolist()
             )
             for one in store
         ]
-        labelling = labelling_for(teacher, student, distribution, self.max_new_tokens)
-        report = collect(
-            labelled(decoding, teacher, labelling),
-            rows,
-            self.material.runs / OWN_STATES,
-            teacher=teacher_of(teacher),
-            settings={
-                "threshold": self.own_threshold,
-                "teacher_canvas_length": labelling.canvas_length,
-                **of_student(student),
-            },
-            stop_token_ids=student.stop_token_ids,
-            distribution=distribution,
-            shard_size=self.batch_size,
-        )
-        return {
-            "num_records": report.num_records,
-            "num_positions": report.num_positions,
-            "num_forwards": report.num_forwards,
-        }
+        report = collect_own_states(
+            load_network(self.runs / "preliminary"), load_network(self.teacher), rows, self.runs / OWN_STATES,
+            store.distribution, threshold=self.own_threshold, batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
+        return {name: asdict(report)[name] for name in ("num_records", "num_positions", "num_forwards")}
 
-    def _sweep(self, lm: LanguageModel, **swept: Any) -> list[dict[str, Any]]:
+    def _rows(self, lm: LanguageModel, about: Mapping[str, Any], **swept: Any) -> dict[str, Any]:
         """The keys of `eval --json` for each setting, and which problems were solved, as a string of 0 and 1."""
-        found: list[Report] = sweep(
-            lm, self.items, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, **swept
+        found = sweep(
+            lm, problems("dev", self.dev), batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, **swept
         )
-        return [
-            {**report.to_json(), "correct": "".join(str(int(record.correct)) for record in report.records)}
-            for report in found
-        ]
-
-
-@app.command()
-def run(
-    results_folder: Results = Path("results"),
-    runs: Runs = Path("runs/ablation"),
-    teacher: str = "gsm-teacher",
-    store: Path = Path("runs/gsm/trajectories"),
-    threshold: Annotated[list[float], typer.Option()] = [0.6, 0.8, 0.9, 0.95, 0.99],  # noqa: B006
-    teacher_steps: Annotated[list[int], typer.Option()] = [16, 24, 32, 48, 64, 128, 256],  # noqa: B006
-    seeds: int = 3,
-    dev: int = 1000,
-    steps: int = 350,
-    rows: int = 32,
-    row_length: int = 2048,
-    learning_rate: float = 1.5e-3,
-    rank: int = 32,
-    own_threshold: float = 0.9,
-    max_new_tokens: int = 256,
-    batch_size: int = 1000,
-    time_limit: Annotated[float | None, typer.Option(help="seconds after which no job is begun")] = None,
-) -> None:
-    """Train and evaluate what is missing, then gather `ablation.json`."""
-
-    def make_jobs() -> list[Job]:
-        study = Study(
-            material=Material(teacher, store, runs),
-            budget=Budget(steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, rank=rank),
-            items=problems("dev", dev),
-            thresholds=threshold,
-            teacher_steps=teacher_steps,
-            own_threshold=own_threshold,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
-        return study.jobs(range(seeds))
-
-    training = {
-        WEIGHTS: weights_of({"teacher": teacher}), "trajectories": read_json(store / MANIFEST_NAME), "steps": steps,
-        "rows": rows, "row_length": row_length, "learning_rate": learning_rate, "rank": rank,
-        "own_threshold": own_threshold, "max_new_tokens": max_new_tokens,
-    }  # fmt: skip
-    check_settings(runs, training, begun=any(runs.glob("*/report.json")))
-    settings = {**training, "dev": dev, "thresholds": threshold, "teacher_steps": teacher_steps}
-    if spread(make_jobs, results_folder / "ablation", settings=settings, time_limit_s=time_limit):
-        about = {
-            "command": this_command(),
-            "machine": describe_machine(),
-            "steps": steps,
-            "tokens_per_step": rows * row_length,
-            "lora_rank": rank,
-            "learning_rate": learning_rate,
-            "own_threshold": own_threshold,
+        marks = ["".join(str(int(record.correct)) for record in report.records) for report in found]
+        return {
+            "rows": [
+                {**about, **report.to_json(), "correct": correct} for report, correct in zip(found, marks, strict=True)
+            ]
         }
-        print(gather(results_folder, about), flush=True)
 
 
-def gather(folder: Path, about: Mapping[str, Any]) -> str:
-    """Write `ablation.json`, a list of rows, and `ablation-about.json` from all finished jobs; say what is there."""
-    found = results(folder / "ablation")
-    rows = [row for result in found.values() for row in result.get("rows", [])]
-    write_json_whole(folder / "ablation.json", rows)
-    seconds = sum(result["job_seconds"] for result in found.values())
-    write_json_whole(
-        folder / "ablation-about.json",
-        {**about, "device_seconds": seconds, "own_states": found.get(OWN_STATES)},
-    )
-    return (
-        f"{len(found)} jobs are done ({seconds:.0f} device seconds); {len(rows)} rows are in {folder / 'ablation.json'}"
-    )
+app = app_of({"run": Ablation()})
 
 
 @app.command()
 def report(
-    results_folder: Results = Path("results"),
+    results_folder: Annotated[Path, typer.Option("--results", help="folder for figures")] = Path("results"),
     threshold: Annotated[float, typer.Option(help="the main threshold of the table")] = 0.9,
 ) -> None:
     """Write `ablation.md`, `ablation.png` and `ablation.svg` from `ablation.json`."""
@@ -401,4 +335,4 @@ def report(
 
 
 if __name__ == "__main__":
-    app()
+    run_recipe(app)

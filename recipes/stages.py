@@ -1,45 +1,145 @@
-"""What the stages of several recipes share: options, networks, settings of a GPU, and where a process stands."""
+"""What recipes share: a stage as a command, fresh networks, settings of a GPU, and where a process stands."""
 
+import inspect
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import typer
+from annotated_types import Ge, Gt, Le
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from word_problems import MAX_ANSWER
 
+from fewstep.cli.option_names import naming_options, option_name
 from fewstep.engine.language_model import LanguageModel
-from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
+from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.tasks.gsm_symbolic import problems
-from fewstep.train.trainer import Evaluate, TrainSettings
+from fewstep.train.lora import LoRASettings
+from fewstep.train.objectives import Objective
+from fewstep.train.trainer import Evaluate, TrainSettings, train
+from fewstep.values import Count, check_fields
 
 Runs = Annotated[Path, typer.Option(help="folder for everything this recipe makes")]
-
-Leftward = Annotated[float, typer.Option(help="share of rows shown as in block-by-block decoding")]
-Frontier = Annotated[float, typer.Option(help="share of these that are open up to a point")]
-Late = Annotated[float, typer.Option(help="share of these that hide their digits longest")]
-Visited = Annotated[float, typer.Option(help="share of these that the network first goes on with by itself")]
-Canvases = Annotated[int, typer.Option(help="states of an answer that share its prompt")]
-NumGSM8K = Annotated[int, typer.Option(help="of GSM8K's training problems, if they are given")]
-NumSymbolic = Annotated[int, typer.Option(help="of GSM-Symbolic")]
-Solved = Annotated[bool, typer.Option(help="keep only what the teacher solves")]
-Own = Annotated[str | None, typer.Option(help="folder of a student's own states, to train on as well")]
-BlocksLate = Annotated[float, typer.Option(help="share of the references' blocks that hide their digits longest")]
-BlocksVisited = Annotated[float, typer.Option(help="share of them that the network first goes on with by itself")]
+Rank = Annotated[int, Ge(0), Le(1 << 16), "Of the LoRA adapters; 0 trains all weights."]
+AtLeast0 = Annotated[int, Ge(0), Le(1 << 24)]
 
 BLOCK = 32
 
 
+# --- stages and their commands ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
+    """One command: its fields, and those of settings classes among them, are the options, its values their defaults."""
+
+    runs: Annotated[Path, "Folder for everything that this recipe makes."]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do what is missing."""
+
+    def found(self, name: str | Path) -> str | Path:
+        """What is meant by the name of a model or folder: one under --runs, or else what the name says by itself."""
+        return self.runs / name if (self.runs / name).exists() else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Stage):
+    """A stage that trains a network and leaves its folder; what is there is left alone, what was cut off goes on."""
+
+    source: Annotated[str, "What to start from: a folder under --runs, a bundled name, or another folder."]
+    name: Annotated[str, "Folder under --runs for the result."]
+    steps: Count
+    rows: Annotated[Count, "Packed rows of a step, in each process."]
+    row_length: Count = 2048
+    learning_rate: Annotated[float, Gt(0), Le(1e3)]
+    warmup_steps: Count = 50
+    log_every: Count = 50
+    seed: Annotated[int, Ge(0), Le((1 << 32) - 1)] = 0
+    dev: Annotated[Count, "Development problems that the result answers."]
+
+    @property
+    def output(self) -> Path:
+        return self.runs / self.name
+
+    def load(self) -> Network:
+        """The source in float32, to be trained."""
+        return load_network(self.found(self.source), dtype="float32", device=device())
+
+    def settings(self, **others: Any) -> TrainSettings:
+        return gpu_settings(
+            max_steps=self.steps, rows=self.rows, row_length=self.row_length, learning_rate=self.learning_rate,
+            warmup_steps=min(self.warmup_steps, self.steps), log_every=self.log_every, seed=self.seed, **others,
+        )  # fmt: skip
+
+    def train(self, network: Network, objective: Objective, *, rank: int = 0, **answering: Any) -> None:
+        """The trained network, or an adapter of this rank, in the output folder; `answering`: settings for `dev`."""
+        lora = LoRASettings(rank=rank, alpha=rank) if rank else None
+        settings = self.settings(evaluate_every=self.steps)
+        train(network, objective, settings, self.output, lora=lora, evaluate=accuracy(self.dev, **answering))
+
+
+def app_of(stages: Mapping[str, Stage]) -> typer.Typer:
+    """The commands of these stages by name."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    for name, stage in stages.items():
+        app.command(name, help=inspect.getdoc(type(stage)))(_command(stage))
+    return app
+
+
+def _command(stage: Stage) -> Callable[..., None]:
+    def command(**given: Any) -> None:
+        with naming_options({name: option_name(name) for name in given}):
+            with_values(stage, given).run()
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, annotation, default in _options(stage)
+    ]
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
+    """The settings, and the settings classes among their fields, with the values that are given by a field's name."""
+    changed = {
+        field.name: with_values(value, values) if is_dataclass(value) else values.get(field.name, value)
+        for field in fields(settings)
+        if field.init
+        for value in [getattr(settings, field.name)]
+    }
+    return replace(settings, **changed)
+
+
+def _options(settings: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, annotation for typer and default of each option."""
+    plain, declared = get_type_hints(type(settings)), get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from _options(value)
+            continue
+        words = " ".join(word for word in getattr(declared[field.name], "__metadata__", ()) if isinstance(word, str))
+        kind = plain[field.name]
+        if get_origin(kind) is tuple:  # typer repeats options of lists only
+            kind, value = list[get_args(kind)[0]], list(value)  # type: ignore[misc]
+        yield field.name, Annotated[kind, typer.Option(help=words or None)], value
+
+
 # --- networks and settings ---
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer")
 
 
 def fresh_network(name: str, device: str, *, layers: int = 12, like: Network | None = None) -> Network:
@@ -47,7 +147,7 @@ def fresh_network(name: str, device: str, *, layers: int = 12, like: Network | N
     positions of `like`.
     """
     torch.manual_seed(0)
-    tok = tokenizer() if like is None else like.tokenizer
+    tok = PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer") if like is None else like.tokenizer
     config = LlamaConfig(
         vocab_size=2048 if like is None else like.vocab_size,
         hidden_size=256,
@@ -91,11 +191,6 @@ def digits(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 # --- files and processes ---
-
-
-def change_json(path: Path, **values: Any) -> None:
-    """Set these keys of a JSON file."""
-    write_json_whole(path, {**read_json(path), **values})
 
 
 def worker() -> tuple[int, int]:

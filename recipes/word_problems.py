@@ -8,24 +8,21 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fewstep.decode.requests import Output
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
+from fewstep.models.load import load_tokenizer
 from fewstep.models.text import decode_text, encode_prompt
 from fewstep.tasks.answers import extract_answer
 from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.examples import Examples, encode_rows
 from fewstep.train.records import PromptRow
-
-GSM8K = Annotated[Path | None, typer.Option("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")]
 
 MAX_PROMPT, MAX_ANSWER = 256, 256
 ROWS_PER_PART = 20_000
@@ -55,7 +52,7 @@ class Part:
             torch.set_num_threads(1)
             examples = encode_rows(
                 enumerate(self._rows(), start=1),
-                AutoTokenizer.from_pretrained(self.tokenizer),
+                load_tokenizer(self.tokenizer),
                 max_prompt=MAX_PROMPT,
                 max_completion=MAX_ANSWER,
             )
@@ -73,8 +70,7 @@ def make_tables(
     folder: Path, tokenizer: Path, examples: int, *, seed: int, workers: int, gsm8k: Path | None = None
 ) -> None:
     """The missing parts of `examples` rows of GSM-Symbolic, and of GSM8K's training problems if its folder is given."""
-    if examples < 1 or workers < 1:
-        raise FewstepError("--examples and --workers must be at least 1")
+    load_tokenizer(tokenizer)  # what is wrong with it is told once, before the workers
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for i, first in enumerate(range(0, examples, ROWS_PER_PART)):

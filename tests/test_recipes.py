@@ -50,7 +50,7 @@ def toy_blocks(
     ablation: ModuleType, measure: ModuleType, throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipes' blocks are those of the bundled student; toys have shorter ones."""
-    for module in (ablation, measure, throughput):
+    for module in (ablation, measure, throughput, importlib.import_module("pipeline")):
         monkeypatch.setattr(module, "BLOCK", TOY_BLOCK)
 
 
@@ -103,12 +103,12 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     ablation: ModuleType, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, runs = tmp_path / "results", tmp_path / "runs"
-    settings: dict[str, Any] = {
-        "results_folder": results, "runs": runs, "teacher": str(toys / "teacher"), "store": toys / "trajectories",
-        "threshold": [0.5, 0.9], "teacher_steps": [4], "seeds": 2, "dev": 3, "steps": 2, "rows": 2, "row_length": 128,
-        "rank": 2, "max_new_tokens": CANVAS, "batch_size": 16,
-    }  # fmt: skip
-    ablation.run(**settings)
+    study = ablation.Ablation(
+        results=results, runs=runs, teacher=str(toys / "teacher"), store=toys / "trajectories", threshold=(0.5, 0.9),
+        teacher_steps=(4,), seeds=2, dev=3, steps=2, rows=2, row_length=128, rank=2, max_new_tokens=CANVAS,
+        batch_size=16,
+    )  # fmt: skip
+    study.run()
     assert not list((results / "ablation").glob("*.failed"))
     rows = json.loads((results / "ablation.json").read_text())
     trained = [row for row in rows if row["variant"] in ablation.VARIANTS]
@@ -120,14 +120,14 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     tokens = [row["training_tokens"] for row in trained]
     assert min(tokens) > 0.8 * 2 * 2 * 128  # rows are packed almost full, whatever the variant
     before = {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
-    monkeypatch.setattr(ablation.Study, "variant", failing)
-    ablation.run(**settings)
+    monkeypatch.setattr(ablation.Ablation, "variant", failing)
+    study.run()
     assert before == {path: path.stat().st_mtime_ns for path in (results / "ablation").glob("*.json")}
     for other, told in (({"steps": 3}, "steps is 2 there and 3 here"), ({"dev": 4}, "dev is 3 there and 4 here")):
         with pytest.raises(FewstepError, match=told):
-            ablation.run(**{**settings, **other})
-    with pytest.raises(FewstepError, match="runs holds results of other settings"):
-        ablation.run(**{**settings, "results_folder": tmp_path / "others", "rank": 4})
+            replace(study, **other).run()
+    with pytest.raises(FewstepError, match=r"runs/variant-1-seed-0\.json keeps a result .*rank is 2 there and 4 here"):
+        replace(study, results=tmp_path / "others", rank=4).run()
     ablation.report(results, threshold=0.9)
     text = (results / "ablation.md").read_text()
     assert all(variant.title in text for variant in ablation.VARIANTS.values())
@@ -213,9 +213,11 @@ def test_all_figures_reach_the_cards(
     results, bundled = tmp_path / "results", tmp_path / "bundled"
     for name, toy in (("ar", "ar"), ("cllm", "ar"), ("teacher", "teacher")):
         save_network(load_network(toys / toy), bundled / f"gsm-{name}")
-    material = ablation.Material(str(bundled / "gsm-teacher"), toys / "trajectories", tmp_path)
-    budget = ablation.Budget(steps=4, rows=2, row_length=128, rank=2)
-    budget.train(material, ablation.VARIANTS["7"], 0, bundled / "gsm-student")
+    study = ablation.Ablation(
+        runs=bundled, teacher=str(bundled / "gsm-teacher"), store=toys / "trajectories", steps=4, rows=2,
+        row_length=128, rank=2,
+    )  # fmt: skip
+    study.trained("gsm-student", ablation.ALL_THREE, seed=0)
     models = {
         "ar": str(bundled / "gsm-ar"),
         "cllm": str(bundled / "gsm-cllm"),

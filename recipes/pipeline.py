@@ -1,0 +1,278 @@
+"""From word problems to a few-step student: the stages, declared once. Recipes differ in the values of their stages.
+
+The bundled models (gsm.py) and SmolLM2 (smollm.py) go the same way: token tables, a causal model, a masked-diffusion
+teacher, its trajectories, a block-causal student.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+from stages import BLOCK, AtLeast0, Rank, Stage, Training, device, digits, fresh_network, is_there, worker
+from word_problems import MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
+
+from fewstep.decode.decoder import threshold_rule
+from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel
+from fewstep.models.load import load_network
+from fewstep.models.network import Network
+from fewstep.models.roles import ContextAttention, Role
+from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.collect import CollectReport, collect, decode_with, distribution_of, teacher_of
+from fewstep.train.corruption import BlockCorruption, Corruption
+from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
+from fewstep.train.records import PromptRow
+from fewstep.train.relabel import labelled, labelling_for, of_student
+from fewstep.train.trajectories import Distribution, read_table
+from fewstep.train.trajectory_table import join
+from fewstep.values import Count, Share
+
+Threshold = Annotated[float, Gt(0), Lt(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables(Stage):
+    """Render and tokenize training problems of GSM-Symbolic, arithmetic drills, and GSM8K's training problems."""
+
+    tokenizer: Annotated[Path, "Folder of the tokenizer, under --runs or anywhere."]
+    gsm8k: Annotated[Path | None, "Folder with GSM8K's train.jsonl and test.jsonl."] = None
+    examples: Annotated[Count, "Rows of GSM-Symbolic, drills included."]
+    workers: Count
+    seed: int = 1
+
+    def run(self) -> None:
+        make_tables(
+            self.runs / "data", Path(self.found(self.tokenizer)), self.examples, seed=self.seed, workers=self.workers,
+            gsm8k=self.gsm8k,
+        )  # fmt: skip
+
+
+# --- causal model and teacher ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Training):
+    """Fine-tune a causal model on the token tables."""
+
+    data: Annotated[Path, "Token tables, under --runs or anywhere."] = Path("data")
+
+    def network(self) -> Network:
+        return self.load()
+
+    def run(self) -> None:
+        if is_there(self.output / "config.json"):
+            return
+        network = self.network()
+        self.train(
+            network, CausalObjective(network.role, load_examples(Path(self.found(self.data))), network.eos_token_id)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalFromScratch(Causal):
+    """Train a causal model of the bundled width from scratch on the token tables."""
+
+    source: Annotated[str | None, "Whose vocabulary and positions it has; by default the bundled ones."] = None  # type: ignore[assignment]
+    layers: Annotated[int, Ge(1)] = 12
+
+    def network(self) -> Network:
+        like = None if self.source is None else load_network(self.found(self.source), device="cpu")
+        return fresh_network(self.name, device(), layers=self.layers, like=like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(Training):
+    """Adapt a causal model (or continue a teacher) to masked diffusion."""
+
+    context_attention: ContextAttention = "causal"
+    shift: Annotated[bool, "A row scores the next token, as in the causal model."] = True
+    leftward: Annotated[Share, "Share of rows shown as in block-by-block decoding."] = 0.8
+    frontier: Annotated[Share, "Share of these that are open up to a point."] = 0.25
+    late: Annotated[Share, "Share of these that hide their digits longest."] = 0.45
+    visited: Annotated[Share, "Share of these that the network first goes on with by itself."] = 0.0
+    canvases: Annotated[Count, "States of an answer that share its prompt."] = 3
+    threshold: Annotated[Threshold | None, "Of the decoding that answers --dev problems; by default none."] = None
+    gaps: Annotated[AtLeast0 | None, "With that threshold."] = None
+
+    def run(self) -> None:
+        if is_there(self.output / "config.json"):
+            return
+        network = self.load()
+        given = network.role.mask_token_id
+        role = Role(
+            name="bidirectional",
+            block_size=BLOCK,
+            mask_token_id=network.tokenizer.mask_token_id if given is None else given,
+            context_attention=self.context_attention,
+            right_shift_logits=self.shift,
+        )
+        network = Network(network.module, role, network.tokenizer, name=self.name)
+        corruption = Corruption(
+            leftward=self.leftward,
+            frontier=self.frontier,
+            late=self.late,
+            late_tokens=digits(network.tokenizer) if self.late else (),
+            visited=self.visited,
+        )
+        objective = MaskedDiffusionObjective(
+            role,
+            load_examples(self.runs / "data"),
+            network.eos_token_id,
+            corruption=corruption,
+            canvases=self.canvases,
+        )
+        self.train(network, objective, threshold=self.threshold, gaps=self.gaps)
+
+
+# --- trajectories and student ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collecting(Stage):
+    """A stage that decodes training problems; finished shards are kept."""
+
+    source: Annotated[str, "The model that decodes: a folder under --runs, a bundled name, or another folder."]
+    name: Annotated[str, "Folder under --runs for the result."]
+    prompts: Annotated[AtLeast0, "Of GSM-Symbolic."]
+    gsm8k: Annotated[Path | None, "Folder with GSM8K's train.jsonl and test.jsonl."] = None
+    gsm8k_prompts: Annotated[AtLeast0, "Of GSM8K's training problems, if they are given."] = 0
+    batch_size: Count = 1024
+    solved: Annotated[bool, "Keep only what the model solves."] = True
+    seed: int
+
+    def rows(self, network: Network) -> tuple[list[PromptRow], Callable[[PromptRow, Output], bool]]:
+        """The prompts, and which outputs are kept."""
+        rows, answers = prompt_rows(
+            network.tokenizer, self.prompts, self.seed, gsm8k=self.gsm8k, gsm8k_count=self.gsm8k_prompts
+        )
+        return rows, keep_solved(network.tokenizer, answers, solved=self.solved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories(Collecting):
+    """Decode training problems with the teacher."""
+
+    threshold: Annotated[Threshold | None, "By default one token a pass."] = None
+    gaps: Annotated[AtLeast0 | None, "With a threshold."] = None
+
+    def run(self) -> None:
+        network = load_network(self.found(self.source), device=device())
+        rows, keep = self.rows(network)
+        distribution = distribution_of(network)
+        decoder = LanguageModel(network).decoder(
+            max_new_tokens=MAX_ANSWER, block_size=BLOCK, threshold=self.threshold, gaps=self.gaps
+        )
+        asked: dict[str, Any] = {"max_new_tokens": MAX_ANSWER, "batch_size": self.batch_size}
+        report = collect(
+            decode_with(network, decoder, distribution=distribution, **asked),
+            rows,
+            self.runs / self.name,
+            teacher=teacher_of(network),
+            settings={
+                "max_new_tokens": MAX_ANSWER,
+                **threshold_rule(decoder),
+                "early_stop": True,
+                "keep": "solved" if self.solved else "all",
+            },
+            distribution=distribution,
+            seed=self.seed,
+            shard_size=self.batch_size,
+            worker=worker(),
+            keep=keep,
+        )
+        print(report, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnStates(Collecting):
+    """Let a student decode training problems and the teacher, `--source`, label the states that it visits."""
+
+    student: Annotated[str, "The student that decodes."]
+    threshold: Threshold = 0.9
+
+    def run(self) -> None:
+        student, teacher = (load_network(self.found(name), device=device()) for name in (self.student, self.source))
+        report = collect_own_states(
+            student, teacher, self.rows(student)[0], self.runs / self.name, distribution_of(teacher),
+            threshold=self.threshold, batch_size=self.batch_size, seed=self.seed, worker=worker(),
+        )  # fmt: skip
+        print(report, flush=True)
+
+
+def collect_own_states(
+    student: Network,
+    teacher: Network,
+    rows: list[PromptRow],
+    folder: Path,
+    distribution: Distribution,
+    *,
+    threshold: float,
+    batch_size: int,
+    max_new_tokens: int = MAX_ANSWER,
+    **options: Any,
+) -> CollectReport:
+    """What the student decodes under a threshold, with the teacher's distributions at the same states."""
+    decoder = LanguageModel(student).decoder(max_new_tokens=max_new_tokens, threshold=threshold)
+    decoding = decode_with(
+        student, decoder, max_new_tokens=max_new_tokens, batch_size=batch_size, distribution=distribution
+    )
+    labelling = labelling_for(teacher, student, distribution, max_new_tokens)
+    return collect(
+        labelled(decoding, teacher, labelling),
+        rows,
+        folder,
+        teacher=teacher_of(teacher),
+        settings={
+            **threshold_rule(decoder),
+            "teacher_canvas_length": labelling.canvas_length,
+            **of_student(student),
+        },
+        stop_token_ids=student.stop_token_ids,
+        distribution=distribution,
+        shard_size=batch_size,
+        **options,
+    )
+
+
+def student_of(teacher: Network) -> Network:
+    """The teacher's weights in the block-causal role."""
+    return teacher.with_role(replace(teacher.role.playing("block_causal"), block_size=BLOCK))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Training):
+    """Post-train the teacher into a block-causal student with the three CDLM losses."""
+
+    store: Annotated[str, "Folder of trajectories under --runs."] = "trajectories"
+    own: Annotated[str | None, "Folder of a student's own states, to train on as well."] = None
+    examples: Annotated[AtLeast0, "References: so many rows of the tables, or 0 for those of the store."] = 0
+    rank: Rank
+    losses: CDLMSettings
+    late: Annotated[Share, "Share of the references' blocks that hide their digits longest."] = 0.0
+    visited: Annotated[Share, "Share of them that the network first goes on with by itself."] = 0.0
+
+    def run(self) -> None:
+        if is_there(self.output / "config.json"):
+            return
+        base = self.load()
+        table, references = read_table(self.runs / self.store, teacher=base)
+        if self.own:
+            table = join(table, read_table(self.runs / self.own, teacher=base)[0])
+        if self.examples:
+            references = load_examples(self.runs / "data", self.examples)
+        network = student_of(base)
+        objective = CDLMObjective(
+            network.role,
+            table,
+            network.eos_token_id,
+            references=references,
+            settings=self.losses,
+            corruption=BlockCorruption(
+                late=self.late,
+                late_tokens=digits(network.tokenizer) if self.late else (),
+                visited=self.visited,
+            ),
+        )
+        self.train(network, objective, rank=self.rank)
