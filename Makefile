@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint format wheel clean
+.PHONY: demo test fuzz lint format tables wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fewstep demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The tables of settings in docs/, from what decoders and policies declare.
+tables: $(VENV)/.installed-dev
+	$(BIN)/python tests/option_tables.py
 
 wheel: $(VENV)/.installed-dev
 	rm -rf dist

@@ -1,6 +1,7 @@
 """Settings are declared once: what decoders and policies declare is what Python, the command line and docs know."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module, reload
@@ -19,7 +20,7 @@ from toys import Echo, LogitGap, settled_twice
 import fewstep.cli.main
 from fewstep.cli.decoding import declared_everywhere, read_setting
 from fewstep.decode.block import Block
-from fewstep.decode.declarations import Declared, _read, _source, declared_settings
+from fewstep.decode.declarations import Declared, _from_source, _read, _source
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Loop, decode, positions_needed
 from fewstep.decode.own_policies import OwnPolicy, PreviousPass, as_policy
@@ -46,13 +47,35 @@ def test_what_is_read_from_the_source_is_what_the_class_declares(place: str) -> 
     assert from_source == [told(one) for one in _read(getattr(import_module(module), name))]
 
 
-def test_a_source_that_cannot_be_read_so_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "odd_decoder.py").write_text(
-        "from typing import Annotated\n\nimport torch\n\nSIZE = torch.tensor(3).item()\n\n\n"
-        "class Odd:\n    size: Annotated[int, 'Its size.'] = SIZE\n"
+@pytest.mark.parametrize(
+    ("source", "is_readable"),
+    [
+        ("class Odd:\n    size: Annotated[int, 'Its size.'] = 3", True),
+        ("class Odd:\n    size: 'Annotated[int | None, \"Its size.\"]' = 3", True),
+        ("@dataclass\nclass Odd:\n    size: Annotated[int, 'Its size.'] = field(default=3)", True),
+        ("class Odd(Protocol):\n    size: Annotated[int, 'Its size.'] = 3", True),
+        ("class Odd(Generic[T]):\n    size: Annotated[int, 'Its size.'] = 3", True),
+        ("SIZE = 3\nSize = Annotated[int, 'Its size.']\n\nclass Odd:\n    size: Size = SIZE", True),
+        ("def Odd(*, size: Annotated[int, 'Its size.'] = 3): ...", True),
+        ("class Odd:\n    size: typing.Annotated[int, 'Its size.'] = 3", False),
+        ("SIZE = int(torch.tensor(3))\n\nclass Odd:\n    size: Annotated[int, 'Its size.'] = SIZE", False),
+        ("class Odd(torch.nn.Module):\n    size: Annotated[int, 'Its size.'] = 3", False),
+        ("from toys import Echo\n\nclass Odd(Echo):\n    size: Annotated[int, 'Its size.'] = 3", False),
+    ],
+)
+def test_a_source_that_does_not_say_it_all_is_imported(
+    source: str, is_readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imports = (
+        "import typing\nfrom dataclasses import dataclass, field\nfrom typing import Annotated, Generic, Protocol, "
+        "TypeVar\n\nimport torch\n\nT = TypeVar('T')\n"
     )
-    assert declared_settings("odd_decoder:Odd")["size"].default == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"odd_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(imports + source)
+    declared = _from_source(f"{name}:Odd")["size"]
+    assert (declared.default, declared.help) == (3, "Its size.")
+    assert (name in sys.modules) != is_readable
 
 
 def test_every_setting_has_a_help_that_is_a_sentence_and_one_kind_of_value() -> None:

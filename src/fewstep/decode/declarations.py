@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, Field, dataclass
 from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -158,15 +158,16 @@ class _Source:
             yield from source._arguments(build)
 
     def _lineage(self, node: ast.ClassDef) -> "Iterator[tuple[_Source, ast.ClassDef]]":
-        """The bases that are classes of ours, the first ones of all first, and the class itself."""
+        """The class after its bases, which are ours: those of the standard library declare nothing."""
         for base in reversed(node.bases):
-            source: _Source | None = self
-            name = base.id if isinstance(base, ast.Name) else ""
-            while source is not None and name in source.imported:
+            source, name = self, _name_of(base)
+            while name in source.imported and _is_ours(source.imported[name][0]):
                 module, name = source.imported[name]
-                source = _source(module) if _is_ours(module) else None
-            if source is not None and isinstance(statement := source.names.get(name), ast.ClassDef):
+                source = _source(module)
+            if isinstance(statement := source.names.get(name), ast.ClassDef):
                 yield from source._lineage(statement)
+            elif not _is_light(source.imported.get(name, ("",))[0]):
+                raise _UnreadableError(name)
         yield self, node
 
     def _arguments(self, node: ast.FunctionDef) -> Iterator[Declared]:
@@ -176,15 +177,19 @@ class _Source:
             yield from self._declared(one.arg, one.annotation, default)
 
     def _declared(self, field: str, annotation: ast.expr | None, default: ast.expr | None) -> Iterator[Declared]:
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            annotation = ast.parse(annotation.value, mode="eval").body
         if annotation is None or not self._holds_text(annotation):
             return
         value = MISSING if default is None else self._evaluated(default)
-        yield from _declared(field, self._evaluated(annotation), value)
+        yield from _declared(field, self._evaluated(annotation), value.default if isinstance(value, Field) else value)
 
     def _holds_text(self, annotation: ast.expr) -> bool:
         """Whether it is an Annotated with a text among its parts, or the name of one."""
         match annotation:
-            case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=parts)):
+            case ast.Subscript(
+                value=ast.Name(id="Annotated") | ast.Attribute(attr="Annotated"), slice=ast.Tuple(elts=parts)
+            ):
                 return any(_is_text(part) for part in parts)
             case ast.Name(id=name) if name in self.imported:
                 module, origin = self.imported[name]
@@ -210,7 +215,7 @@ class _Source:
                 return getattr(builtins, name)
             raise _UnreadableError(name)
         module, name = self.imported[name]
-        if module in sys.modules or module.partition(".")[0] in _LIGHT:
+        if module in sys.modules or _is_light(module):
             return getattr(import_module(module), name)
         if _is_ours(module):
             return _source(module)._value(name)
@@ -232,6 +237,18 @@ def _text_of(module: str) -> str:
 
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_light(module: str) -> bool:
+    return module.partition(".")[0] in _LIGHT
+
+
+def _name_of(base: ast.expr) -> str:
+    """Of a base class, which may have arguments, such as Generic[T]."""
+    base = base.value if isinstance(base, ast.Subscript) else base
+    if not isinstance(base, ast.Name):
+        raise _UnreadableError
+    return base.id
 
 
 def _fields(node: ast.ClassDef) -> Iterator[Any]:
