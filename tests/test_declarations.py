@@ -310,6 +310,18 @@ def test_answers_are_kept_under_what_an_own_policy_says_and_no_address() -> None
     assert GenerationSettings.of(policy=by_logits).described["policy"] == "by_logits(at_least=0.3)"
 
 
+def test_results_kept_before_settings_were_declared_by_decoders_go_on() -> None:
+    """Their guard names these settings, set or not, with these values; one that came later only if it was set."""
+    assert GenerationSettings().described == {
+        **dict.fromkeys(("decoder", "threshold", "gaps", "steps", "block_size", "canvas_length", "top_k", "top_p")),
+        **dict.fromkeys(("alg", "eps", "alg_temp", "draft", "heads", "window", "ngram", "typical")),
+        **{"max_new_tokens": 256, "order": "low_confidence", "early_stop": True, "temperature": 0.0, "seed": 0},
+        **{"cfg_scale": 0.0, "fixed_windows": False, "stop": ()},
+    }
+    given = GenerationSettings.of(decoder="jacobi", window=4, margin=0.5, gen_length=9).described
+    assert (given["decoder"], given["window"], given["margin"], given["max_new_tokens"]) == ("jacobi", 4, 0.5, 9)
+
+
 # The documentation
 
 
