@@ -315,8 +315,14 @@ def test_results_kept_before_settings_were_declared_by_decoders_go_on() -> None:
     assert GenerationSettings().described == {
         **dict.fromkeys(("decoder", "threshold", "gaps", "steps", "block_size", "canvas_length", "top_k", "top_p")),
         **dict.fromkeys(("alg", "eps", "alg_temp", "draft", "heads", "window", "ngram", "typical")),
-        **{"max_new_tokens": 256, "order": "low_confidence", "early_stop": True, "temperature": 0.0, "seed": 0},
-        **{"cfg_scale": 0.0, "fixed_windows": False, "stop": ()},
+        "max_new_tokens": 256,
+        "order": "low_confidence",
+        "early_stop": True,
+        "temperature": 0.0,
+        "seed": 0,
+        "cfg_scale": 0.0,
+        "fixed_windows": False,
+        "stop": (),
     }
     given = GenerationSettings.of(decoder="jacobi", window=4, margin=0.5, gen_length=9).described
     assert (given["decoder"], given["window"], given["margin"], given["max_new_tokens"]) == ("jacobi", 4, 0.5, 9)
