@@ -44,6 +44,7 @@ def settings_of(draft: str, heads: Path) -> dict[str, dict[str, Any]]:
         "lookahead": {"decoder": "lookahead"},
         "prompt-lookup": {"decoder": "prompt-lookup"},
         "speculative": {"decoder": "speculative", "draft": draft},
+        "speculative, block student": {"decoder": "speculative", "draft": "gsm-student"},
         "medusa": {"decoder": "medusa", "heads": str(heads)},
     }
 
