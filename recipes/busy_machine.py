@@ -12,8 +12,16 @@ import sys
 import time
 from typing import Annotated
 
-import typer
-from run_recipe import run_recipe
+TORCH_FIRST = "--torch-first"
+if TORCH_FIRST in sys.argv:
+    import torch  # noqa: F401  (before anything of fewstep)
+
+import typer  # noqa: E402
+from run_recipe import run_recipe  # noqa: E402
+from task_options import Many  # noqa: E402
+
+import fewstep  # noqa: E402
+from fewstep.tasks.gsm_symbolic import problems as problems_of  # noqa: E402
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -21,16 +29,12 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def main(
     model: str = "gsm-student",
-    problems: Annotated[int, typer.Option(min=1)] = 8,
-    rounds: Annotated[int, typer.Option(min=1)] = 4,
-    torch_first: Annotated[bool, typer.Option("--torch-first", help="load torch before fewstep")] = False,
+    problems: Many = 8,
+    rounds: Many = 4,
+    torch_first: Annotated[bool, typer.Option(TORCH_FIRST, help="load torch before fewstep")] = False,
 ) -> None:
     """Print the medians and their ratio."""
-    if torch_first:
-        import torch  # noqa: F401
-    import fewstep
-    from fewstep.tasks.gsm_symbolic import problems as problems_of
-
+    del torch_first  # see above
     lm = fewstep.load(model)
     questions = [problem.question for problem in problems_of("dev", problems)]
     lm.generate(questions[0])

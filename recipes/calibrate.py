@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
+from task_options import Many
 
 from fewstep.errors import FewstepError
 from fewstep.json_files import write_json_whole
@@ -64,10 +65,10 @@ def main(
     gaps: int = 2,
     eps: list[float] = [0.01, 0.02, 0.03],  # noqa: B006
     confidence: float = 0.95,
-    calibrations: int = 20,
-    n: Annotated[int, typer.Option(help="problems of a calibration")] = 500,
-    fresh: Annotated[int, typer.Option(help="problems that judge them")] = 10_000,
-    shard: Annotated[int, typer.Option(help="problems of a job, decoded together")] = 1_250,
+    calibrations: Many = 20,
+    n: Annotated[int, typer.Option(min=1, help="problems of a calibration")] = 500,
+    fresh: Annotated[int, typer.Option(min=1, help="problems that judge them")] = 10_000,
+    shard: Annotated[int, typer.Option(min=1, help="problems of a job, decoded together")] = 1_250,
     time_limit: Annotated[float | None, typer.Option(help="seconds after which no job is begun")] = None,
 ) -> None:
     """Answer what is missing, then calibrate: `calibrate.json`."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
-from task_options import TaskData, TaskName, TaskSplit
+from task_options import Many, TaskData, TaskName, TaskSplit
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
@@ -143,14 +143,14 @@ def compare(
     draft: Annotated[str | None, typer.Option(help="a small model of the same vocabulary")] = None,
     heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
     student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
-    window: Annotated[int, typer.Option(help="of the Jacobi decoder")] = 16,
+    window: Annotated[int, typer.Option(min=1, help="of the Jacobi decoder")] = 16,
     task: TaskName = "gsm-symbolic",
     data: TaskData = None,
     split: TaskSplit = None,
-    count: Annotated[int, typer.Option("--problems", help="of the task, answered in batches")] = 1000,
-    timed: Annotated[int, typer.Option(help="of them, answered one by one")] = 50,
-    batch_size: int = 64,
-    max_new_tokens: int = 256,
+    count: Annotated[int, typer.Option("--problems", min=1, help="of the task, answered in batches")] = 1000,
+    timed: Annotated[int, typer.Option(min=1, help="of them, answered one by one")] = 50,
+    batch_size: Many = 64,
+    max_new_tokens: Many = 256,
     device: str = "auto",
 ) -> None:
     """Compare what is there."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from gsm_cards import Kind, Sources, card, comparison_sentence
 from run_recipe import run_recipe
+from gsm_cards import Kind, Sources, card, comparison_sentence
 from stages import BLOCK
+from task_options import Many
 
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
@@ -187,22 +188,25 @@ def accuracy(
     cllm: str = "gsm-cllm",
     teacher: str = "gsm-teacher",
     student: str = "gsm-student",
-    test: Annotated[int, typer.Option(help="test problems")] = 10_000,
-    heldout: Annotated[int, typer.Option(help="problems of the held-out templates")] = 2_000,
-    dev: Annotated[int, typer.Option(help="development problems, which choose the threshold")] = 1_000,
-    published: Annotated[int | None, typer.Option(help="limit of problems for the teacher without early stop")] = None,
+    test: Annotated[int, typer.Option(min=1, help="test problems")] = 10_000,
+    heldout: Annotated[int, typer.Option(min=1, help="problems of the held-out templates")] = 2_000,
+    dev: Annotated[int, typer.Option(min=1, help="development problems, which choose the threshold")] = 1_000,
+    published: Annotated[
+        int | None, typer.Option(min=0, help="most problems for the teacher without early stop")
+    ] = None,
     training_free: Annotated[
-        int | None, typer.Option(help="limit for the teacher under thresholds, cut to fewer passes, or block-causal")
+        int | None,
+        typer.Option(min=0, help="limit for the teacher under thresholds, with fewer passes, or block-causal"),
     ] = None,
     threshold: Annotated[list[float], typer.Option()] = [0.9, 0.95, 0.97, 0.99],  # noqa: B006
-    gaps: Annotated[int | None, typer.Option(help="with every threshold")] = 2,
+    gaps: Annotated[int | None, typer.Option(min=0, help="with every threshold")] = 2,
     teacher_steps: Annotated[list[int], typer.Option()] = [24, 32, 48, 64],  # noqa: B006
     slack: Annotated[
         float, typer.Option(help="how far below the teacher the chosen threshold may be, as a share")
     ] = 0.0,
-    max_new_tokens: int = 256,
-    shard: int = 2_500,
-    batch_size: int = 1_250,
+    max_new_tokens: Many = 256,
+    shard: Many = 2_500,
+    batch_size: Many = 1_250,
     problem_folder: Path = Path("runs/problems"),
     time_limit: Annotated[float | None, typer.Option(help="seconds after which no job is begun")] = None,
 ) -> None:
@@ -244,9 +248,9 @@ def timing(
     teacher: str = "gsm-teacher",
     student: str = "gsm-student",
     device: str = "cpu",
-    num: Annotated[int, typer.Option(help="test problems")] = 10,
-    threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
-    max_new_tokens: int = 256,
+    num: Annotated[int, typer.Option(min=1, help="test problems")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU")] = None,
+    max_new_tokens: Many = 256,
 ) -> None:
     """Seconds of one problem at a time, all contenders interleaved in one run: `timing-DEVICE.json`."""
     if threads:

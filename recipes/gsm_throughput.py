@@ -8,14 +8,15 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from run_recipe import run_recipe
 from stages import BLOCK
+from task_options import Many
+from torch import bfloat16, compiler, float32, nn
 
 from fewstep.errors import FewstepError
 from fewstep.json_files import write_json_whole
@@ -32,6 +33,7 @@ from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, 
 from fewstep.train.operations import FORMULA, LORA_FORMULA, count_work, flops_per_token
 from fewstep.train.trainer import TrainSettings, train
 from fewstep.train.trajectories import read_table
+from fewstep.train.trajectory_table import TrajectoryTable
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -75,7 +77,7 @@ def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matm
     adapter = sum(
         lora.rank * (layer.in_features + layer.out_features)
         for layer in network.module.modules()
-        if lora and isinstance(layer, torch.nn.Linear) and layer is not head
+        if lora and isinstance(layer, nn.Linear) and layer is not head
     )
     per_token = flops_per_token(network, work, adapter_parameters=adapter)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +102,10 @@ def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matm
     }
 
 
-def throughput_cases(teacher: str, store: Path, *, device: str, rank: int, shape: str) -> list[Case]:
-    """All that is measured. References of the store are the data of the first two, and of those at `shape`."""
+def throughput_cases(
+    teacher: str, table: TrajectoryTable, references: Examples, *, device: str, rank: int, shape: str
+) -> list[Case]:
+    """All that is measured: references are the data of the first two and of those at `shape`, else trajectories too."""
 
     def network(role: RoleName, weights: str | None = None) -> Network:
         """The teacher in this role, or random weights of a shape with its tokenizer."""
@@ -114,22 +118,15 @@ def throughput_cases(teacher: str, store: Path, *, device: str, rank: int, shape
             module = load_network(Path(folder) / weights, dtype="float32", device=device).module
         return Network(module, playing, found.tokenizer, name=weights)
 
-    @cache
-    def stored() -> tuple[Any, Examples]:
-        table, references = read_table(store, load_network(teacher, dtype="float32", device=device))
-        if references is None:
-            raise FewstepError(f"the trajectories in {store} hold no reference answers to train on")
-        return table, references
-
     def causal(weights: str | None = None) -> Made:
         one = network("autoregressive", weights)
-        return one, CausalObjective(one.role, stored()[1], one.eos_token_id), None
+        return one, CausalObjective(one.role, references, one.eos_token_id), None
 
     def diffusion(weights: str | None = None) -> Made:
         one = network("bidirectional", weights)
         objective = MaskedDiffusionObjective(
             one.role,
-            stored()[1],
+            references,
             one.eos_token_id,
             corruption=Corruption(leftward=0.8, frontier=0.5),
             canvases=3 if one.role.context_attention == "causal" else 1,
@@ -138,7 +135,6 @@ def throughput_cases(teacher: str, store: Path, *, device: str, rank: int, shape
 
     def cdlm(lora: LoRASettings | None = None, **settings: Any) -> Made:
         one = network("block_causal")
-        table, references = stored()
         chosen = CDLMSettings(denoising=0.1, **settings)
         objective = CDLMObjective(one.role, table, one.eos_token_id, references=references, settings=chosen)
         return one, objective, lora
@@ -160,20 +156,28 @@ def main(
     teacher: str = "gsm-teacher",
     store: Path = Path("runs/gsm/trajectories"),
     device: str = "auto",
-    steps: int = 120,
+    steps: Many = 120,
     rows: Annotated[
-        int, typer.Option(help="packed rows of a step; the causal objective and the teacher's train on as many")
+        int, typer.Option(min=1, help="packed rows of a step; the causal objective and the teacher's train on as many")
     ] = 48,
-    row_length: int = 2048,
-    rank: int = 32,
+    row_length: Many = 2048,
+    rank: Many = 32,
     shape: Annotated[str, typer.Option(help="a larger network, trained with random weights as well")] = "smollm2-135m",
-    shape_rows: Annotated[int, typer.Option(help="packed rows of its steps")] = 16,
+    shape_rows: Annotated[int, typer.Option(min=1, help="packed rows of its steps")] = 16,
     only: Annotated[list[str] | None, typer.Option(help="repeatable; the objectives whose names begin so")] = None,
-    matmul_size: int = 8192,
+    matmul_size: Many = 8192,
 ) -> None:
     """Training throughput on real tokens as a share of the device's matrix rate: `throughput.json`."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    network = load_network(teacher, dtype="float32", device=device)
+    place = network.device
+    table, references = read_table(store, network)
+    if references is None:
+        raise FewstepError(f"the trajectories in {store} hold no reference answers to train on")
+    everything = throughput_cases(teacher, table, references, device=str(place), rank=rank, shape=shape)
+    cases = [case for case in everything if case.name.startswith(tuple(only or ("",)))]
+    if not cases:
+        raise FewstepError(f"--only names none of {'; '.join(case.name for case in everything)}")
+    dtype = bfloat16 if place.type == "cuda" else float32
     rate = matmul_flops_per_second(matmul_size, place, dtype)
     told: dict[str, Any] = {
         "command": this_command(),
@@ -184,10 +188,8 @@ def main(
         "rows": [],
         "failed": [],
     }
-    for case in throughput_cases(teacher, store, device=str(place), rank=rank, shape=shape):
-        if only and not case.name.startswith(tuple(only)):
-            continue
-        torch.compiler.reset()  # each has its graphs to itself, so that none runs into the limit of recompilations
+    for case in cases:
+        compiler.reset()  # each has its graphs to itself, so that none runs into the limit of recompilations
         try:
             packed = rows if case.shape is None else shape_rows
             row = measure_training(case, steps=steps, rows=packed, row_length=row_length, matmul_rate=rate)
@@ -202,6 +204,8 @@ def main(
                 flush=True,
             )
         write_json_whole(results_folder / "throughput.json", told)
+    if not told["rows"]:
+        raise FewstepError(f"nothing could be trained; {results_folder / 'throughput.json'} says why")
 
 
 if __name__ == "__main__":

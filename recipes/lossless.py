@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
-from task_options import TaskData, TaskName, TaskSplit
+from task_options import Many, TaskData, TaskName, TaskSplit
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import load
@@ -63,9 +63,9 @@ def main(
     task: TaskName = "gsm-symbolic",
     data: TaskData = None,
     split: TaskSplit = None,
-    count: Annotated[int, typer.Option("--problems", help="of the task")] = 200,
-    batch_size: int = 50,
-    max_new_tokens: int = 128,
+    count: Annotated[int, typer.Option("--problems", min=1, help="of the task")] = 200,
+    batch_size: Many = 50,
+    max_new_tokens: Many = 128,
     device: str = "auto",
 ) -> None:
     """Compare, and end with exit code 1 if any answer differs."""

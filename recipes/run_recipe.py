@@ -3,6 +3,7 @@
 Imported before what takes long to import, so that Ctrl-C is told in a sentence from the beginning.
 """
 
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from fewstep.cli.interruption import spoken_interrupts
+from fewstep.cli.interruption import INTERRUPTED, spoken_interrupts
 from fewstep.cli.program import run_program
 
 NAME = Path(sys.argv[0]).stem
@@ -26,7 +27,8 @@ def run_recipe(app: typer.Typer) -> NoReturn:
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        print(f"{NAME}: interrupted", file=sys.stderr)
+        print(f"{NAME}: interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # nothing is begun; Python itself would end by the signal
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -1,4 +1,4 @@
-"""Options of recipes that take any task by name."""
+"""Options that several recipes take: any task by name, and counts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,3 +12,5 @@ TaskData = Annotated[
     Path | None, typer.Option("--data", help="file or folder of a task that does not ship with fewstep")
 ]
 TaskSplit = Annotated[str | None, typer.Option("--split", help="of the task; by default its first")]
+
+Many = Annotated[int, typer.Option(min=1)]

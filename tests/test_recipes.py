@@ -95,6 +95,32 @@ def failing() -> dict[str, Any]:
     raise RuntimeError("out of luck")
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (FewstepError("no such thing; name another"), 2, "no such thing; name another"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("interrupted; results kept in x: 1"), 130, "interrupted; results kept in x: 1"),
+        (PermissionError(13, "Permission denied", "x"), 2, "could not use x: Permission denied"),
+    ],
+)
+def test_a_recipe_ends_in_one_sentence(
+    error: BaseException, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe = importlib.import_module("run_recipe")
+    app = run_recipe.typer.Typer()
+
+    @app.command()
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["recipes/some.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_recipe.run_recipe(app)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"{run_recipe.NAME}: {sentence}\n"
+
+
 # --- ablation ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +293,7 @@ def test_all_figures_reach_the_cards(
 
 
 def test_a_shape_is_known_by_itself_and_not_by_the_names_of_cases(throughput: ModuleType) -> None:
-    cases = throughput.throughput_cases("none", Path("none"), device="cpu", rank=2, shape="cdlm")
+    cases = throughput.throughput_cases("none", None, None, device="cpu", rank=2, shape="cdlm")
     assert [case.name for case in cases if case.shape is not None] == [
         "causal, cdlm",
         "teacher (masked diffusion), cdlm",

@@ -81,10 +81,13 @@ def answer_problems(
     """
     jobs: dict[tuple[str, str, int], Job] = {}
     for set_name, problems in sets.items():
+        if not problems:
+            raise FewstepError(f"there is nothing to answer in {set_name}: give at least one problem")
         for one in contenders:
             lm, asked = models[one.name], problems[: one.limit]
-            for start in range(0, len(asked), shard or len(asked)):
-                part = asked[start : start + (shard or len(asked))]
+            size = shard or max(1, len(asked))
+            for start in range(0, len(asked), size):
+                part = asked[start : start + size]
                 jobs[set_name, one.name, start] = Job(
                     name=f"{set_name}--{one.name}--{start:06d}",
                     made_by={
