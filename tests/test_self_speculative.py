@@ -392,6 +392,22 @@ def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(
         load_network(trained / "draft", role="block_causal")
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"cycle": "one"}, "unknown cycle .one.; choose two-pass, fused or auto"),
+        ({"branches": 0}, "branches must be at least 1, got 0"),
+        ({"cycle": "two-pass", "branches": 2}, "branches belong to fused passes"),
+        ({"window": 3000}, "would draft 2 times 3000 tokens in every pass"),
+        ({"window": 250}, "guesses 251 positions ahead, and the prompt leaves"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, object], complaint: str) -> None:
+    network = drafting()
+    with pytest.raises(FewstepError, match=complaint):
+        decode(network, REQUESTS[-1:], LanguageModel(network).decoder(decoder="self-speculative", **settings))
+
+
 def test_a_model_without_an_adapter_cannot_run_the_decoder(base: Network) -> None:
     with pytest.raises(FewstepError, match="needs a model with a gated adapter"):
         LanguageModel(base).decoder(decoder="self-speculative")

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, keep_agreed
+from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
 from fewstep.decode.pace import WITH_DRAFT, WITHOUT_DRAFT, Choice, Pace
 from fewstep.decode.requests import Canvas, Output, Request
@@ -64,6 +65,8 @@ def where_drafts_began(output: Output) -> Tensor:
     """
     return output.step_G[: output.num_tokens] % 2 == 1
 
+
+DEFAULT_BRANCHES = 2
 
 Cycle = Literal["two-pass", "fused", "auto"]
 
@@ -120,15 +123,24 @@ class SelfSpeculative(Causal):
     cycle: Annotated[
         Cycle, "Draft and verify in two passes, or in one (fused); auto: what is faster here, with shorter drafts too."
     ] = "fused"
-    branches: Annotated[Count, "How many acceptance lengths a fused pass drafts for."] = 2
+    branches: Annotated[
+        Count | None, "How many acceptance lengths a fused pass drafts for.", Details(default=str(DEFAULT_BRANCHES))
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
-        if self.window * self.branches > MOST_GUESSES:
+        if self.cycle == "two-pass" and self.branches is not None:
+            raise FewstepError("branches belong to fused passes, and cycle is two-pass; leave one of them out")
+        num_branches = 1 if self.cycle == "two-pass" else self.num_branches
+        if self.window * num_branches > MOST_GUESSES:
             raise FewstepError(
-                f"the {self.name} decoder would draft {self.branches} times {self.window} tokens in every pass; set a "
+                f"the {self.name} decoder would draft {num_branches} times {self.window} tokens in every pass; set a "
                 f"smaller window or fewer branches, for at most {MOST_GUESSES}"
             )
+
+    @property
+    def num_branches(self) -> int:
+        return DEFAULT_BRANCHES if self.branches is None else self.branches
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -144,7 +156,7 @@ class SelfSpeculative(Causal):
             kinds |= {_draft(masks): Parts(0, 1, masks), _verify(masks): Parts(masks, 0, 0)}
             for guesses in self.lengths:
                 if guesses <= masks and self.cycle != "two-pass":
-                    kinds[_fused(guesses, masks)] = Parts(guesses, min(self.branches, guesses + 1), masks)
+                    kinds[_fused(guesses, masks)] = Parts(guesses, min(self.num_branches, guesses + 1), masks)
         return kinds
 
     @cached_property
@@ -160,7 +172,7 @@ class SelfSpeculative(Causal):
                 Choice("two-pass", length, (_draft(length), _verify(length))),
             )
         ]
-        key = self.window, self.branches, self.adapter.mask_embedding.device, self.adapter.mask_embedding.dtype
+        key = self.window, self.num_branches, self.adapter.mask_embedding.device, self.adapter.mask_embedding.dtype
         return _PACES.setdefault(self.adapter, {}).setdefault(key, Pace(choices))
 
     @classmethod

@@ -192,7 +192,9 @@ def collect_texts(
     """
     drafts = isinstance(decoder, SelfSpeculative)
     if isinstance(decoder, SelfSpeculative):
-        decoder = replace(decoder, cycle="two-pass")  # its outputs say where drafts began; the texts are the same
+        decoder = replace(
+            decoder, cycle="two-pass", branches=None
+        )  # its outputs say where drafts began; the texts are the same
     decode_rows = decode_with(
         network,
         decoder,
