@@ -19,10 +19,11 @@ from toys import Echo, LogitGap, settled_twice
 
 import fewstep.cli.main
 from fewstep.cli.decoding import declared_everywhere, read_setting
+from fewstep.decode.admission import positions_needed
 from fewstep.decode.block import Block
 from fewstep.decode.declarations import Declared, _from_source, _read, _source
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Loop, decode, positions_needed
+from fewstep.decode.loop import Loop, decode
 from fewstep.decode.own_policies import OwnPolicy, PreviousPass, as_policy
 from fewstep.decode.policies import EntropyBelow, EvenSplit, Factor, FixedCount, Margin, Origin, Threshold
 from fewstep.decode.registry import DECODERS, POLICIES
