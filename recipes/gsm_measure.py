@@ -7,7 +7,7 @@ file in the results folder as soon as it is there.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,49 +48,6 @@ COLUMNS = {
     "solved": figure(".2%", "accuracy"),
     "tokens per forward": figure(".3f", "tokens_per_forward"),
 }
-
-
-# --- accuracy ---------------------------------------------------------------------------------------------------------
-
-
-def contenders(
-    models: Mapping[str, str],
-    thresholds: Sequence[float],
-    steps: Sequence[int],
-    *,
-    max_new_tokens: int = 256,
-    gaps: int | None = None,
-    published: int | None = None,
-    training_free: int | None = None,
-) -> list[Contender]:
-    """All that the cards show, what matters most first; every threshold with the same `gaps`.
-
-    The published teacher (no early stop) answers as the stopping one, only slower; `published` limits its problems, and
-    `training_free` those of the teacher's weights under thresholds, cut to fewer passes, or block-causal.
-    """
-
-    rules: dict[float, dict[str, Any]] = {value: {"threshold": value, "gaps": gaps} for value in thresholds}
-    in_blocks = {value: {**rule, "block_size": BLOCK} for value, rule in rules.items()}  # the student's
-    declared: list[tuple[str, str, dict[str, Any], int | None]] = [
-        ("ar", "ar", {}, None),
-        ("cllm", "cllm", {}, None),
-        *((f"student-{value}", "student", rule, None) for value, rule in rules.items()),
-        ("teacher", "teacher", {}, None),
-        *((f"teacher-threshold-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
-        *((f"teacher-steps-{value}", "teacher", {"steps": value}, training_free) for value in steps),
-        *((f"untrained-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
-        ("teacher-published", "teacher", {"early_stop": False}, published),
-    ]
-    return [
-        Contender(
-            name=name,
-            model=models[model],
-            settings={"max_new_tokens": max_new_tokens, **settings},
-            role="block_causal" if name.startswith("untrained") else None,
-            limit=limit,
-        )
-        for name, model, settings, limit in declared
-    ]
 
 
 def problem_set(split: Split, count: int, folder: Path) -> list[Problem]:
@@ -215,10 +172,26 @@ def accuracy(
     sets: dict[str, list[Problem]] = {
         split: problem_set(split, count, problem_folder) for split, count in counts.items()
     }
-    everyone = contenders(
-        {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}, threshold, teacher_steps,
-        max_new_tokens=max_new_tokens, gaps=gaps, published=published, training_free=training_free,
-    )  # fmt: skip
+    models = {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}
+    rules: dict[float, dict[str, Any]] = {value: {"threshold": value, "gaps": gaps} for value in threshold}
+    in_blocks = {value: {**rule, "block_size": BLOCK} for value, rule in rules.items()}  # the student's
+    declared: list[tuple[str, str, dict[str, Any], int | None]] = [  # name, model, settings, limit; what matters first
+        ("ar", "ar", {}, None),
+        ("cllm", "cllm", {}, None),
+        *((f"student-{value}", "student", rule, None) for value, rule in rules.items()),
+        ("teacher", "teacher", {}, None),
+        *((f"teacher-threshold-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
+        *((f"teacher-steps-{value}", "teacher", {"steps": value}, training_free) for value in teacher_steps),
+        *((f"untrained-{value}", "teacher", rule, training_free) for value, rule in in_blocks.items()),
+        ("teacher-published", "teacher", {"early_stop": False}, published),  # as the stopping one, only slower
+    ]
+    everyone = [
+        Contender(
+            name=name, model=models[model], settings={"max_new_tokens": max_new_tokens, **settings}, limit=limit,
+            role="block_causal" if name.startswith("untrained") else None,
+        )
+        for name, model, settings, limit in declared
+    ]  # fmt: skip
     reports = answer_problems(
         everyone, load_contenders(everyone), sets, results_folder / "accuracy", task=task_named("gsm-symbolic"),
         batch_size=batch_size, shard=shard, time_limit_s=time_limit,
@@ -235,9 +208,6 @@ def accuracy(
         plot_accuracy(accuracy_curves(reports["test"]), results_folder / "accuracy", title="Test problems")
     except FewstepError as error:  # without matplotlib; the same command draws it later from what is there
         print(error)
-
-
-# --- timing -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -289,9 +259,6 @@ def timing(
     }
     write_json_whole(results_folder / f"timing-{device}.json", told)
     print(json.dumps({"over_student": told["over_student"], "factors": told["factors"]}, indent=1))
-
-
-# --- cards ------------------------------------------------------------------------------------------------------------
 
 
 @app.command()

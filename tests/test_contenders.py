@@ -91,6 +91,8 @@ def test_what_cannot_be_is_told_before_anything_long(folder: Path) -> None:
         load_contenders([Contender(name="a", model=model)] * 2)
     with pytest.raises(FewstepError, match="takes no draft"):
         load_contenders([Contender(name="a", model=model, settings={"decoder": "jacobi", "draft": "x"})])
+    with pytest.raises(FewstepError, match="nothing to answer in all"):
+        reports(folder, everyone(folder), [])
     models = load_contenders(everyone(folder))
     assert models["one token"] is models["jacobi"]
 

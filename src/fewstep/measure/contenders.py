@@ -76,8 +76,8 @@ def answer_problems(
     Answers are kept in `folder`, with their texts only if asked for, one file for each contender and `shard` problems
     of a set (by default all): a rerun does what is missing. A report is of the shards there are, and one without any is
     left out; `num_kept` of its answers are of an earlier run. The jobs are shared by the visible GPUs, and None is
-    returned in a process that only works, see `spread`. FewstepError, before any answer, for kept ones of other
-    weights, settings or problems.
+    returned in a process that only works, see `spread`. FewstepError, before any answer, for a set without
+    problems and for kept answers of other weights, settings or problems.
     """
     jobs: dict[tuple[str, str, int], Job] = {}
     for set_name, problems in sets.items():
