@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 recipes/gsm.py STAGE              on two
 
 Stages, in order: `data` (rendered problems as token tables), `ar` (a causal model from scratch), `teacher` (the causal
-model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `own-states` (that
-student's decoding, for a second round with `student --own own-states`), `bundle`. Each writes a folder under --runs;
-what is there is left alone, and training that was interrupted resumes. `problems` makes the bundled problem files.
+model adapted to masked diffusion), `trajectories` (the teacher's decoding), `student` (CDLM), `bundle`. Each writes a
+folder under --runs; what is there is left alone, and training that was interrupted resumes. `problems` makes the
+bundled problem files.
 """
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pipeline import CausalFromScratch, OwnStates, Student, Tables, Teacher, Trajectories
+from pipeline import CausalFromScratch, Student, Tables, Teacher, Trajectories
 from stages import app_of
 
 from fewstep.errors import FewstepError
@@ -37,9 +37,6 @@ app = app_of({
         log_every=100, dev=200,
     ),
     "trajectories": Trajectories(runs=RUNS, source="gsm-teacher", name="trajectories", prompts=8192, seed=7),
-    "own-states": OwnStates(
-        runs=RUNS, source="gsm-teacher", student="gsm-student", name="own-states", prompts=16_384, seed=8
-    ),
     "student": Student(
         runs=RUNS, source="gsm-teacher", name="gsm-student", steps=400, rows=96, learning_rate=1.5e-3,
         warmup_steps=30, rank=32, losses=CDLMSettings(denoising=0.1), dev=500,

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pipeline import collect_own_states, student_of
+from pipeline import student_of
 from stages import BLOCK, Stage, app_of, digits, gpu_settings
 
+from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_json, write_json_whole
@@ -37,11 +38,13 @@ from fewstep.models.roles import Role, RoleName
 from fewstep.shards import MANIFEST_NAME
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
+from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import MaskedDiffusionObjective, Objective
 from fewstep.train.records import PromptRow
+from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import train
 from fewstep.train.trajectories import TrajectoryStore, read_table
 from fewstep.train.trajectory_table import TrajectoryTable, join
@@ -300,10 +303,18 @@ class Ablation(Stage):
             )
             for one in store
         ]
-        report = collect_own_states(
-            load_network(self.runs / "preliminary"), load_network(self.teacher), rows, self.runs / OWN_STATES,
-            store.distribution, threshold=self.own_threshold, batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
+        student, teacher = load_network(self.runs / "preliminary"), load_network(self.teacher)
+        decoder = LanguageModel(student).decoder(max_new_tokens=self.max_new_tokens, threshold=self.own_threshold)
+        decoding = decode_with(
+            student, decoder, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+            distribution=store.distribution,
+        )  # fmt: skip
+        labelling = labelling_for(teacher, student, store.distribution, self.max_new_tokens)
+        described = {**threshold_rule(decoder), "teacher_canvas_length": labelling.canvas_length, **of_student(student)}
+        report = collect(
+            labelled(decoding, teacher, labelling), rows, self.runs / OWN_STATES, teacher=teacher_of(teacher),
+            settings=described, stop_token_ids=student.stop_token_ids, distribution=store.distribution,
+            shard_size=self.batch_size,
         )  # fmt: skip
         return {name: asdict(report)[name] for name in ("num_records", "num_positions", "num_forwards")}
 

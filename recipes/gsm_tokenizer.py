@@ -1,18 +1,19 @@
 """The tokenizer of the bundled models: byte-level BPE over GSM-Symbolic rows, single digits, 2,048 tokens.
 
-Run ``python recipes/gsm_tokenizer.py src/fewstep/bundled/gsm-tokenizer`` to make the folder and print how many tokens
-questions and answers take.
+python recipes/gsm_tokenizer.py src/fewstep/bundled/gsm-tokenizer
 """
 
-import argparse
-from collections.abc import Callable, Iterable
-from itertools import islice
-from pathlib import Path
+from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fewstep.tasks.gsm_symbolic import INSTRUCTION, make_problems, training_rows
+from fewstep.tasks.gsm_symbolic import INSTRUCTION, training_rows
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<mask>", "<bos>", "<answer>")  # ids 0 to 4
 VOCAB_SIZE = 2048
@@ -74,46 +75,17 @@ def train_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     return build_tokenizer((text for row in rows for text in (row["prompt"], row["completion"])), vocab_size)
 
 
-def fits(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, str], bool]:
-    """For `training_rows`: whether prompt (with <bos> and <answer>) and answer (with <eos>) keep to the two limits."""
-
-    def is_short(prompt: str, completion: str) -> bool:
-        prompt_ids, answer_ids = tokenizer([prompt, completion]).input_ids
-        return len(prompt_ids) + 2 <= MAX_PROMPT_TOKENS and len(answer_ids) + 1 <= MAX_ANSWER_TOKENS
-
-    return is_short
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
-def length_report(tokenizer: PreTrainedTokenizerFast, num_rows: int = 20_000) -> str:
-    """Quantiles of prompt tokens (with <bos> and <answer>) and answer tokens (with <eos>) of solved problems."""
-    rows = [row for row in islice(training_rows(TRAINING_SEED + 1), num_rows) if row["kind"] == "cot"]
-    held_out = make_problems("heldout", 500)
-    counts = {
-        "prompt": [2 + len(ids) for ids in tokenizer([row["prompt"] for row in rows]).input_ids],
-        "answer": [1 + len(ids) for ids in tokenizer([row["completion"] for row in rows]).input_ids],
-        "held-out prompt": [2 + len(ids) for ids in tokenizer([problem.question for problem in held_out]).input_ids],
-    }
-    lines = []
-    for name, lengths in counts.items():
-        lengths.sort()
-        shares = (0.5, 0.9, 0.99, 0.999, 1.0)
-        quantiles = ", ".join(f"{share:.1%}: {lengths[max(0, int(share * len(lengths)) - 1)]}" for share in shares)
-        limit = MAX_ANSWER_TOKENS if name == "answer" else MAX_PROMPT_TOKENS
-        over = sum(length > limit for length in lengths) / len(lengths)
-        mean = sum(lengths) / len(lengths)
-        lines.append(f"{name}: mean {mean:.1f}, {quantiles}; over {limit}: {over:.3%}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train and save the tokenizer of the bundled models.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    arguments = parser.parse_args()
-    tokenizer = train_tokenizer(arguments.vocab_size)
-    tokenizer.save_pretrained(arguments.folder)
-    print(length_report(tokenizer))
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Argument(help="folder for the tokenizer")],
+    vocab_size: Annotated[int, typer.Option(min=512)] = VOCAB_SIZE,
+) -> None:
+    """Train and save the tokenizer of the bundled models."""
+    train_tokenizer(vocab_size).save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(app)

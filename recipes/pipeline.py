@@ -20,12 +20,11 @@ from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.collect import CollectReport, collect, decode_with, distribution_of, teacher_of
+from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.records import PromptRow
-from fewstep.train.relabel import labelled, labelling_for, of_student
-from fewstep.train.trajectories import Distribution, read_table
+from fewstep.train.trajectories import read_table
 from fewstep.train.trajectory_table import join
 from fewstep.values import Count, Share
 
@@ -185,57 +184,6 @@ class Trajectories(Collecting):
         print(report, flush=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnStates(Collecting):
-    """Let a student decode training problems and the teacher, `--source`, label the states that it visits."""
-
-    student: Annotated[str, "The student that decodes."]
-    threshold: Threshold = 0.9
-
-    def run(self) -> None:
-        student, teacher = (load_network(self.found(name), device=device()) for name in (self.student, self.source))
-        report = collect_own_states(
-            student, teacher, self.rows(student)[0], self.runs / self.name, distribution_of(teacher),
-            threshold=self.threshold, batch_size=self.batch_size, seed=self.seed, worker=worker(),
-        )  # fmt: skip
-        print(report, flush=True)
-
-
-def collect_own_states(
-    student: Network,
-    teacher: Network,
-    rows: list[PromptRow],
-    folder: Path,
-    distribution: Distribution,
-    *,
-    threshold: float,
-    batch_size: int,
-    max_new_tokens: int = MAX_ANSWER,
-    **options: Any,
-) -> CollectReport:
-    """What the student decodes under a threshold, with the teacher's distributions at the same states."""
-    decoder = LanguageModel(student).decoder(max_new_tokens=max_new_tokens, threshold=threshold)
-    decoding = decode_with(
-        student, decoder, max_new_tokens=max_new_tokens, batch_size=batch_size, distribution=distribution
-    )
-    labelling = labelling_for(teacher, student, distribution, max_new_tokens)
-    return collect(
-        labelled(decoding, teacher, labelling),
-        rows,
-        folder,
-        teacher=teacher_of(teacher),
-        settings={
-            **threshold_rule(decoder),
-            "teacher_canvas_length": labelling.canvas_length,
-            **of_student(student),
-        },
-        stop_token_ids=student.stop_token_ids,
-        distribution=distribution,
-        shard_size=batch_size,
-        **options,
-    )
-
-
 def student_of(teacher: Network) -> Network:
     """The teacher's weights in the block-causal role."""
     return teacher.with_role(replace(teacher.role.playing("block_causal"), block_size=BLOCK))
@@ -246,7 +194,7 @@ class Student(Training):
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
 
     store: Annotated[str, "Folder of trajectories under --runs."] = "trajectories"
-    own: Annotated[str | None, "Folder of a student's own states, to train on as well."] = None
+    own: Annotated[str | None, "Folder under --runs of a student's own states, to train on as well."] = None
     examples: Annotated[AtLeast0, "References: so many rows of the tables, or 0 for those of the store."] = 0
     rank: Rank
     losses: CDLMSettings

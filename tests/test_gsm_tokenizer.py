@@ -68,10 +68,11 @@ def test_bundled_problems_fit_the_prompt(tokenizer: PreTrainedTokenizerFast, rec
 
 def test_few_training_rows_are_too_long(tokenizer: PreTrainedTokenizerFast, recipe: ModuleType) -> None:
     pytest.importorskip("reasoning_gym")
-    is_short = recipe.fits(tokenizer)
     rows = list(training_rows(1, 1000))
-    assert sum(not is_short(row["prompt"], row["completion"]) for row in rows) < 15
-    assert not is_short("How many? " * 200, "#### 3")
+    lengths = [[len(ids) for ids in tokenizer([row["prompt"], row["completion"]]).input_ids] for row in rows]
+    # With <bos> and <answer>, and with <eos>.
+    fit = [p + 2 <= recipe.MAX_PROMPT_TOKENS and a + 1 <= recipe.MAX_ANSWER_TOKENS for p, a in lengths]
+    assert fit.count(False) < 15
 
 
 def test_building_is_deterministic(recipe: ModuleType) -> None:

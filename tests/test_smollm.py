@@ -145,8 +145,7 @@ def test_the_bundled_shape_goes_the_same_way(tmp_path: Path, monkeypatch: pytest
     run(gsm, f"teacher {small}")
     run(gsm, f"trajectories --runs {tmp_path} --prompts 6 --batch-size 6 --no-solved --threshold 0.01")
     run(gsm, f"student {small} --rank 2")
-    run(gsm, f"own-states --runs {tmp_path} --prompts 6 --threshold 0.01")
-    run(gsm, f"student {small} --name second --rank 2 --own own-states")
+    run(gsm, f"student {small} --name second --rank 2 --own trajectories")
     assert load_network(tmp_path / "second").role.block_size == 32
 
 
