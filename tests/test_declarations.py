@@ -1,5 +1,6 @@
 """Settings are declared once: what decoders and policies declare is what Python, the command line and docs know."""
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -200,6 +201,18 @@ def test_a_policy_is_named_or_implied_by_its_own_setting(settings: dict[str, Any
 def test_policies_that_contradict_their_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FewstepError, match=message):
         GenerationSettings.of(**settings).decoder_for(network().role)
+
+
+def test_an_evaluation_tells_of_a_policy_that_was_set(run: Run, tmp_path: Path) -> None:
+    lm = tiny("block_causal")
+    save_network(lm.network, tmp_path / "student")
+    (tmp_path / "sums.jsonl").write_text('{"question": "1 + 2 =", "answer": 3}\n')
+    base = ("eval", "--model", tmp_path / "student", "--data", tmp_path / "sums.jsonl", "--max-new-tokens", 4)
+    for options, policy in ((("--margin", 0.5), "Margin(at_least=0.5)"), (("--threshold", 0.5), None)):
+        shown = run(*base, *options, "--json", tmp_path / "report.json")
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report.get("policy") == policy
+        assert (f"block {policy}" in shown) == (policy is not None)
 
 
 # A user's own policy

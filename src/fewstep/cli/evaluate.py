@@ -148,6 +148,8 @@ def _solved(figure: dict[str, Any]) -> str:
 
 
 def _decoding(figure: dict[str, Any]) -> str:
+    if "policy" in figure:
+        return f"{figure['decoder']} {figure['policy']}"
     if figure["steps"] is not None:
         return f"{figure['decoder']} {figure['steps']} steps"
     threshold = "" if figure["threshold"] is None else f" {figure['threshold']:g}"

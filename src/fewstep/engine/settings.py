@@ -110,6 +110,12 @@ class GenerationSettings:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property
+    def sets_policy(self) -> bool:
+        """Whether a policy was set, by name or by a setting of its own, rather than by threshold, steps and order."""
+        plain = ("threshold", "gaps", "steps", "order")
+        return any(name == "policy" or (name not in plain and declarers(name, POLICIES)) for name in self.own)
+
+    @property
     def described(self) -> dict[str, Any]:
         """All settings by name as a JSON object, of the decoder's and the policy's those that were set."""
         shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "own"}

@@ -41,6 +41,8 @@ class Record:
 class Report:
     """An evaluation: how it was run, and a record for each problem in order.
 
+    `policy`: the rule that chose positions, if one was set other than by threshold, gaps, steps and order.
+
     `num_kept` of the answers come from an earlier run that was interrupted. `calibration`: what the checkpoint
     promises, if it was decoded as that says. `wall_seconds` is for all problems together, `step_ms` the median time
     between two rounds of the loop (at batch 1 one forward and what goes with it).
@@ -63,6 +65,7 @@ class Report:
     step_ms: float
     num_kept: int = 0
     calibration: Mapping[str, Any] | None = None
+    policy: str | None = None
     metric: str = NUMBER.name
 
     @property
@@ -90,8 +93,8 @@ class Report:
         return sum(record.num_tokens for record in solved) / sum(record.num_forwards for record in solved)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that `eval --json` promises, the passes of a draft network if there is one, how many answers are
-        those of an earlier run, if any are, and where answers are texts the metric and chrF.
+        """The keys that `eval --json` promises; the policy if one was set, the passes of a draft network if there is
+        one, how many answers are those of an earlier run, if any are, and where answers are texts the metric and chrF.
 
         The records are apart (`records_json`).
         """
@@ -120,6 +123,7 @@ class Report:
             "seconds_median": statistics.median(record.seconds for record in self.records),
             "tokens_per_second": sum(record.num_tokens for record in self.records) / self.wall_seconds,
             "step_ms": self.step_ms,
+            **({"policy": self.policy} if self.policy else {}),
             **({"num_draft_forwards_mean": drafts} if drafts else {}),
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
             **({"answered_earlier": self.num_kept} if self.num_kept else {}),
@@ -183,6 +187,7 @@ def evaluate(
         step_ms=answered.step_ms,
         num_kept=answered.num_kept,
         calibration=_calibration(model, decoder, settings),
+        policy=repr(decoder.policy) if GenerationSettings.of(**settings).sets_policy else None,
         metric=metric.name,
     )
 
