@@ -29,10 +29,9 @@ from fewstep.measure.contenders import (
     markdown_table,
     time_contenders,
 )
-from fewstep.measure.evaluate import Report
 from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy, plot_bars
-from fewstep.measure.timing import Timing, describe_machine, this_command
+from fewstep.measure.timing import describe_machine, this_command
 from fewstep.models.names import bundled_names
 from fewstep.tasks.registry import task_named
 
@@ -65,44 +64,11 @@ COLUMNS = {
 BARS = {"tokens_per_forward": "tokens per pass", "speed_ratio": "times as fast as one token a pass, batch 1"}
 
 
-def contenders(
-    given: Mapping[str, str | None], window: int, max_new_tokens: int
-) -> tuple[list[Contender], dict[str, str]]:
-    """The baseline and all others whose models and heads, by option, are there; and why the rest is left out."""
-    published: dict[str, Any] = {"decoder": "jacobi", "window": window, "fixed_windows": True}
-    sliding: dict[str, Any] = {"decoder": "jacobi", "window": window}
-    declared: list[
-        tuple[str, str, dict[str, Any], str | None]
-    ] = [  # name, option of the model, settings, needed option
-        (BASELINE, "model", {"decoder": BASELINE}, None),
-        ("jacobi", "model", published, None),
-        ("jacobi, sliding", "model", sliding, None),
-        ("lookahead", "model", {"decoder": "lookahead"}, None),
-        ("prompt-lookup", "model", {"decoder": "prompt-lookup"}, None),
-        ("medusa", "model", {"decoder": "medusa", "heads": given["heads"]}, "heads"),
-        ("speculative", "model", {"decoder": "speculative", "draft": given["draft"]}, "draft"),
-        ("CLLM", "cllm", published, "cllm"),
-        ("CLLM, sliding", "cllm", sliding, "cllm"),
-        ("CLLM, sliding, twice as long", "cllm", {**sliding, "window": 2 * window}, "cllm"),
-        ("CLLM + lookahead", "cllm", {"decoder": "lookahead"}, "cllm"),
-        ("CLLM, one token a pass", "cllm", {"decoder": BASELINE}, "cllm"),
-        ("CDLM student", "student", {}, "student"),
-    ]
-    present, absent = [], {}
-    for name, option, settings, needed in declared:
-        if why := "" if needed is None else missing(needed, given[needed]):
-            absent[name] = why
-        else:
-            settings = {"max_new_tokens": max_new_tokens, **settings}
-            present.append(Contender(name=name, model=str(given[option]), settings=settings))
-    return present, absent
-
-
 def missing(option: str, value: str | None) -> str:
     """Why what this option names is not there, or nothing."""
     if value is None:
         return f"--{option} was not given"
-    is_there = Path(value).is_dir() or value in bundled_names()
+    is_there = option == "model" or Path(value).is_dir() or value in bundled_names()  # whose absence `load` tells
     return "" if is_there else f"{value} is neither a folder nor a bundled model"
 
 
@@ -115,22 +81,6 @@ def extra_parameters(lm: LanguageModel, settings: Mapping[str, Any], baseline: L
     elif decoder.name == "speculative":
         beside = decoder.draft.num_parameters
     return lm.network.num_parameters + beside - baseline.network.num_parameters
-
-
-def against(batched: Report, alone: Timing, baseline: tuple[Report, Timing]) -> dict[str, Any]:
-    """A contender's figures, with ratios and differences against the baseline."""
-    report, timing = baseline
-    right, right_baseline = ([record.correct for record in one.records] for one in (batched, report))
-    difference = paired_interval(right, right_baseline)
-    same = [a.text == b.text for a, b in zip(batched.records, report.records, strict=True)]
-    return {
-        **batched.to_json(),
-        "accuracy_difference": difference.estimate,
-        "accuracy_difference_ci95": [difference.low, difference.high],
-        "same_answers": sum(same) / len(same),
-        "batch_1": alone.to_json(),
-        "speed_ratio": sum(timing.seconds) / sum(alone.seconds),
-    }
 
 
 @app.command()
@@ -155,7 +105,29 @@ def compare(
 ) -> None:
     """Compare what is there."""
     given = {"model": model, "cllm": cllm, "draft": draft, "heads": heads, "student": student}
-    everyone, absent = contenders(given, window, max_new_tokens)
+    sliding: dict[str, Any] = {"decoder": "jacobi", "window": window}
+    published = {**sliding, "fixed_windows": True}
+    declared: list[tuple[str, str, str, dict[str, Any]]] = [  # name, options of the model and of what else is needed
+        (BASELINE, "model", "model", {"decoder": BASELINE}),
+        ("jacobi", "model", "model", published),
+        ("jacobi, sliding", "model", "model", sliding),
+        ("lookahead", "model", "model", {"decoder": "lookahead"}),
+        ("prompt-lookup", "model", "model", {"decoder": "prompt-lookup"}),
+        ("medusa", "model", "heads", {"decoder": "medusa", "heads": heads}),
+        ("speculative", "model", "draft", {"decoder": "speculative", "draft": draft}),
+        ("CLLM", "cllm", "cllm", published),
+        ("CLLM, sliding", "cllm", "cllm", sliding),
+        ("CLLM, sliding, twice as long", "cllm", "cllm", {**sliding, "window": 2 * window}),
+        ("CLLM + lookahead", "cllm", "cllm", {"decoder": "lookahead"}),
+        ("CLLM, one token a pass", "cllm", "cllm", {"decoder": BASELINE}),
+        ("CDLM student", "student", "student", {}),
+    ]
+    absent = {name: why for name, _, needed, _ in declared if (why := missing(needed, given[needed]))}
+    everyone = [
+        Contender(name=name, model=str(given[which]), settings={"max_new_tokens": max_new_tokens, **settings})
+        for name, which, _, settings in declared
+        if name not in absent
+    ]
     for name, why in absent.items():
         print(f"left out: {name}, since {why}", flush=True)
     models = load_contenders(everyone, device=device)
@@ -174,15 +146,26 @@ def compare(
     print(f"answering {min(timed, count)} problems one by one, all in turn", flush=True)
     present = [one for one in everyone if one.name in reports]
     timings = time_contenders(present, models, [item.question for item in items[:timed]])
-    rows = [
-        {
-            "contender": one.name,
-            **against(reports[one.name], timings[one.name], (reports[BASELINE], timings[BASELINE])),
-            "extra_parameters": extra_parameters(models[one.name], one.settings, models[BASELINE]),
-            "published": PUBLISHED.get(one.name),
-        }
-        for one in present
-    ]
+    report, timing = reports[BASELINE], timings[BASELINE]
+    rows = []
+    for one in present:
+        mine, alone = reports[one.name], timings[one.name]
+        right, right_baseline = ([record.correct for record in of.records] for of in (mine, report))
+        difference = paired_interval(right, right_baseline)
+        same = [a.text == b.text for a, b in zip(mine.records, report.records, strict=True)]
+        rows.append(
+            {
+                "contender": one.name,
+                **mine.to_json(),
+                "accuracy_difference": difference.estimate,
+                "accuracy_difference_ci95": [difference.low, difference.high],
+                "same_answers": sum(same) / len(same),
+                "batch_1": alone.to_json(),
+                "speed_ratio": sum(timing.seconds) / sum(alone.seconds),
+                "extra_parameters": extra_parameters(models[one.name], one.settings, models[BASELINE]),
+                "published": PUBLISHED.get(one.name),
+            }
+        )
     earlier = [one.name for one in present if reports[one.name].num_kept]
     told = {
         "command": this_command(),
