@@ -511,13 +511,13 @@ def test_new_n_grams_go_into_the_pool_once_and_the_window_moves_on(net: Network)
     pool = torch.full_like(state.pool_RPN, NO_TOKEN)
     pool[0, :2] = torch.tensor([[10, 20, 30], [8, 8, 8]])
     state = replace(
-        state, window_RMW=torch.tensor([[[10, 11, 10], [20, 21, 20]]]), pool_RPN=pool, cursor_R=torch.tensor([2])
+        state, branch_RMW=torch.tensor([[[10, 11, 10], [20, 21, 20]]]), pool_RPN=pool, cursor_R=torch.tensor([2])
     )
     after = _gathered(state, torch.tensor([[30, 31, 30]]), torch.tensor([2]))
     kept: list[list[int]] = [ngram for ngram in after.pool_RPN[0].tolist() if ngram[0] != NO_TOKEN]
     assert kept == [[8, 8, 8], [11, 21, 31], [10, 20, 30]], "one of each, where it was last seen"
     assert after.cursor_R.item() == 5
-    assert after.window_RMW[0].tolist() == [[21, 20, 20], [31, 30, 30]], "up a level, and a column further"
+    assert after.branch_RMW[0].tolist() == [[21, 20, 20], [31, 30, 30]], "up a level, and a column further"
 
 
 def test_n_grams_that_begin_with_the_last_token_are_verified_latest_first(net: Network) -> None:
@@ -679,7 +679,7 @@ def test_a_window_longer_than_the_room_is_refused(net: Network) -> None:
     ("settings", "complaint"),
     [
         ({"decoder": "jacobi", "window": 0}, "window must be at least 1"),
-        ({"decoder": "lookahead", "ngram": 1}, "ngram of lookahead must be at least 2"),
+        ({"decoder": "lookahead", "ngram": 1}, "ngram must be at least 2"),
         ({"decoder": "speculative"}, "needs a draft"),
         ({"decoder": "medusa"}, "needs heads"),
         ({"decoder": "autoregressive", "window": 4}, "takes no window"),
