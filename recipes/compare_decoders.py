@@ -93,6 +93,7 @@ def compare(
     draft: Annotated[str | None, typer.Option(help="a small model of the same vocabulary")] = None,
     heads: Annotated[str | None, typer.Option(help="folder of Medusa heads for the model")] = None,
     student: Annotated[str | None, typer.Option(help="a CDLM student")] = "gsm-student",
+    drafter: Annotated[str | None, typer.Option(help="a gated adapter on the model")] = "gsm-draft",
     window: Annotated[int, typer.Option(min=1, help="of the Jacobi decoder")] = 16,
     task: TaskName = "gsm-symbolic",
     data: TaskData = None,
@@ -104,7 +105,7 @@ def compare(
     device: str = "auto",
 ) -> None:
     """Compare what is there."""
-    given = {"model": model, "cllm": cllm, "draft": draft, "heads": heads, "student": student}
+    given = {"model": model, "cllm": cllm, "draft": draft, "heads": heads, "student": student, "drafter": drafter}
     sliding: dict[str, Any] = {"decoder": "jacobi", "window": window}
     published = {**sliding, "fixed_windows": True}
     declared: list[tuple[str, str, str, dict[str, Any]]] = [  # name, options of the model and of what else is needed
@@ -115,6 +116,9 @@ def compare(
         ("prompt-lookup", "model", "model", {"decoder": "prompt-lookup"}),
         ("medusa", "model", "heads", {"decoder": "medusa", "heads": heads}),
         ("speculative", "model", "draft", {"decoder": "speculative", "draft": draft}),
+        ("speculative, block student", "model", "student", {"decoder": "speculative", "draft": student}),
+        ("self-speculative, fused", "drafter", "drafter", {"decoder": "self-speculative", "cycle": "fused"}),
+        ("self-speculative, two-pass", "drafter", "drafter", {"decoder": "self-speculative", "cycle": "two-pass"}),
         ("CLLM", "cllm", "cllm", published),
         ("CLLM, sliding", "cllm", "cllm", sliding),
         ("CLLM, sliding, twice as long", "cllm", "cllm", {**sliding, "window": 2 * window}),

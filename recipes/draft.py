@@ -29,6 +29,7 @@ from fewstep.decode.loop import decode
 from fewstep.decode.requests import Request
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.json_files import read_rows, write_json_whole
+from fewstep.measure.timing import this_command
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
@@ -189,7 +190,8 @@ def measure(
             "num_tokens_mean": sum(o.num_tokens for o in outputs) / len(outputs),
         })  # fmt: skip
         print(figures[-1], flush=True)
-        write_json_whole(output, {"model": model, "dtype": dtype, "device": str(network.device), "figures": figures})
+        told = {"command": this_command(), "model": model, "dtype": dtype, "device": str(network.device)}
+        write_json_whole(output, {**told, "figures": figures})
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Model cards of the bundled models: `cards/card.md.j2`, filled with what was measured.
 
-The results folder is what the recipes gsm_measure.py, gsm_throughput.py, gsm_ablation.py, compare_decoders.py and
-`cllm.py shares` wrote (JSON files, and tables that they wrote as Markdown), `report` the `report.json` that the trainer
-left beside the weights. A part whose file is missing is left out, and `Sources.missing` names it.
+The results folder is what the recipes gsm_measure.py, gsm_throughput.py, gsm_ablation.py, compare_decoders.py,
+`cllm.py shares` and `draft.py measure` wrote (JSON files, and tables that they wrote as Markdown), `report` the
+`report.json` that the trainer left beside the weights. A part whose file is missing is left out, and `Sources.missing`
+names it.
 """
 
 import re
@@ -17,9 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fewstep.json_files import read_json, read_text
 from fewstep.tasks.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
 
-Kind = Literal["ar", "teacher", "student", "cllm"]
+Kind = Literal["ar", "teacher", "student", "cllm", "draft"]
 LOSS_ROWS = 12
-LOSSES = ("loss", "distillation", "consistency", "denoising", "autoregressive")
+LOSSES = ("loss", "distillation", "consistency", "denoising", "autoregressive", "hard", "accepted")
 
 
 @dataclass
@@ -57,6 +58,8 @@ def card(name: str, kind: Kind, model_folder: Path, report: Mapping[str, Any] | 
             "decoders": sources.read("decoders/comparison.json"),
             "shares": sources.read("decoders/shares.md"),
         }
+    elif kind == "draft":
+        values |= {"drafting": sources.read("draft/measure.json")}
     else:
         values |= {
             "timings": {"CPU": sources.read("timing-cpu.json"), "GPU": sources.read("timing-cuda.json")},

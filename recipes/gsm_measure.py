@@ -269,10 +269,12 @@ def cards(
     teacher_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
     student_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
     cllm_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
+    draft_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
 ) -> None:
     """Write README.md of the bundled models from the results and the training reports."""
     reports: dict[Kind, Path | None] = {
         "ar": ar_report, "teacher": teacher_report, "student": student_report, "cllm": cllm_report,
+        "draft": draft_report,
     }  # fmt: skip
     for kind, path in reports.items():
         name = f"gsm-{kind}"

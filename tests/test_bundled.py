@@ -12,7 +12,7 @@ from fewstep.models.text import encode_prompt
 from fewstep.tasks.answers import is_correct
 from fewstep.tasks.gsm_symbolic import problems
 
-MODELS = ("gsm-ar", "gsm-cllm", "gsm-student", "gsm-teacher")
+MODELS = ("gsm-ar", "gsm-cllm", "gsm-draft", "gsm-student", "gsm-teacher")
 
 
 def test_these_models_are_bundled_with_their_cards() -> None:
@@ -57,6 +57,13 @@ def test_jacobi_is_the_default_of_the_model_trained_for_it_and_changes_nothing()
     fast, plain = lm.generate(questions), lm.generate(questions, decoder="autoregressive")
     assert [one.token_ids for one in fast] == [one.token_ids for one in plain]
     assert sum(one.num_forwards for one in fast) < 0.6 * sum(one.num_forwards for one in plain)
+
+
+def test_the_drafter_writes_what_its_base_writes_in_few_passes() -> None:
+    questions = [item.question for item in problems("dev", 24)]
+    plain, drafted = (fewstep.load(name, dtype="float32").generate(questions) for name in ("gsm-ar", "gsm-draft"))
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+    assert sum(one.num_tokens for one in drafted) / sum(one.num_forwards for one in drafted) >= 6
 
 
 def test_the_teacher_answers_one_token_a_pass() -> None:

@@ -166,7 +166,7 @@ def test_models_are_listed_in_aligned_columns_that_fit_80(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     header, *lines = re.sub(r"\x1b\[\d*m", "", run("models").out).splitlines()
     lines = [line for line in lines if not line.startswith("─")]
-    assert [line.split()[0] for line in lines] == ["gsm-ar", "gsm-cllm", "gsm-student", "gsm-teacher"]
+    assert [line.split()[0] for line in lines] == ["gsm-ar", "gsm-cllm", "gsm-draft", "gsm-student", "gsm-teacher"]
     assert len(header) <= 80
     assert all(
         line[header.index("role") :].startswith(("autoregressive", "bidirectional", "block_causal")) for line in lines

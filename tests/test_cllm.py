@@ -512,7 +512,7 @@ def test_the_comparison_of_decoders_leaves_out_what_is_missing_and_says_so(tmp_p
     save_heads(MedusaHeads.of(causal, 2), tmp_path / "heads", causal)
     given = {
         "folder": tmp_path / "results", "model": str(tmp_path / "causal"), "cllm": str(tmp_path / "causal"),
-        "heads": None, "draft": str(tmp_path / "nowhere"), "student": None,
+        "heads": None, "draft": str(tmp_path / "nowhere"), "student": None, "drafter": None,
         "count": 3, "timed": 1, "batch_size": 2, "max_new_tokens": 12, "device": "cpu",
     }  # fmt: skip
     compare_decoders.compare(**given)

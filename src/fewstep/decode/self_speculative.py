@@ -29,7 +29,7 @@ forward alike, for all acceptance lengths; I-DLM (2604.11035) gates its adapter 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
@@ -118,7 +118,7 @@ class SelfSpeculative(Causal):
 
     name: ClassVar[str] = "self-speculative"
 
-    adapter: GatedAdapter
+    adapter: GatedAdapter = field(repr=False)
     window: Annotated[Count, "Guesses per pass."] = 16
     cycle: Annotated[
         Cycle, "Draft and verify in two passes, or in one (fused); auto: what is faster here, with shorter drafts too."
