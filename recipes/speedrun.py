@@ -2,6 +2,8 @@
 
     python recipes/speedrun.py                                    at most ten minutes on two idle cores
 
+Interrupt it whenever you like: the same command goes on.
+
 The task is made on the spot: put the letters of a word in order. A network of 0.13 M parameters learns it token by
 token (causal), then to fill masked answers (teacher), and then, from the teacher's own decoding, to fill many masks in
 one pass (student). All three answer the same words, which are not among those of the training.
@@ -18,6 +20,8 @@ from typing import Annotated
 import typer
 
 from fewstep.engine.language_model import load
+from fewstep.errors import FewstepError
+from fewstep.json_files import read_json
 from fewstep.measure.evaluate import evaluate
 from fewstep.models.text import encode_completion
 from fewstep.models.tiny import tiny_network
@@ -44,9 +48,20 @@ def rows(count: int, seed: int) -> Iterator[dict[str, str]]:
         yield {"prompt": word, "completion": "".join(sorted(word))}
 
 
+def is_trained(folder: Path, steps: int) -> bool:
+    """Whether an earlier run has finished this model. FewstepError if that took other steps."""
+    if not (folder / "config.json").exists() or not (folder / "report.json").exists():
+        return False
+    if (made := read_json(folder / "report.json")["steps"]) != steps:
+        raise FewstepError(f"{folder} holds a model of {made} steps, not {steps}; name another --output, or remove it")
+    return True
+
+
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="a new folder for what is made")] = Path("runs/speedrun"),
+    output: Annotated[Path, typer.Option(help="a folder for what is made; what is finished there is kept")] = Path(
+        "runs/speedrun"
+    ),
     steps: Annotated[int, typer.Option(min=2, help="of the causal model and the teacher; the student's: half")] = 500,
     test: Annotated[int, typer.Option(min=1, help="words that all three answer")] = 200,
 ) -> None:
@@ -54,7 +69,8 @@ def main(
     settings = TrainSettings(max_steps=steps, rows=8, row_length=512, learning_rate=3e-3, log_every=100)
     start = tiny_network("autoregressive", hidden=64, layers=3, heads=4, block_size=BLOCK, context_attention="causal")
     data = encode_rows(enumerate(rows(60 * steps, seed=1), start=1), start.tokenizer)
-    train(start, CausalObjective(start.role, data, start.eos_token_id), settings, output / "causal")
+    if not is_trained(output / "causal", steps):
+        train(start, CausalObjective(start.role, data, start.eos_token_id), settings, output / "causal")
 
     causal = load(output / "causal", dtype="float32").network
     role = replace(
@@ -62,7 +78,8 @@ def main(
     )
     canvas = CanvasLengths(block_size=BLOCK, weights=(1.0,))
     objective = MaskedDiffusionObjective(role, data, causal.eos_token_id, canvas=canvas, canvases=3)
-    train(causal.with_role(role), objective, settings, output / "teacher")
+    if not is_trained(output / "teacher", steps):
+        train(causal.with_role(role), objective, settings, output / "teacher")
 
     lm = load(output / "teacher", dtype="float32")
     prompts = [
@@ -80,7 +97,8 @@ def main(
     student = lm.network.with_role(lm.role.playing("block_causal"))
     losses = CDLMSettings(denoising=1.0)
     cdlm = CDLMObjective(student.role, table, student.eos_token_id, references=references, settings=losses)
-    train(student, cdlm, replace(settings, max_steps=steps // 2, learning_rate=1e-3), output / "student")
+    if not is_trained(output / "student", steps // 2):
+        train(student, cdlm, replace(settings, max_steps=steps // 2, learning_rate=1e-3), output / "student")
 
     problems = [Problem(str(i), row["prompt"], row["completion"]) for i, row in enumerate(rows(test, seed=3))]
     print(f"{'':9}{'solved':>8}{'passes':>8}{'tokens per pass':>17}{'median seconds':>16}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
-from fewstep.decode.loop import Loop, decode, run_pass
+from fewstep.decode.loop import Loop, decode, loop_for, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Output, Record, Request
@@ -22,6 +22,7 @@ from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.loops import Loops
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores
@@ -259,6 +260,26 @@ def test_a_model_keeps_its_loop_for_calls_that_it_fits() -> None:
         assert [output.token_ids for output in lm.generate(prompts, max_new_tokens=8)] == expected
         assert next(iter(lm.stream("ab", max_new_tokens=8))).step == 1  # and given up
         assert lm.generate("ab", max_new_tokens=8).token_ids == expected[0]
+
+
+def test_a_model_answers_by_another_function_that_runs_passes() -> None:
+    shapes = []
+
+    def noted(networks: Any, decoder: Any, state: Any, caches: Any, shape: Shape) -> Any:
+        shapes.append(shape)
+        return run_pass(networks, decoder, state, caches, shape)
+
+    net = network()
+    lm = LanguageModel(net, Loops(net, run_pass=noted))
+    expected = LanguageModel(net).generate("ab", max_new_tokens=8)
+    for _ in range(2):
+        same(lm.generate("ab", max_new_tokens=8), expected)
+        assert len(shapes) == expected.num_forwards
+        shapes.clear()
+    asked = [Request(prompt_ids=lm.encode("ab"), max_new_tokens=8)]
+    kept = loop_for(net, lm.decoder(), asked)
+    assert loop_for(net, lm.decoder(), asked, kept=kept) is kept
+    assert loop_for(net, lm.decoder(), asked, kept=kept, run_pass=noted) is not kept
 
 
 def test_the_contract_is_small() -> None:

@@ -1,13 +1,15 @@
 """Settings are declared once: what decoders and policies declare is what Python, the command line and docs know."""
 
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module, reload
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import option_tables
 import pytest
@@ -160,6 +162,23 @@ def test_a_policy_is_a_function_and_one_line(newcomers: None, run: Run, tmp_path
     assert "Enough at once (policy twice: 0.9)." in run("infill", "--help")
 
 
+@pytest.mark.parametrize("name", ["output", "json"])  # of a parameter, and of an option alone
+def test_a_setting_named_like_another_option_of_a_command_is_told_of(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clashing(masked: torch.Tensor, **settings: Any) -> torch.Tensor:
+        return masked
+
+    clashing.__annotations__[name] = Annotated[float, "Whatever it is."]
+    setting = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0.5)
+    vars(clashing)["__signature__"] = inspect.Signature([setting])
+    monkeypatch.setitem(POLICIES, "clashing", clashing)
+    with pytest.raises(FewstepError, match=rf"would have (--)?{name} twice: .* give the setting \w+ another name$"):
+        reload(fewstep.cli.main)
+    monkeypatch.undo()
+    reload(fewstep.cli.main)
+
+
 # Policies by name
 
 
@@ -246,6 +265,25 @@ def test_numbers_of_a_function_are_each_requests_own() -> None:
     assert len({output.num_forwards for output in together}) > 3
     with pytest.raises(FewstepError, match="requests of one batch share a kind of policy"):
         decode(net, requests(1, policy=OwnPolicy(rule=settled_twice)), of(net, by_logits))
+
+
+def test_settings_of_a_function_are_given_by_name_as_if_it_were_registered() -> None:
+    lm, prompt = tiny("block_causal"), "what is 2+2?"
+    for rule, name, settings in (
+        (by_logits, "at_least", {"at_least": 0.6}),
+        (settled_twice, "trust", {"trust": 0.3}),
+        (partial(settled_twice, trust=0.8), "trust", {"trust": 0.3}),
+    ):
+        function = getattr(rule, "func", rule)
+        expected = lm.generate(prompt, policy=OwnPolicy(rule=function, settings=settings), max_new_tokens=12)
+        same(lm.generate(prompt, policy=rule, **settings, max_new_tokens=12), expected)
+        with pytest.raises(FewstepError, match=f"^unknown setting '{name}s'; did you mean '{name}'"):
+            lm.generate(prompt, policy=rule, **{f"{name}s": 0.5})
+    assert GenerationSettings.of(policy=by_logits, at_least=0.6).described["policy"] == "by_logits(at_least=0.6)"
+    with pytest.raises(FewstepError, match=r"^trust must be a number, got 'much'$"):
+        lm.generate(prompt, policy=settled_twice, trust="much")
+    with pytest.raises(FewstepError, match=r"^unknown setting 'confidence'"):
+        lm.generate(prompt, policy=settled_twice, confidence=0.5)
 
 
 def test_one_token_is_finalised_where_a_policy_chooses_none_and_none_that_is_not_masked() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,31 @@ from fewstep.train.records import PromptRow
 CANVAS = 16
 TOY_BLOCK = 8
 NUM_PROMPTS = 12
+
+
+def test_speedrun_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = importlib.import_module("speedrun")
+    words = recipe.rows
+    monkeypatch.setattr(recipe, "rows", lambda count, seed: words(min(count, 64), seed))
+    trained: list[str] = []
+    recipe_train = recipe.train
+
+    def train(network: Any, objective: Any, settings: Any, output: Path) -> Any:
+        trained.append(output.name)
+        if trained == ["causal", "teacher", "student"]:
+            raise KeyboardInterrupt
+        return recipe_train(network, objective, settings, output)
+
+    monkeypatch.setattr(recipe, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(output=tmp_path, steps=2, test=2)
+    recipe.main(output=tmp_path, steps=2, test=2)
+    assert trained == ["causal", "teacher", "student", "student"]
+    assert re.findall(r"^(causal|teacher|student) ", capsys.readouterr().out, re.M) == ["causal", "teacher", "student"]
+    with pytest.raises(FewstepError, match=r"causal holds a model of 2 steps, not 3; name another --output, or remove"):
+        recipe.main(output=tmp_path, steps=3, test=2)
 
 
 @pytest.fixture(scope="module")

@@ -192,6 +192,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
+    _check_apart(command.__name__.strip("_"), parameters)
     options = _option_names(parameters)
     touching = _touching(parameters)
     declared = {parameter.name: parameter.annotation for parameter in parameters}
@@ -224,17 +225,36 @@ def _without_bounds(declared: Any) -> Any:
     return Annotated[(plain_type(declared), *beside)] if beside else plain_type(declared)
 
 
+def _names(parameter: inspect.Parameter) -> tuple[str, ...]:
+    """The names of its option, none for an argument."""
+    for info in get_args(parameter.annotation):
+        if isinstance(info, OptionInfo):
+            # In an Annotated the first name that an option was given stands in the place of its default.
+            named = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+            return tuple(name.split("/")[0] for name in named) or (option_name(parameter.name),)
+    return ()
+
+
+def _check_apart(command: str, parameters: Sequence[inspect.Parameter]) -> None:
+    """FewstepError, for whoever declares settings, if two options or arguments of the command have one name."""
+    seen = set[str]()
+    for parameter in parameters:
+        if twice := seen & (own := {parameter.name, *_names(parameter)}):
+            raise FewstepError(
+                f"{command} would have {sorted(twice)[0]} twice: a setting of a decoder or policy is named like "
+                f"another option or argument of it; give the setting {parameter.name} another name"
+            )
+        seen |= own
+
+
 def _option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
     """Parameter -> option, without the arguments."""
     options = {}
     for parameter in parameters:
-        for info in get_args(parameter.annotation):
-            if isinstance(info, OptionInfo):
-                # In an Annotated the first name that an option was given stands in the place of its default.
-                named = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
-                options[parameter.name] = named[0].split("/")[0] if named else option_name(parameter.name)
-                if len(named) > 1:
-                    _SYNONYMS.add(tuple(named))
+        if names := _names(parameter):
+            options[parameter.name] = names[0]
+            if len(names) > 1:
+                _SYNONYMS.add(names)
     return options
 
 

@@ -138,9 +138,18 @@ class Loop:
         self._length_R = torch.zeros(num_slots, dtype=torch.long)
         self._drawing_R = torch.zeros(num_slots, dtype=torch.long)  # numbers of DRAWINGS
 
-    def fits(self, network: Network, decoder: Decoder, *, num_slots: int, length: int, record: Record | None) -> bool:
+    def fits(
+        self,
+        network: Network,
+        decoder: Decoder,
+        *,
+        num_slots: int,
+        length: int,
+        record: Record | None,
+        run_pass: RunPass,
+    ) -> bool:
         """Whether this loop is idle and can stand for a new one of these."""
-        if self.busy or (self.network, self.num_slots) != (network, num_slots):
+        if self.busy or (self.network, self.num_slots, self._run_pass) != (network, num_slots, run_pass):
             return False
         if self.decoder != decoder or self.record != record:
             return False
@@ -343,14 +352,16 @@ def loop_for(
     record: Record | None = None,
     listeners: Sequence[Listener] = (),
     kept: Generator | None = None,
+    run_pass: RunPass = run_pass,
 ) -> Loop:
     """A loop with slots for these requests: `kept`, if it can stand for a new one. All are checked before anything is
     allocated. FewstepError for the first that cannot be decoded.
     """
     lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
-    if not isinstance(kept, Loop) or not kept.fits(network, decoder, num_slots=num_slots, length=length, record=record):
-        return Loop(network, decoder, num_slots=num_slots, length=length, record=record, listeners=listeners)
+    made: dict[str, Any] = {"num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass}
+    if not isinstance(kept, Loop) or not kept.fits(network, decoder, **made):
+        return Loop(network, decoder, listeners=listeners, **made)
     kept.listeners = list(listeners)
     return kept
 
@@ -365,7 +376,7 @@ def decode(
 ) -> list[Output]:
     """Decode all requests, longest first, in slots that are refilled at once; outputs in the given order.
 
-    `on_output(index, output)` is called as each completes. `options`: `batch_size`, `record` and `listeners` of
-    `loop_for`.
+    `on_output(index, output)` is called as each completes. `options`: `batch_size`, `record`, `listeners` and
+    `run_pass` of `loop_for`.
     """
     return answer(loop_for(network, decoder, requests, **options), requests, on_output=on_output)

@@ -139,6 +139,10 @@ class OwnPolicy:
         return tuple(self._values[name] for name in self._numbered)
 
     @property
+    def setting_names(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+    @property
     def kind(self) -> object:
         """Equal for policies that one step serves."""
         return self.rule, {name: value for name, value in self._values.items() if name not in self._numbered}
@@ -151,7 +155,7 @@ class OwnPolicy:
 
     @cached_property
     def _own_reads(self) -> Mapping[str, str]:
-        return _reads(self.rule if _is_function(self.rule) else type(self.rule).__call__)
+        return _reads(self.rule if is_function(self.rule) else type(self.rule).__call__)
 
     @cached_property
     def _values(self) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def as_policy(rule: Any, settings: Mapping[str, Any] | None = None) -> Policy:
     if isinstance(rule, type) or not callable(rule):
         hint = f"build it: {rule.__name__}(...)" if isinstance(rule, type) else "it must be one, or a function"
         raise FewstepError(f"{shown(rule)} is no policy; {hint}")
-    whole = not _is_function(rule) and all(hasattr(rule, name) for name in ("order", "paced", "temperature", "numbers"))
+    whole = not is_function(rule) and all(hasattr(rule, name) for name in ("order", "paced", "temperature", "numbers"))
     policy: Policy = rule if whole else OwnPolicy(rule=rule, settings=settings or {})
     reads(policy)
     return policy
@@ -206,7 +210,7 @@ def same_kind(one: Policy, other: Policy) -> bool:
     return kind(one) == kind(other)
 
 
-def _is_function(rule: Any) -> bool:
+def is_function(rule: Any) -> bool:
     return inspect.isroutine(rule) or hasattr(rule, "func")  # or a functools.partial of one
 
 

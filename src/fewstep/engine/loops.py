@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Loop, loop_for
+from fewstep.decode.loop import Loop, RunPass, loop_for, run_pass
 from fewstep.decode.requests import Request
 from fewstep.engine.settings import GenerationSettings
 from fewstep.models.load import load_network
@@ -13,16 +13,20 @@ from fewstep.models.network import Network, check_draft
 
 
 class Loops:
-    """Makes the loops of one network. A draft or heads are loaded once, in its numbers and on its device."""
+    """Makes the loops of one network, which run their passes by `run_pass`.
 
-    def __init__(self, network: Network) -> None:
+    A draft or heads are loaded once, in the network's numbers and on its device.
+    """
+
+    def __init__(self, network: Network, run_pass: RunPass = run_pass) -> None:
         self.network = network
+        self._run_pass = run_pass
         self._drafts: dict[str, Network] = {}
         self._heads: dict[str, MedusaHeads] = {}
 
     def __call__(self, settings: GenerationSettings, requests: Sequence[Request], **options: Any) -> Loop:
         """A loop for these requests; `options` as for `loop_for`."""
-        return loop_for(self.network, self.decoder(settings), requests, **options)
+        return loop_for(self.network, self.decoder(settings), requests, run_pass=self._run_pass, **options)
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fewstep.decode.building import PolicyChoice, build_decoder
 from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.own_policies import as_policy
+from fewstep.decode.own_policies import OwnPolicy, as_policy, is_function
 from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, own_aliases, setting_names
 from fewstep.decode.requests import Request
 from fewstep.decode.resources import Resources
@@ -78,7 +78,8 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, **options: Any) -> "GenerationSettings":
-        """From names as a user gives them, aliases among them; None is not set.
+        """From names as a user gives them, aliases among them; None is not set. A function as `policy` brings its
+        settings.
 
         FewstepError naming the closest setting for an unknown one, or if a setting is given under two names.
         """
@@ -91,6 +92,12 @@ class GenerationSettings:
             options["stop"] = (options["stop"],)
         shared = [one.name for one in fields(cls) if one.name != "own"]
         known = [*shared, *setting_names()]
+        rule: Any = options.get("policy")
+        if is_function(rule):
+            names = [name for name in OwnPolicy(rule=rule).setting_names if name not in shared]
+            known += names
+            given = {name: options.pop(name) for name in names if name in options}
+            options["policy"] = _with_settings(rule, given)
         for name in options:
             if name not in known:
                 raise FewstepError(f"unknown setting {name!r}; {suggestion(name, known)}")
@@ -156,6 +163,17 @@ class GenerationSettings:
         windows = not self.own.keys().isdisjoint(declared_settings(DECODERS["jacobi"]))
         trained = resources.role.jacobi_window and (resources.greedy or windows)
         return "jacobi" if trained else DEFAULT_DECODER[resources.role.name]
+
+
+def _with_settings(rule: Any, given: Mapping[str, Any]) -> OwnPolicy:
+    """The function with these settings, in the types that it declares."""
+    declared = declared_settings(getattr(rule, "func", rule)) if given else {}
+    fit = {
+        name: fitted(value, declared[name].type, name) if name in declared else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return OwnPolicy(rule=rule, settings=fit)
 
 
 def aliases() -> dict[str, str]:
