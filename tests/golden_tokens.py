@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.networks import lively
 
 import fewstep
 from fewstep.decode.policies import EntropyBelow, Factor, FixedCount, Margin
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
 from fewstep.models.medusa import MedusaHeads, save_heads
-from fewstep.models.network import Network
-from fewstep.models.tiny import tiny_network
 from fewstep.tasks.gsm_symbolic import problems
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -142,17 +141,7 @@ def bundled(name: str) -> LanguageModel:
 
 @cache
 def tiny(role: Any) -> LanguageModel:
-    return LanguageModel(disturbed(role))
-
-
-def disturbed(role: Any) -> Network:
-    """Random weights, large enough that tokens and confidences vary along a text."""
-    network = tiny_network(role, head_scale=20)
-    with torch.no_grad():
-        for weight in network.module.base_model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(10)
-    return network
+    return LanguageModel(lively(role))
 
 
 @cache

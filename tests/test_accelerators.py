@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from generators import streamed
-from test_decoders import network, requests, same, use_as_end_of_text
+from helpers.generators import streamed
+from helpers.networks import disturbed, network, requests, same, use_as_end_of_text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewstep
@@ -53,12 +53,7 @@ def net() -> Network:
 @pytest.fixture(scope="module")
 def draft() -> Network:
     """A network that agrees with `net` sometimes: the same one, disturbed."""
-    other = causal_network()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        for weight in other.module.base_model.parameters():
-            weight.add_(0.2 * weight.std(correction=0) * torch.randn_like(weight))
-    return other
+    return disturbed(causal_network())
 
 
 MAKERS: dict[str, Callable[..., Decoder]] = {

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from generators import streamed
+from helpers.generators import streamed
+from helpers.networks import block_draft_of
 
 from fewstep.cli.main import main
 from fewstep.decode.admission import positions_needed
@@ -33,13 +34,6 @@ def target() -> Network:
     return tiny_network("autoregressive", head_scale=20)
 
 
-def drafting(target: Network, **options: Any) -> Network:
-    """A block-causal network of the target's own weights, which guesses right now and then."""
-    draft = tiny_network("block_causal", head_scale=20, **options)
-    draft.module.load_state_dict(target.module.state_dict())
-    return draft
-
-
 def token_ids(outputs: list[Output]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
@@ -51,7 +45,7 @@ def token_ids(outputs: list[Output]) -> list[list[int]]:
 def test_texts_are_those_of_autoregressive_decoding_with_the_same_seed(
     target: Network, context_attention: Any, shift: bool, batch_size: int, window: int
 ) -> None:
-    draft = drafting(target, context_attention=context_attention, right_shift_logits=shift)
+    draft = block_draft_of(target, head_scale=20, context_attention=context_attention, right_shift_logits=shift)
     wanted = decode(target, MIXED, Autoregressive(role=target.role))
     decoder = Speculative(role=target.role, draft=draft, window=window)
     outputs = decode(target, MIXED, decoder, batch_size=batch_size)
@@ -60,7 +54,9 @@ def test_texts_are_those_of_autoregressive_decoding_with_the_same_seed(
 
 
 def test_requests_that_join_and_leave_get_what_they_get_alone(target: Network) -> None:
-    decoder = Speculative(role=target.role, draft=drafting(target, right_shift_logits=True), window=5)
+    decoder = Speculative(
+        role=target.role, draft=block_draft_of(target, head_scale=20, right_shift_logits=True), window=5
+    )
     loop = Loop(target, decoder, num_slots=3, length=max(positions_needed(decoder, one) for one in MIXED))
     outputs: dict[int, Output] = {}
     for request in MIXED:
@@ -75,7 +71,7 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(target: Network) -
 
 
 def test_passes_of_both_networks_count_and_streams_tell_them(target: Network) -> None:
-    decoder = Speculative(role=target.role, draft=drafting(target), window=5)
+    decoder = Speculative(role=target.role, draft=block_draft_of(target, head_scale=20), window=5)
     told, output = streamed(target, REQUESTS[0], decoder)
     assert (output.num_forwards % 2, output.num_draft_forwards) == (0, 0)
     assert set(output.step_G[: output.num_tokens].tolist()) == set(range(2, output.num_forwards + 1, 2))
@@ -87,7 +83,7 @@ def test_passes_of_both_networks_count_and_streams_tell_them(target: Network) ->
 def test_a_draft_sees_the_text_and_its_own_masks_and_scores_each_of_them(target: Network) -> None:
     """The guesses of every cycle are those of one plain forward of [text so far | masks]."""
     for shift in (False, True):
-        draft = drafting(target, context_attention="causal", right_shift_logits=shift)
+        draft = block_draft_of(target, head_scale=20, context_attention="causal", right_shift_logits=shift)
         decoder, request = Speculative(role=target.role, draft=draft, window=6), REQUESTS[3]
         guessed: list[tuple[list[int], list[int]]] = []
 
@@ -123,7 +119,7 @@ def test_a_draft_sees_the_text_and_its_own_masks_and_scores_each_of_them(target:
 
 
 def test_the_window_is_the_block_of_the_draft_unless_set(target: Network) -> None:
-    draft = drafting(target, block_size=8)
+    draft = block_draft_of(target, head_scale=20, block_size=8)
     assert Speculative(role=target.role, draft=draft).traits.num_guessed == 8
     assert Speculative(role=target.role, draft=target).traits.num_guessed == 4
 
@@ -145,7 +141,7 @@ def test_the_bundled_student_drafts_for_the_causal_model(tmp_path: Path) -> None
 
 
 def test_drafts_that_cannot_be_are_one_sentence(target: Network, tmp_path: Path) -> None:
-    short = drafting(target, max_positions=256)
+    short = block_draft_of(target, head_scale=20, max_positions=256)
     short.module.config.max_position_embeddings = 23
     with pytest.raises(FewstepError, match="exceed the 23 positions of"):
         decode(target, REQUESTS[:1], Speculative(role=target.role, draft=short))

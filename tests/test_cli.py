@@ -7,17 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.command import Run, fewstep_process
+from helpers.files import read_lines, write_lines
 
 import fewstep
 from fewstep.cli import demo
-from fewstep.cli.main import main
 from fewstep.cli.option_names import naming_options
 from fewstep.errors import FewstepError
 from fewstep.kept import kept_path
@@ -29,21 +29,6 @@ from fewstep.tasks.scoring import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-Run = Callable[..., "Result"]
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def sentence(self) -> str:
-        """The error: exit code 2, and one line that names the program."""
-        assert self.code == 2, (self.code, self.out, self.err)
-        assert self.err.startswith("fewstep: "), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert "Traceback" not in self.err
-        return self.err
-
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -53,45 +38,6 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, role in roles.items():
         save_network(tiny_network(role, head_scale=30.0, max_positions=1024), folder / name)  # type: ignore[arg-type]
     return {name: str(folder / name) for name in roles}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `fewstep ARGUMENTS` in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    torch.set_num_threads(1)
-
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Result(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-def fewstep_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *arguments],
-        stdin=options.pop("stdin", subprocess.DEVNULL),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-        # A shell starts what it runs in the background deaf to Ctrl-C, and this may be such a process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # The program itself

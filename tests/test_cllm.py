@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.command import Run
+from helpers.files import contents, write_lines
+from helpers.packed import batch_of, forward_of, unpacked_logits
 from torch import Tensor
 from torch.testing import assert_close
 
-from fewstep.cli.main import main
 from fewstep.decode.health import REPEATED_NGRAM, repetition
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.jacobi_windows import JacobiTrajectory, jacobi_trajectories
@@ -26,7 +27,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import load_network, network_hash, save_network
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads, load_heads, save_heads
-from fewstep.models.network import Network, Plan
+from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 from fewstep.train.causal_records import collect_jacobi, read_jacobi_table
 from fewstep.train.cllm import CLLMBatch, CLLMObjective, CLLMSettings, JacobiTable
@@ -35,8 +36,6 @@ from fewstep.train.documents import Batch
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
-from fewstep.train.objectives import Objective
-from fewstep.train.packing import best_fit, pack
 from fewstep.train.records import PromptRow
 from fewstep.train.settings import TrainSettings
 from fewstep.train.trainer import train
@@ -87,10 +86,6 @@ def decoded(network: Network, rows: list[PromptRow]) -> list[JacobiTrajectory]:
     return jacobi_trajectories(network, requests, Jacobi(role=network.role, window=WINDOW))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 # Trajectories on disk
 
 
@@ -111,13 +106,13 @@ def test_what_was_decoded_is_read_back(network, store):
 def test_collecting_again_by_others_and_after_an_interruption_gives_the_same_files(network, store, tmp_path):
     for worker in ((1, 2), (0, 2)):
         gather(network, tmp_path / "t", worker=worker, batch_size=2)
-    assert content(tmp_path / "t") == content(store)
+    assert contents(tmp_path / "t") == contents(store)
     (tmp_path / "t" / "shard-00001.parquet").unlink()
     with pytest.raises(FewstepError, match="holds 2 of 3 shards"):
         read_jacobi_table(tmp_path / "t", network)
     report = gather(network, tmp_path / "t")
     assert (report.num_shards_made_now, report.num_records) == (1, 5)
-    assert content(tmp_path / "t") == content(store)
+    assert contents(tmp_path / "t") == contents(store)
 
 
 def test_repetitive_answers_are_rejected_and_counted(network, tmp_path):
@@ -154,48 +149,11 @@ def test_trajectories_of_another_model_kind_or_window_are_refused(network, store
 # The objective
 
 
-def batch_of(objective: Objective, order: list[int], num_rows: int = 3, row_length: int = 80) -> Batch:
-    chosen = np.array(order)
-    lengths = objective.segment_lengths(chosen, np.random.default_rng(0))
-    starts = best_fit(lengths.sum(1), num_rows, row_length)
-    assert len(starts) == len(order)
-    in_place = starts.argsort()
-    segments = torch.from_numpy(lengths[in_place])
-    packed = pack(torch.from_numpy(starts[in_place]), segments, num_rows, row_length)
-    return Batch(torch.from_numpy(chosen[in_place]), segments, packed)
-
-
-def forward_of(network: Network) -> Callable[..., Tensor]:
-    def forward(
-        tokens_RT: Tensor,
-        positions_RT: Tensor,
-        layout: Layout,
-        rows_S: Tensor,
-        adapted_RT: None,
-        *,
-        gradient: bool = True,
-    ):
-        hidden = network.module.base_model(
-            input_ids=tokens_RT, attention_mask=layout.dense(), position_ids=positions_RT, use_cache=False
-        ).last_hidden_state
-        logits = network.module.get_output_embeddings()(hidden.flatten(0, 1)[rows_S])
-        return logits if gradient else logits.detach()
-
-    return forward
-
-
-def unpacked_logits(network: Network, tokens: list[int]) -> Tensor:
-    """Logits [T, V] of a plain causal forward."""
-    positions = torch.arange(len(tokens))[None]
-    hidden = network.hidden(Plan("full", torch.tensor([tokens]), positions, positions, None, positions))
-    return network.module.get_output_embeddings()(hidden)[0]
-
-
 def prepared_for(
     network: Network, table: JacobiTable, seed: int = 3, references: Examples | None = None, **settings: Any
 ) -> tuple[CLLMObjective, Batch, CLLMBatch]:
     objective = CLLMObjective(network.role, table, 1, references=references, settings=CLLMSettings(**settings))
-    batch = batch_of(objective, list(range(objective.num_examples)))
+    batch = batch_of(objective, num_rows=3, row_length=80)
     return objective, batch, objective.prepare(batch, torch.Generator().manual_seed(seed))
 
 
@@ -402,7 +360,7 @@ def test_an_interrupted_run_resumes_and_equals_an_uninterrupted_one(table, tmp_p
 
 def test_medusa_learns_what_follows_each_row(network, table):
     objective = MedusaObjective(network.role, table.examples, 1, settings=MedusaSettings(heads=2, decay=0.5))
-    batch = batch_of(objective, list(range(objective.num_examples)))
+    batch = batch_of(objective, num_rows=3, row_length=80)
     prepared = objective.prepare(batch, torch.Generator())
     guesses_2V = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 
@@ -455,19 +413,11 @@ def test_medusa_settings_without_meaning_are_refused(settings, sentence):
 # The command line
 
 
-def fewstep(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and what was said of an error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0), capsys.readouterr().err
-
-
-def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, tmp_path, capsys):
+def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, run: Run, tmp_path):
     model, other, rows = tmp_path / "model", tmp_path / "other", tmp_path / "rows.jsonl"
     save_network(network, model)
     save_network(tiny_network("autoregressive", seed=1), other)
-    rows.write_text("".join(json.dumps({"prompt": f"{i} + {i}?", "completion": f"{i + i}."}) + "\n" for i in range(6)))
+    write_lines(rows, *({"prompt": f"{i} + {i}?", "completion": f"{i + i}."} for i in range(6)))
     collecting = ("collect", "--model", model, "--data", rows, "--max-new-tokens", 12)
     cases = {
         "tokens only; leave out": (*collecting, "--output", tmp_path / "x", "--top", 4),
@@ -478,30 +428,28 @@ def test_from_prompts_to_a_faster_model_and_heads_on_the_command_line(network, t
         "greedy only": (*collecting, "--output", tmp_path / "x", "--temperature", 1),
     }
     for sentence, arguments in cases.items():
-        code, error = fewstep(capsys, *arguments)
-        assert (code, error.count("\n")) == (2, 1)
-        assert sentence in error
+        assert sentence in run(*arguments).sentence()
     store, report = tmp_path / "t", tmp_path / "report.json"
     arguments = (*collecting, "--output", store, "--window", 4, "--most-repetition", 1, "--json", report)
-    assert fewstep(capsys, *arguments)[0] == 0
+    assert run(*arguments).code == 0
     found = json.loads(report.read_text())
     assert (found["num_records"], found["num_rejected"]) == (6, 0)
     short = ("--max-steps", 2, "--rows", 1, "--row-length", 128)
     training = ("train", "cllm", "--trajectories", store, "--model")
-    assert fewstep(capsys, *training, model, "--output", tmp_path / "out", "--lora", "--lora-rank", 2, *short)[0] == 0
+    assert run(*training, model, "--output", tmp_path / "out", "--lora", "--lora-rank", 2, *short).code == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert load_network(tmp_path / "out").role.jacobi_window == 4
-    code, error = fewstep(capsys, *training, other, "--output", tmp_path / "x", *short)
-    assert (code, error.count("\n")) == (2, 1)
-    assert "made by another model" in error
-    code, error = fewstep(capsys, *training, model, "--output", tmp_path / "x", *short, "--autoregressive", 0)
-    assert code == 2
-    assert "a consistency loss alone may collapse" in error
-    code, error = fewstep(capsys, *training, model, "--output", tmp_path / "x", *short, "--noise-cycle", 4)
-    assert code == 2
-    assert "--noise-cycle has no effect without --noise progressive" in error
+    assert "made by another model" in run(*training, other, "--output", tmp_path / "x", *short).sentence()
+    assert (
+        "a consistency loss alone may collapse"
+        in run(*training, model, "--output", tmp_path / "x", *short, "--autoregressive", 0).sentence()
+    )
+    assert (
+        "--noise-cycle has no effect without --noise progressive"
+        in run(*training, model, "--output", tmp_path / "x", *short, "--noise-cycle", 4).sentence()
+    )
     heads = ("train", "medusa", "--model", model, "--data", rows, "--heads", 2, "--output", tmp_path / "heads", *short)
-    assert fewstep(capsys, *heads)[0] == 0
+    assert run(*heads).code == 0
     assert len(load_heads(tmp_path / "heads", network)) == 2
 
 

@@ -7,15 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
-from generators import streamed
-from test_decoders import decoder_of, network, requests, same
+from helpers.generators import streamed
+from helpers.networks import decoder_of, disturbed, mixed, network, requests, same
 from torch import Tensor
 
 from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.loop import Loop, decode, loop_for, run_pass
-from fewstep.decode.policies import EvenSplit, Factor, Margin, Policy, Threshold
+from fewstep.decode.policies import EvenSplit, Factor, Margin, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
@@ -36,28 +36,8 @@ SAMPLINGS = [
 RULES = [None, Threshold(at_least=0.2), Threshold(at_least=0.5, gaps=0), Threshold(at_least=0.4, gaps=2)]
 
 
-def mixed(policies: list[Policy | None], samplings: list[Sampling]) -> list[Request]:
-    """Requests of which no two have the same settings, in an order in which they leave at different times."""
-    return [
-        replace(
-            request,
-            policy=policies[i % len(policies)],
-            sampling=samplings[(i + i // 4) % len(samplings)],
-            seed=i % 3,
-            early_stop=i % 5 != 0,
-            stop_token_ids=None if i % 2 else (1, 7 + i, 20 + i),
-        )
-        for i, request in enumerate(requests(8))
-    ]
-
-
 def speculative(net: Network) -> Speculative:
-    draft = network("autoregressive")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        for weight in draft.module.base_model.parameters():
-            weight.add_(0.2 * weight.std(correction=0) * torch.randn_like(weight))
-    return Speculative(role=net.role, draft=draft, window=3)
+    return Speculative(role=net.role, draft=disturbed(network("autoregressive")), window=3)
 
 
 def case(name: str) -> tuple[Network, Decoder, list[Request]]:

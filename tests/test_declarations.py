@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module, reload
@@ -15,10 +15,10 @@ import option_tables
 import pytest
 import torch
 from golden_tokens import tiny
-from test_contract import mixed
-from test_decoders import network, requests, same
+from helpers.command import Run
+from helpers.networks import mixed, network, requests, same
+from helpers.toys import Echo, LogitGap, settled_twice
 from test_no_waiting import OnFakes
-from toys import Echo, LogitGap, settled_twice
 
 import fewstep.cli.main
 from fewstep.cli.decoding import declared_everywhere, read_setting
@@ -37,7 +37,8 @@ from fewstep.models.load import save_network
 from fewstep.values import described
 
 SHARED = "fewstep.engine.settings:GenerationSettings"
-PLACES = [*DECODERS.values(), *POLICIES.values(), SHARED, "toys:Echo", "toys:settled_twice", "toys:LogitGap"]
+TOYS = [f"helpers.toys:{name}" for name in ("Echo", "settled_twice", "LogitGap")]
+PLACES = [*DECODERS.values(), *POLICIES.values(), SHARED, *TOYS]
 
 
 def told(declared: Declared) -> tuple[Any, ...]:
@@ -64,7 +65,7 @@ def test_what_is_read_from_the_source_is_what_the_class_declares(place: str) -> 
         ("class Odd:\n    size: typing.Annotated[int, 'Its size.'] = 3", False),
         ("SIZE = int(torch.tensor(3))\n\nclass Odd:\n    size: Annotated[int, 'Its size.'] = SIZE", False),
         ("class Odd(torch.nn.Module):\n    size: Annotated[int, 'Its size.'] = 3", False),
-        ("from toys import Echo\n\nclass Odd(Echo):\n    size: Annotated[int, 'Its size.'] = 3", False),
+        ("from helpers.toys import Echo\n\nclass Odd(Echo):\n    size: Annotated[int, 'Its size.'] = 3", False),
     ],
 )
 def test_a_source_that_does_not_say_it_all_is_imported(
@@ -95,29 +96,13 @@ def test_every_setting_has_a_help_that_is_a_sentence_and_one_kind_of_value() -> 
 @pytest.fixture
 def newcomers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A line of each registry for a decoder and two policies; the command line is set up with them."""
-    monkeypatch.setitem(DECODERS, "echo", "toys:Echo")
-    monkeypatch.setitem(POLICIES, "twice", "toys:settled_twice")
-    monkeypatch.setitem(POLICIES, "logit-gap", "toys:LogitGap")
+    monkeypatch.setitem(DECODERS, "echo", "helpers.toys:Echo")
+    monkeypatch.setitem(POLICIES, "twice", "helpers.toys:settled_twice")
+    monkeypatch.setitem(POLICIES, "logit-gap", "helpers.toys:LogitGap")
     reload(fewstep.cli.main)
     yield
     monkeypatch.undo()
     reload(fewstep.cli.main)
-
-
-Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments: object) -> str:
-        with pytest.raises(SystemExit):
-            fewstep.cli.main.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return captured.out or captured.err
-
-    return call
 
 
 def test_a_decoder_is_one_file_and_one_line(newcomers: None, run: Run, tmp_path: Path) -> None:
@@ -135,10 +120,10 @@ def test_a_decoder_is_one_file_and_one_line(newcomers: None, run: Run, tmp_path:
 
     save_network(lm.network, tmp_path / "causal")
     base = ("generate", "what is 2+2?", "--model", tmp_path / "causal", "--max-new-tokens", 12)
-    assert run(*base, "--decoder", "echo", "--echoes", 3) == f"{expected.text}\n"
-    assert "--repeats must be at least 1, got 0" in run(*base, "--decoder", "echo", "--repeats", 0)
+    assert run(*base, "--decoder", "echo", "--echoes", 3).out == f"{expected.text}\n"
+    assert "--repeats must be at least 1, got 0" in run(*base, "--decoder", "echo", "--repeats", 0).err
     for command in ("generate", "eval", "collect"):
-        shown = run(command, "--help")
+        shown = run(command, "--help").out
         assert re.search(r"--repeats,--echoes +<int> +How often the last token is guessed again \(echo: 2\)\.", shown)
         assert "prompt-lookup, medusa, echo." in shown
         assert re.search(r"--ngram .*\(lookahead: 4\)\. Nothing that matters \(echo: 7\)\.", shown)
@@ -157,9 +142,9 @@ def test_a_policy_is_a_function_and_one_line(newcomers: None, run: Run, tmp_path
         save_network(lm.network, tmp_path / name)
         options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
         base = ("generate", "what is 2+2?", "--model", tmp_path / name, "--max-new-tokens", 12)
-        assert run(*base, "--policy", name, *options) == f"{expected.text}\n"
-        assert f"the policy {name} takes no gaps" in run(*base, *options, "--gaps", 2)
-    assert "Enough at once (policy twice: 0.9)." in run("infill", "--help")
+        assert run(*base, "--policy", name, *options).out == f"{expected.text}\n"
+        assert f"the policy {name} takes no gaps" in run(*base, *options, "--gaps", 2).err
+    assert "Enough at once (policy twice: 0.9)." in run("infill", "--help").out
 
 
 @pytest.mark.parametrize("name", ["output", "json"])  # of a parameter, and of an option alone
@@ -228,7 +213,7 @@ def test_an_evaluation_tells_of_a_policy_that_was_set(run: Run, tmp_path: Path) 
     (tmp_path / "sums.jsonl").write_text('{"question": "1 + 2 =", "answer": 3}\n')
     base = ("eval", "--model", tmp_path / "student", "--data", tmp_path / "sums.jsonl", "--max-new-tokens", 4)
     for options, policy in ((("--margin", 0.5), "Margin(at_least=0.5)"), (("--threshold", 0.5), None)):
-        shown = run(*base, *options, "--json", tmp_path / "report.json")
+        shown = run(*base, *options, "--json", tmp_path / "report.json").out
         report = json.loads((tmp_path / "report.json").read_text())
         assert report.get("policy") == policy
         assert (f"block {policy}" in shown) == (policy is not None)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from generators import streamed
+from helpers.generators import streamed
+from helpers.networks import BLOCK, decoder_of, network, requests, same, use_as_end_of_text
 from torch import Tensor
 
 from fewstep.decode.admission import positions_needed
-from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.block import Block
-from fewstep.decode.decoder import Decoder, Shape
+from fewstep.decode.decoder import Shape
 from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Order, Origin, Threshold
@@ -24,55 +24,9 @@ from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 
-BLOCK = 4
 TINY = 1e-6
 CONTEXTS = ("bidirectional", "causal", "block_causal")
-DREAM = {"right_shift_logits": True, "context_attention": "causal"}
 ROLES = ("autoregressive", "bidirectional", "block_causal", "shifted bidirectional", "shifted block_causal")
-
-
-def network(role: Any = "block_causal", **options: Any) -> Network:
-    """Random weights, large enough that tokens and confidences vary along a text. `role` may be a shifted one."""
-    unshifted = role.removeprefix("shifted ")
-    options = options if unshifted == role else DREAM | options
-    net = tiny_network(unshifted, block_size=BLOCK, head_scale=20, **options)
-    with torch.no_grad():
-        for weight in net.module.base_model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(10)
-    return net
-
-
-def decoder_of(net: Network, **settings: Any) -> Decoder:
-    match net.role.name:
-        case "autoregressive":
-            return Autoregressive(role=net.role, **settings)
-        case "bidirectional":
-            return Diffusion(role=net.role, **{"block_size": BLOCK, **settings})
-        case _:
-            return Block(role=net.role, **{"policy": Threshold(at_least=0.3), **settings})
-
-
-def requests(count: int = 8, **options: Any) -> list[Request]:
-    """Prompts of 1 to 22 tokens, limits of 9 to 23."""
-    return [
-        Request(
-            prompt_ids=[5 + (7 * i + 3 * j) % 50 for j in range(1 + 3 * i)], max_new_tokens=9 + 2 * i, seed=i, **options
-        )
-        for i in range(count)
-    ]
-
-
-def use_as_end_of_text(net: Network, token_id: int) -> None:
-    net.tokenizer.eos_token = net.tokenizer.convert_ids_to_tokens(token_id)
-
-
-def same(one: Output, other: Output) -> None:
-    assert one.token_ids == other.token_ids
-    assert one.num_forwards == other.num_forwards
-    assert torch.equal(one.canvas_ids_G, other.canvas_ids_G)
-    assert torch.equal(one.step_G, other.step_G)
-    torch.testing.assert_close(one.confidence_G, other.confidence_G)
 
 
 # The exact cache

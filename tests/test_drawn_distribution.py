@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.networks import block_draft_of
 from test_accelerators import answer_probabilities
 
 from fewstep.decode.decoder import Decoder
@@ -25,11 +26,8 @@ def target() -> Network:
 
 
 def block_draft() -> tuple[Network, Decoder]:
-    network, draft = (
-        target(),
-        tiny_network("block_causal", hidden=16, layers=1, head_scale=8, context_attention="causal"),
-    )
-    draft.module.load_state_dict(network.module.state_dict())
+    network = target()
+    draft = block_draft_of(network, hidden=16, layers=1, context_attention="causal")
     return network, Speculative(role=network.role, draft=draft, window=2)
 
 

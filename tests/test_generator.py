@@ -4,7 +4,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from generators import OPEN, Table, Tables
+from helpers.generators import OPEN, Table, Tables
 
 from fewstep.decode.generator import Generator, answer, rounds
 from fewstep.decode.loop import Loop

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from fewstep.cli.main import main
 from fewstep.decode.loop import decode
 from fewstep.decode.policies import DreamSchedule
 from fewstep.decode.requests import Record, Request
@@ -942,20 +942,12 @@ def test_an_existing_target_is_kept_unless_asked(tmp_path: Path) -> None:
 # The command
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and standard error of `fewstep import ...`."""
-    with pytest.raises(SystemExit) as stop:
-        main(["import", *map(str, arguments)])
-    code = stop.value.code
-    return (code if isinstance(code, int) else 0), capsys.readouterr().err
-
-
-def test_the_command_imports_checks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_imports_checks_and_reports(run: Run, tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", "dream")
-    code, said = run(capsys, source, tmp_path / "target", "--check", "--json", tmp_path / "report.json")
-    assert code == 0, said
-    assert "(Dream) imported into" in said
-    assert "logits differ by at most" in said
+    done = run("import", source, tmp_path / "target", "--check", "--json", tmp_path / "report.json")
+    assert done.code == 0, done.err
+    assert "(Dream) imported into" in done.err
+    assert "logits differ by at most" in done.err
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["family"], report["role"], report["dtype"]) == ("Dream", "bidirectional", "float32")
     assert report["difference"] < 1e-5
@@ -973,14 +965,12 @@ def test_the_command_imports_checks_and_reports(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(
-    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str, run: Run, tmp_path: Path
 ) -> None:
     write_source(tmp_path / "source", "llama")
     places = {name: str(tmp_path / name) for name in ("source", "target", "nowhere")}
-    code, said = run(capsys, *(places.get(argument, argument) for argument in arguments))
-    assert code == 2
+    said = run("import", *(places.get(argument, argument) for argument in arguments)).sentence()
     assert re.search(sentence, said)
-    assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "target").exists()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import Run
 
-from fewstep.cli.main import main
 from fewstep.engine.answers import answer_all, check_prompts
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
@@ -241,12 +241,6 @@ COMMANDS = {
 }
 
 
-def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(line.split())
-    return int(str(stopped.value.code)), capsys.readouterr().err
-
-
 def without_times(path: Path) -> Any:
     """What a file says, less what depends on the moment."""
 
@@ -265,11 +259,11 @@ def without_times(path: Path) -> Any:
 
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
 def test_a_command_that_was_interrupted_goes_on(
-    folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.chdir(folder)
     outputs = [folder / name for name in ("out.jsonl", "out.json") if name in line.split()]
-    assert run(line, capsys)[0] == 0
+    assert run(*line.split()).code == 0
     whole = [without_times(path) for path in outputs]
     for path in outputs:
         path.unlink()
@@ -288,14 +282,14 @@ def test_a_command_that_was_interrupted_goes_on(
         return generate(self, prompt, **{**options, **({"on_output": tell} if told else {})})
 
     monkeypatch.setattr(LanguageModel, "generate", interrupted)
-    code, told = run(line, capsys)
-    assert code == 143
-    assert ".kept: 4; repeat the command to go on\n" in told
+    done = run(*line.split())
+    assert done.code == 143
+    assert ".kept: 4; repeat the command to go on\n" in done.err
     assert not any(path.exists() for path in outputs)
-    assert "of a run with other settings (" in run(f"{line} --dtype bfloat16", capsys)[1]
-    code, told = run(line, capsys)
-    assert code == 0, told
-    assert "of 6 answers are kept in" in told or "of 12 answers are kept in" in told
+    assert "of a run with other settings (" in run(*line.split(), "--dtype", "bfloat16").err
+    done = run(*line.split())
+    assert done.code == 0, done.err
+    assert "of 6 answers are kept in" in done.err or "of 12 answers are kept in" in done.err
     assert [without_times(path) for path in outputs] == whole
     for path in outputs:
         path.unlink()
@@ -303,7 +297,7 @@ def test_a_command_that_was_interrupted_goes_on(
 
 
 def test_an_interrupted_collection_tells_of_its_shards_and_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyarrow")
     from fewstep.train import collect
@@ -321,9 +315,11 @@ def test_an_interrupted_collection_tells_of_its_shards_and_goes_on(
         return of_row(*arguments)
 
     monkeypatch.setattr(collect, "row_seed", interrupted)
-    code, told = run(line, capsys)
-    assert code == 143
-    assert re.search(r"interrupted; finished shards kept in .*traj: [12]; repeat the command to go on\n$", told), told
-    code, told = run(line, capsys)
-    assert code == 0
-    assert "3 shards (1 made now)" in told or "3 shards (2 made now)" in told
+    done = run(*line.split())
+    assert done.code == 143
+    assert re.search(r"interrupted; finished shards kept in .*traj: [12]; repeat the command to go on\n$", done.err), (
+        done.err
+    )
+    done = run(*line.split())
+    assert done.code == 0
+    assert "3 shards (1 made now)" in done.err or "3 shards (2 made now)" in done.err

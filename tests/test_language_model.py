@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from helpers.networks import lively
 
 import fewstep
 from fewstep.decode.decoder import threshold_rule
@@ -18,7 +18,6 @@ from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import save_network
 from fewstep.models.roles import Role
-from fewstep.models.tiny import tiny_network
 
 BLOCK_CAUSAL = Role(name="block_causal", block_size=8, mask_token_id=2)
 BIDIRECTIONAL = Role(name="bidirectional", block_size=8, mask_token_id=2)
@@ -26,12 +25,7 @@ AUTOREGRESSIVE = Role(name="autoregressive")
 
 
 def model(role: Any = "block_causal") -> LanguageModel:
-    net = tiny_network(role, head_scale=20)
-    with torch.no_grad():
-        for weight in net.module.base_model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(10)
-    return LanguageModel(net)
+    return LanguageModel(lively(role))
 
 
 # Generate

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tokens import medusa_heads, tiny
-from test_contract import mixed
-from test_decoders import network
-from test_self_speculative import drafting
+from helpers.networks import mixed, network, with_random_adapter
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -57,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def case(name: str) -> tuple[Network, Decoder]:
     role, settings = CASES[name]
     if name.startswith("self-speculative"):
-        net = drafting()
+        net = with_random_adapter(8)
     elif name.startswith("medusa"):
         lm = tiny("autoregressive")
         return lm.network, lm.decoder(heads=medusa_heads(), **settings)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.packed import batch_of, forward_of, unpacked_logits
 from torch.testing import assert_close
 
 from fewstep.decode.block import Block
@@ -19,14 +20,13 @@ from fewstep.decode.policies import Threshold
 from fewstep.decode.requests import Record, Request
 from fewstep.errors import FewstepError
 from fewstep.models.load import network_hash
-from fewstep.models.masks import Layout
-from fewstep.models.network import Network, Plan
+from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 from fewstep.train import losses
 from fewstep.train.cdlm import BlockOrders, CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
 from fewstep.train.corruption import BlockCorruption, Corruption, later_state, stratified_uniform
-from fewstep.train.documents import Batch, CanvasLengths, PackedDocuments
+from fewstep.train.documents import CanvasLengths, PackedDocuments
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.packing import best_fit, pack
@@ -43,41 +43,6 @@ ANSWERS = [[20, 21, 22, 23, 24, 1], [30, 31, 1], [40, 41, 42, 43, 44, 45, 46, 47
 @pytest.fixture
 def examples() -> Examples:
     return Examples.from_ids(PROMPTS, ANSWERS)
-
-
-def batch_of(objective, num_rows=2, row_length=40, order=(0, 1, 2)) -> Batch:
-    chosen = np.array(order)
-    lengths = objective.segment_lengths(chosen, np.random.default_rng(0))
-    starts = best_fit(lengths.sum(1), num_rows, row_length)
-    assert len(starts) == len(order)
-    in_place = starts.argsort()
-    chosen, starts = chosen[in_place], starts[in_place]
-    segments = torch.from_numpy(lengths[in_place])
-    return Batch(torch.from_numpy(chosen), segments, pack(torch.from_numpy(starts), segments, num_rows, row_length))
-
-
-def forward_of(network, calls=None):
-    """The network as objectives call it, dense and in evaluation mode; `calls` collects the arguments."""
-
-    def forward(tokens_RT, positions_RT, layout: Layout, rows_S, adapted_RT=None, *, gradient=True):
-        if calls is not None:
-            calls.append((tokens_RT, positions_RT, layout, rows_S))
-        hidden = network.module.base_model(
-            input_ids=tokens_RT, attention_mask=layout.dense(), position_ids=positions_RT, use_cache=False
-        ).last_hidden_state
-        logits = network.module.get_output_embeddings()(hidden.flatten(0, 1)[rows_S])
-        return logits if gradient else logits.detach()
-
-    return forward
-
-
-def unpacked_logits(network, tokens: list[int], context: int) -> torch.Tensor:
-    """Logits [T, V] of one plain uncached forward in the network's role."""
-    ids = torch.tensor([tokens])
-    positions = torch.arange(len(tokens))[None]
-    blocks = network.role.blocks(positions, torch.tensor([[context]]))
-    hidden = network.hidden(Plan("full", ids, positions, blocks, None, positions))
-    return network.module.get_output_embeddings()(hidden)[0]
 
 
 def test_best_fit_takes_the_fullest_row_and_ends_at_the_first_document_without_room():
@@ -98,7 +63,7 @@ def test_pack_names_document_segment_and_index_of_every_position():
 def test_noisy_blocks_of_the_packed_forward_equal_unpacked_forwards(examples, context_attention):
     network = tiny_network("block_causal", context_attention=context_attention, head_scale=20)
     objective = MaskedDiffusionObjective(network.role, examples, eos_token_id=1)
-    batch, calls = batch_of(objective), []
+    batch, calls = batch_of(objective, range(3)), []
     generator = torch.Generator().manual_seed(5)
     objective.loss(forward_of(network, calls), objective.prepare(batch, generator))
     tokens, positions, layout, _ = calls[0]
@@ -126,7 +91,7 @@ def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_firs
     objective = MaskedDiffusionObjective(network.role, examples, 1, corruption=Corruption(untouched=0.3))
     whole = 0
     for seed in range(8):
-        batch, calls = batch_of(objective), []
+        batch, calls = batch_of(objective, range(3)), []
         loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         tokens = calls[0][0]
         documents = PackedDocuments(network.role, examples, batch, 1)
@@ -149,7 +114,7 @@ def test_with_shifted_logits_a_block_is_scored_from_one_row_earlier_and_its_firs
 def test_causal_objective_is_the_mean_next_token_loss_of_the_completions(examples):
     network = tiny_network("autoregressive", head_scale=20)
     objective = CausalObjective(network.role, examples, 1)
-    loss = objective.loss(forward_of(network), objective.prepare(batch_of(objective), torch.Generator()))
+    loss = objective.loss(forward_of(network), objective.prepare(batch_of(objective, range(3)), torch.Generator()))
     terms = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         logp = unpacked_logits(network, prompt + answer, len(prompt)).log_softmax(-1)
@@ -172,7 +137,7 @@ def test_bidirectional_loss_equals_unpacked_forwards(examples, canvases, shape):
         corruption=Corruption(leftward=0.5, frontier=0.3, late=0.3, late_tokens=(21, 42, 43)),
         canvases=canvases,
     )
-    batch, calls = batch_of(objective, 3, 60), []
+    batch, calls = batch_of(objective, range(3), num_rows=3, row_length=60), []
     loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(1)))
     tokens, _, _, rows = calls[0]
     documents = PackedDocuments(network.role, examples, batch, 1, canvases=canvases)
@@ -216,7 +181,7 @@ def test_leftward_corruption_unmasks_earlier_blocks_masks_later_ones_and_scores_
         corruption=Corruption(leftward=1.0),
         canvas=CanvasLengths(block_size=4, weights=(0, 0, 1)),
     )
-    batch, calls = batch_of(objective, 3, 30), []
+    batch, calls = batch_of(objective, range(3), num_rows=3, row_length=30), []
     objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(3)))
     tokens, _, _, rows = calls[0]
     documents = PackedDocuments(network.role, examples, batch, 1)
@@ -247,7 +212,7 @@ def test_visited_states_unmask_the_networks_most_confident_positions_and_score_t
     )
     unmasked_counts = []
     for seed in range(20):
-        batch, calls = batch_of(objective, 3, 30), []
+        batch, calls = batch_of(objective, range(3), num_rows=3, row_length=30), []
         prepared = objective.prepare(batch, torch.Generator().manual_seed(seed))
         loss = objective.loss(forward_of(network, calls), prepared)
         (before, _, _, rows), (after, _, _, same_rows) = calls
@@ -286,7 +251,7 @@ def test_late_tokens_are_masked_from_a_point_on_and_others_seldom():
     )
     counts = torch.zeros(12)
     for seed in range(200):
-        batch, calls = batch_of(objective, 1, 32, [0]), []
+        batch, calls = batch_of(objective, [0], num_rows=1, row_length=32), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         masked = calls[0][0].flatten()[2:14] == 2
         of_late = masked[0::2].tolist()
@@ -331,7 +296,7 @@ def test_blocks_of_a_block_causal_network_mask_late_tokens_or_all_after_a_point(
     def masked_blocks(**shares):
         objective = MaskedDiffusionObjective(role, examples, 1, corruption=Corruption(untouched=0, **shares))
         for seed in range(100):
-            batch = batch_of(objective, 1, 32, [0])
+            batch = batch_of(objective, [0], num_rows=1, row_length=32)
             inputs = objective.prepare(batch, torch.Generator().manual_seed(seed)).inputs
             yield from (inputs.tokens_RT.flatten()[2:14] == 2).view(2, 6)
 
@@ -347,7 +312,7 @@ def test_a_block_causal_network_goes_on_from_a_state_of_each_block(examples):
     objective = MaskedDiffusionObjective(network.role, examples, 1, corruption=Corruption(visited=1.0))
     went_on = 0
     for seed in range(10):
-        batch, calls = batch_of(objective, 3, 40), []
+        batch, calls = batch_of(objective, range(3), num_rows=3, row_length=40), []
         prepared = objective.prepare(batch, torch.Generator().manual_seed(seed))
         loss = objective.loss(forward_of(network, calls), prepared)
         documents = PackedDocuments(network.role, examples, batch, 1)
@@ -400,7 +365,7 @@ def test_positions_of_one_pass_open_together_and_a_later_state_is_another_one():
     objective = CDLMObjective(network.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
     seen: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
     for seed in range(300):
-        batch, calls = batch_of(objective, 1, 32, [0]), []
+        batch, calls = batch_of(objective, [0], num_rows=1, row_length=32), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         now, later = (call[0][0, 3:11].tolist() for call in calls)
         for block in range(2):
@@ -432,7 +397,7 @@ def test_cdlm_states_are_prefixes_of_each_blocks_own_order_and_y_star_is_later()
     network = tiny_network("block_causal")
     objective, finals, ranks = cdlm(network, CDLMSettings(denoising=0.0))
     for seed in range(20):
-        batch, calls = batch_of(objective), []
+        batch, calls = batch_of(objective, range(3)), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         documents = PackedDocuments(network.role, objective.examples, batch, 1)
         (tokens, *_), (later_tokens, *_) = calls
@@ -456,7 +421,7 @@ def test_cdlm_states_with_shifted_logits_open_a_blocks_first_position_first():
     objective, finals, _ = cdlm(network, CDLMSettings(denoising=0.0))
     unmasked_early = 0
     for seed in range(20):
-        batch, calls = batch_of(objective), []
+        batch, calls = batch_of(objective, range(3)), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         documents = PackedDocuments(network.role, objective.examples, batch, 1)
         for tokens, *_ in calls:
@@ -473,7 +438,7 @@ def test_cdlm_losses_equal_plain_sums():
     network = tiny_network("block_causal", head_scale=20)
     settings = CDLMSettings(distillation=1.0, consistency=0.5, denoising=0.0)
     objective, _, _ = cdlm(network, settings)
-    batch, calls = batch_of(objective), []
+    batch, calls = batch_of(objective, range(3)), []
     loss = objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(7)))
     (tokens, positions, layout, rows), (later_tokens, _, _, later_rows) = calls
     documents = PackedDocuments(network.role, objective.examples, batch, 1)
@@ -498,7 +463,8 @@ def test_cdlm_trains_references_beside_trajectories(examples):
     objective, _, _ = cdlm(network, CDLMSettings(denoising=0.1), references=examples)
     assert objective.num_examples == 6
     loss = objective.loss(
-        forward_of(network), objective.prepare(batch_of(objective, 6, 40, range(6)), torch.Generator().manual_seed(0))
+        forward_of(network),
+        objective.prepare(batch_of(objective, range(6), num_rows=6, row_length=40), torch.Generator().manual_seed(0)),
     )
     assert set(loss.parts) == {"distillation", "consistency", "denoising"}
     assert loss.total.isfinite()
@@ -508,7 +474,7 @@ def test_in_cdlm_references_go_on_by_themselves_and_trajectories_stay_as_they_ar
     network = tiny_network("block_causal")
     settings = CDLMSettings(denoising=1.0, consistency=0.5)
     objective, _, _ = cdlm(network, settings, references=examples, corruption=BlockCorruption(visited=1.0))
-    batch, calls = batch_of(objective, 6, 40, range(6)), []
+    batch, calls = batch_of(objective, range(6), num_rows=6, row_length=40), []
     prepared = objective.prepare(batch, torch.Generator().manual_seed(1))
     loss = objective.loss(forward_of(network, calls), prepared)
     (before, _, _, _), (after, _, _, _), _ = calls
@@ -528,7 +494,7 @@ def test_untouched_blocks_of_trajectories_and_of_references_are_counted_apart(ex
         settings = CDLMSettings(denoising=1.0, consistency=0.0, untouched=of_trajectories)
         corruption = BlockCorruption(untouched=of_references)
         objective, _, _ = cdlm(network, settings, references=examples, corruption=corruption)
-        batch = batch_of(objective, 6, 40, range(6))
+        batch = batch_of(objective, range(6), num_rows=6, row_length=40)
         documents = PackedDocuments(network.role, objective.examples, batch, 1)
         reference_RT = batch.examples_N[documents.document_RT] >= objective.num_trajectories
         whole = {True: [], False: []}
@@ -666,7 +632,9 @@ def test_a_batch_with_nothing_to_score_costs_nothing_and_has_a_gradient():
     objective, *_ = cdlm(network, CDLMSettings(denoising=0.1), references=Examples.from_ids(PROMPTS, ANSWERS))
     objective.rank_P.zero_()
     objective.orders.count_P.zero_()
-    loss = objective.loss(forward_of(network), objective.prepare(batch_of(objective), torch.Generator().manual_seed(0)))
+    loss = objective.loss(
+        forward_of(network), objective.prepare(batch_of(objective, range(3)), torch.Generator().manual_seed(0))
+    )
     assert {name: float(part) for name, part in loss.parts.items()} == dict.fromkeys(
         ("distillation", "denoising", "consistency"), 0.0
     )
@@ -729,7 +697,8 @@ def test_a_table_is_what_the_teacher_did_and_said(kind, tmp_path):
         assert found > 0
         assert_close(stored.divergence(exact, "forward"), torch.tensor(0.0), atol=1e-4, rtol=0)
     loss = objective.loss(
-        forward_of(student), objective.prepare(batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(1))
+        forward_of(student),
+        objective.prepare(batch_of(objective, range(5), num_rows=4, row_length=60), torch.Generator().manual_seed(1)),
     )
     assert loss.total.isfinite()
 
@@ -746,7 +715,7 @@ def test_given_positions_are_open_from_the_start_and_unfinished_ones_never():
     objective = CDLMObjective(network.role, table, 1, settings=CDLMSettings(direction="hard", denoising=0))
     seen = set()
     for seed in range(10):
-        batch, calls = batch_of(objective, 1, 16, [0]), []
+        batch, calls = batch_of(objective, [0], num_rows=1, row_length=16), []
         objective.loss(forward_of(network, calls), objective.prepare(batch, torch.Generator().manual_seed(seed)))
         seen.add((tuple(calls[0][0][0, 3:7].tolist()), tuple((calls[0][3] - 3).tolist())))
     assert seen == {((20, 2, 2, 2), (1, 3)), ((20, 2, 2, 23), (1,))}
@@ -832,7 +801,8 @@ def test_a_relabelled_store_trains_the_student_and_names_both(tmp_path):
     assert table.of_student
     objective = CDLMObjective(student.role, table, 1, references=references)
     loss = objective.loss(
-        forward_of(student), objective.prepare(batch_of(objective, 4, 60, range(5)), torch.Generator().manual_seed(0))
+        forward_of(student),
+        objective.prepare(batch_of(objective, range(5), num_rows=4, row_length=60), torch.Generator().manual_seed(0)),
     )
     assert loss.total.isfinite()
     with pytest.raises(FewstepError, match="direction hard would teach the student its own tokens"):

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from generators import streamed
+from helpers.command import Run
+from helpers.generators import streamed
+from helpers.networks import with_random_adapter
+from helpers.packed import batch_of
 from peft import PeftModel
 from torch.testing import assert_close
 
-from fewstep.cli.main import main
 from fewstep.decode.admission import positions_needed
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.loop import Loop, decode, run_pass
@@ -27,11 +28,9 @@ from fewstep.models.load import load_network, save_network, weights_hash
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
 from fewstep.train.causal_records import collect_texts, read_texts
-from fewstep.train.documents import Batch
 from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings, add_gated_lora
-from fewstep.train.packing import best_fit, pack
 from fewstep.train.records import PromptRow
 from fewstep.train.settings import TrainSettings
 from fewstep.train.trainer import train
@@ -49,19 +48,6 @@ def base() -> Network:
 @pytest.fixture(scope="module")
 def own_texts(base: Network) -> list[Output]:
     return decode(base, REQUESTS, Autoregressive(role=base.role))
-
-
-def drafting(seed: int = 0) -> Network:
-    """The same network with a random adapter, whose guesses are nearly all wrong."""
-    network = add_gated_lora(
-        tiny_network("autoregressive", head_scale=20), LoRASettings(rank=4, alpha=4), block_size=BLOCK
-    )
-    assert network.adapter is not None
-    torch.manual_seed(seed)
-    for name, parameter in network.adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return network
 
 
 def self_speculative(network: Network, **settings: object) -> SelfSpeculative:
@@ -82,7 +68,7 @@ CYCLES: list[dict[str, object]] = [
 def test_greedy_texts_are_those_of_autoregressive_decoding(
     own_texts: list[Output], settings: dict[str, object], batch_size: int
 ) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     outputs = decode(network, REQUESTS, self_speculative(network, **settings), batch_size=batch_size)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
 
@@ -91,7 +77,8 @@ def test_greedy_texts_are_those_of_autoregressive_decoding(
 def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(
     base: Network, settings: dict[str, object]
 ) -> None:
-    network, samplings = drafting(), [Sampling(temperature=0.8, top_k=20), Sampling(), Sampling(temperature=1.2)]
+    network = with_random_adapter(BLOCK)
+    samplings = [Sampling(temperature=0.8, top_k=20), Sampling(), Sampling(temperature=1.2)]
     asked = [replace(request, sampling=samplings[i % 3], early_stop=i < 4) for i, request in enumerate(REQUESTS)]
     wanted = decode(base, asked, Autoregressive(role=base.role))
     outputs = decode(network, asked, self_speculative(network, **settings), batch_size=3)
@@ -101,7 +88,7 @@ def test_sampled_texts_are_those_of_autoregressive_decoding_with_the_same_seed(
 @pytest.mark.parametrize("settings", CYCLES)
 def test_a_text_does_not_depend_on_its_companions(settings: dict[str, object]) -> None:
     """Which join and leave while it is under way."""
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     decoder = self_speculative(network, **settings)
     loop = Loop(network, decoder, num_slots=3, length=max(positions_needed(decoder, one) for one in REQUESTS))
     together: dict[int, Output] = {}
@@ -116,7 +103,7 @@ def test_a_text_does_not_depend_on_its_companions(settings: dict[str, object]) -
 
 
 def test_auto_tries_every_cycle_and_length_and_gives_the_same_texts(own_texts: list[Output]) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     decoder = self_speculative(network, cycle="auto", window=6)
     assert decoder.lengths == (6, 3, 2)
     tried: set[str] = set()
@@ -141,7 +128,7 @@ def test_auto_tries_every_cycle_and_length_and_gives_the_same_texts(own_texts: l
 
 
 def test_sampled_texts_of_auto_are_those_of_autoregressive_decoding(base: Network) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     asked = [replace(request, sampling=Sampling(temperature=0.9)) for request in REQUESTS]
     wanted = decode(base, asked, Autoregressive(role=base.role))
     for window in (1, 5):
@@ -150,7 +137,7 @@ def test_sampled_texts_of_auto_are_those_of_autoregressive_decoding(base: Networ
 
 
 def test_a_stream_tells_every_token_with_its_pass() -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     for settings in CYCLES:
         told, output = streamed(network, REQUESTS[2], self_speculative(network, **settings))
         assert [event.token_id for event in told] == output.token_ids
@@ -158,7 +145,7 @@ def test_a_stream_tells_every_token_with_its_pass() -> None:
 
 
 def test_without_adapted_rows_logits_are_exactly_the_bases(base: Network) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     tokens = torch.tensor([[3, 10, 11, 12]])
     assert network.adapter is not None
     with torch.no_grad():
@@ -170,33 +157,16 @@ def test_without_adapted_rows_logits_are_exactly_the_bases(base: Network) -> Non
     assert not torch.equal(logits[:, 3], wanted[:, 3])
 
 
-def exit_code(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
-
-
-def batch_of(objective: DraftObjective, *, rows: int = 2, row_length: int = 256) -> Batch:
-    examples_N = torch.arange(objective.num_examples)
-    lengths = objective.segment_lengths(examples_N.numpy(), np.random.default_rng(0))
-    starts = best_fit(lengths.sum(1), rows, row_length)
-    assert len(starts) == objective.num_examples
-    order = starts.argsort()
-    segments = torch.from_numpy(lengths[order])
-    packed = pack(torch.from_numpy(starts[order]), segments, rows, row_length)
-    return Batch(examples_N[torch.from_numpy(order)], segments, packed)
-
-
 @pytest.mark.parametrize("divergence", [0.0, 1.0])
 def test_packed_drafts_are_those_that_decoding_makes(own_texts: list[Output], divergence: float) -> None:
     """Each mask's logits in the packed forward are those of [clean tokens before the start | masks] alone."""
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     adapter = network.adapter
     assert adapter is not None
     examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
     settings = DraftSettings(block_size=BLOCK, starts=3, divergence=divergence)
     objective = DraftObjective(network, examples, settings=settings)
-    batch = batch_of(objective, rows=4)
+    batch = batch_of(objective, num_rows=4, row_length=256)
     prepared = objective.prepare(batch, torch.Generator().manual_seed(0))
     inputs = prepared.inputs
     mask = inputs.layout.dense()
@@ -244,13 +214,13 @@ def test_packed_drafts_are_those_that_decoding_makes(own_texts: list[Output], di
 
 
 def test_visited_places_come_first(own_texts: list[Output]) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     examples = Examples.from_ids(PROMPTS, [output.token_ids for output in own_texts])
     visited = torch.zeros(len(examples.completion_ids), dtype=torch.bool)
     visited[examples.completion_offsets[:-1] + 2] = True
     settings = DraftSettings(block_size=BLOCK, starts=1, visited=1.0)
     objective = DraftObjective(network, examples, visited=visited, settings=settings)
-    prepared = objective.prepare(batch_of(objective), torch.Generator().manual_seed(0))
+    prepared = objective.prepare(batch_of(objective, row_length=256), torch.Generator().manual_seed(0))
     context_RT = torch.tensor([len(ids) for ids in PROMPTS])
     first_rows = prepared.inputs.rows_S[::BLOCK]
     starts = prepared.inputs.positions_RT.flatten()[first_rows]
@@ -258,10 +228,10 @@ def test_visited_places_come_first(own_texts: list[Output]) -> None:
 
 
 def test_the_length_of_a_certain_draft_is_all_of_it() -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     examples = Examples.from_ids([[3, 4]], [list(range(10, 40))])
     objective = DraftObjective(network, examples, settings=DraftSettings(block_size=BLOCK, starts=2))
-    prepared = objective.prepare(batch_of(objective, rows=1), torch.Generator().manual_seed(1))
+    prepared = objective.prepare(batch_of(objective, num_rows=1, row_length=256), torch.Generator().manual_seed(1))
     logits = torch.nn.functional.one_hot(prepared.truth_UB.flatten(), network.vocab_size) * 100.0
     loss = objective.loss(lambda *inputs, **options: logits, prepared)
     assert_close(loss.parts["accepted"], prepared.valid_UB.sum() / 2)
@@ -294,7 +264,8 @@ def test_training_makes_passes_fewer_and_a_folder_that_load_takes(trained: Path,
     assert isinstance(lm.decoder(), SelfSpeculative)
     outputs = decode(lm.network, REQUESTS, self_speculative(lm.network, window=BLOCK - 1))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in own_texts]
-    untrained = decode(drafting(), REQUESTS, self_speculative(drafting(), window=BLOCK - 1))
+    random = with_random_adapter(BLOCK)
+    untrained = decode(random, REQUESTS, self_speculative(random, window=BLOCK - 1))
     assert sum(o.num_forwards for o in outputs) < 0.75 * sum(o.num_forwards for o in untrained)
     two_pass = decode(lm.network, REQUESTS, self_speculative(lm.network, window=BLOCK - 1, cycle="two-pass"))
     assert [output.token_ids for output in two_pass] == [output.token_ids for output in own_texts]
@@ -382,11 +353,8 @@ def test_a_damaged_description_is_one_sentence(trained: Path, tmp_path: Path, se
         load_network(tmp_path / "home" / "draft")
 
 
-def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert exit_code("merge", str(trained / "draft"), "--output", str(tmp_path / "merged")) == 2
-    assert "its gate would be lost" in capsys.readouterr().err
+def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(trained: Path, run: Run, tmp_path: Path) -> None:
+    assert "its gate would be lost" in run("merge", trained / "draft", "--output", tmp_path / "merged").sentence()
     assert not (tmp_path / "merged").exists()
     with pytest.raises(FewstepError, match="it cannot play block_causal"):
         load_network(trained / "draft", role="block_causal")
@@ -403,7 +371,7 @@ def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(
     ],
 )
 def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, object], complaint: str) -> None:
-    network = drafting()
+    network = with_random_adapter(BLOCK)
     with pytest.raises(FewstepError, match=complaint):
         decode(network, REQUESTS[-1:], LanguageModel(network).decoder(decoder="self-speculative", **settings))
 
@@ -413,21 +381,20 @@ def test_a_model_without_an_adapter_cannot_run_the_decoder(base: Network) -> Non
         LanguageModel(base).decoder(decoder="self-speculative")
 
 
-def test_texts_are_collected_read_and_trained_on(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_are_collected_read_and_trained_on(trained: Path, run: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"id": i, "prompt": f"{i} + {i}"}) + "\n" for i in range(6)))
     base = str(trained / "base")
     collected = ["collect", "--model", base, "--data", str(rows), "--output", str(tmp_path / "texts")]
-    assert exit_code(*collected, "--decoder", "autoregressive", "--max-new-tokens", "12") == 0
-    assert "texts, 0 rejected" in capsys.readouterr().err
+    told = run(*collected, "--decoder", "autoregressive", "--max-new-tokens", "12")
+    assert told.code == 0
+    assert "texts, 0 rejected" in told.err
     network = load_network(base)
     texts, visited = read_texts(tmp_path / "texts", network)
     assert (len(texts), visited) == (6, None)
     options = ["--lora-rank", "4", "--block-size", "4", "--max-steps", "2", "--rows", "1", "--row-length", "256"]
     trains = ["train", "draft", "--model", base, "--texts", str(tmp_path / "texts"), "--output", str(tmp_path / "d")]
-    assert exit_code(*trains, *options) == 0
+    assert run(*trains, *options).code == 0
     assert load(tmp_path / "d").generate("1 + 1", max_new_tokens=5).num_tokens > 0
 
 

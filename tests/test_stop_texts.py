@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from test_language_model import model
+from helpers.networks import lively
 
 from fewstep.cli.main import main
 from fewstep.engine.language_model import LanguageModel
@@ -31,7 +31,7 @@ def cut_by_hand(lm: LanguageModel, prompt: str, stop: list[str]) -> tuple[str, i
 
 @pytest.mark.parametrize("role", ROLES)
 def test_an_answer_ends_with_the_step_that_completed_a_stop_text(role: Any) -> None:
-    lm = model(role)
+    lm = LanguageModel(lively(role))
     wholes = [lm.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS]
     stop = [wholes[0][5:7], wholes[1][9:12], "not there"]
     outputs = lm.generate(PROMPTS, max_new_tokens=24, stop=stop)
@@ -92,7 +92,7 @@ def test_one_stop_text_may_be_given_as_it_is_and_none_may_be_empty() -> None:
     with pytest.raises(FewstepError, match="stop"):
         GenerationSettings.of(stop=[1])
     with pytest.raises(FewstepError, match="infilling takes no stop"):
-        model("bidirectional").infill("a", "b", num_tokens=2, stop="c")
+        LanguageModel(lively("bidirectional")).infill("a", "b", num_tokens=2, stop="c")
 
 
 def test_the_command_line_takes_stop_texts(capsys: pytest.CaptureFixture[str]) -> None:

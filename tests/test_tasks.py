@@ -1,10 +1,10 @@
 """Tasks by name: their problems, what a right answer is, and what is refused in one sentence."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.files import write_lines
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
@@ -18,11 +18,6 @@ from fewstep.tasks.registry import TASKS, task_named
 from fewstep.tasks.scoring import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def write_lines(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

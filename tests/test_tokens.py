@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from generators import Tables, streamed
+from helpers.generators import Tables, streamed
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.files import contents
 from torch.testing import assert_close
 
 import fewstep.train.collect
@@ -72,10 +73,6 @@ def gather(folder: Path, rows=None, **changes):
     return collect(changes.pop("decode_rows", decode), rows or prompts(), folder, **(options | changes))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def test_what_was_recorded_is_read_back(tmp_path):
     report = gather(tmp_path / "t", seed=5)
     assert (report.num_shards, report.num_records, report.num_rejected) == (4, 10, 0)
@@ -130,7 +127,7 @@ def test_the_number_of_workers_does_not_change_a_byte(tmp_path):
     gather(tmp_path / "one")
     for k in (2, 0, 1):
         gather(tmp_path / "three", worker=(k, 3))
-    assert content(tmp_path / "one") == content(tmp_path / "three")
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
     with pytest.raises(FewstepError, match="worker 3 of 3 does not exist"):
         gather(tmp_path / "three", worker=(3, 3))
 
@@ -165,7 +162,7 @@ def test_a_killed_collection_is_finished_to_the_same_bytes(tmp_path):
     assert process.stdout.readline() == b"writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(content(tmp_path / "killed")) == 4  # manifest, two shards and a leftover
+    assert len(contents(tmp_path / "killed")) == 4  # manifest, two shards and a leftover
     with pytest.raises(FewstepError, match="2 of 4 shards; run collect again"):
         TrajectoryStore(tmp_path / "killed")
 
@@ -178,7 +175,7 @@ def test_a_killed_collection_is_finished_to_the_same_bytes(tmp_path):
     report = gather(tmp_path / "killed", decode_rows=counting)
     assert decoded == ["p6", "p7", "p8", "p9"]
     assert (report.num_shards, report.num_shards_made_now, report.num_records) == (4, 2, 10)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert gather(tmp_path / "killed", decode_rows=None).num_shards_made_now == 0
 
 
@@ -198,10 +195,10 @@ def test_an_interrupted_collection_keeps_the_shards_it_had(tmp_path, monkeypatch
         patch.setattr(pq, "write_table", failing)
         with pytest.raises(seen):
             gather(tmp_path / "t")
-    assert sorted(content(tmp_path / "t")) == ["manifest.json", "shard-00000.parquet"]
+    assert sorted(contents(tmp_path / "t")) == ["manifest.json", "shard-00000.parquet"]
     gather(tmp_path / "t")
     gather(tmp_path / "whole")
-    assert content(tmp_path / "t") == content(tmp_path / "whole")
+    assert contents(tmp_path / "t") == contents(tmp_path / "whole")
 
 
 def test_ctrl_c_while_decoding_keeps_the_shard_being_written(tmp_path):
@@ -212,7 +209,7 @@ def test_ctrl_c_while_decoding_keeps_the_shard_being_written(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         gather(tmp_path / "t", decode_rows=interrupted)
-    assert sorted(content(tmp_path / "t")) == ["manifest.json", "shard-00000.parquet"]
+    assert sorted(contents(tmp_path / "t")) == ["manifest.json", "shard-00000.parquet"]
 
 
 def test_rejected_records_are_counted_also_by_a_rerun(tmp_path):
@@ -294,7 +291,7 @@ def test_a_shard_of_another_teacher_or_schema_or_place_is_named(tmp_path, monkey
 
 def test_a_damaged_shard_is_named_and_can_be_made_again(tmp_path):
     gather(tmp_path / "t")
-    whole = content(tmp_path / "t")
+    whole = contents(tmp_path / "t")
     shard = tmp_path / "t" / "shard-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(FewstepError, match=r"shard-00001\.parquet is damaged .*; delete it and collect again"):
@@ -308,7 +305,7 @@ def test_a_damaged_shard_is_named_and_can_be_made_again(tmp_path):
         TrajectoryStore(tmp_path / "t").load()
     shard.unlink()
     gather(tmp_path / "t")
-    assert content(tmp_path / "t") == whole
+    assert contents(tmp_path / "t") == whole
 
 
 def test_an_output_that_lacks_what_is_to_be_stored_is_refused(tmp_path):
@@ -450,10 +447,10 @@ def test_workers_and_reruns_of_a_real_teacher_make_the_same_bytes(tmp_path):
     collect_from_teacher(tmp_path / "one", network, distribution)
     for k in (1, 0):
         collect_from_teacher(tmp_path / "two", network, distribution, worker=(k, 2))
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     (tmp_path / "two" / "shard-00001.parquet").unlink()
     collect_from_teacher(tmp_path / "two", network, distribution)
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_causal_model_has_no_diffusion_trajectories():
