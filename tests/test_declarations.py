@@ -158,7 +158,7 @@ def test_a_setting_named_like_another_option_of_a_command_is_told_of(
     setting = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0.5)
     vars(clashing)["__signature__"] = inspect.Signature([setting])
     monkeypatch.setitem(POLICIES, "clashing", clashing)
-    with pytest.raises(FewstepError, match=rf"would have (--)?{name} twice: .* give the setting \w+ another name$"):
+    with pytest.raises(FewstepError, match=rf"would have (--)?{name} twice: .* give that setting another name$"):
         reload(fewstep.cli.main)
     monkeypatch.undo()
     reload(fewstep.cli.main)

@@ -242,7 +242,7 @@ def _check_apart(command: str, parameters: Sequence[inspect.Parameter]) -> None:
         if twice := seen & (own := {parameter.name, *_names(parameter)}):
             raise FewstepError(
                 f"{command} would have {sorted(twice)[0]} twice: a setting of a decoder or policy is named like "
-                f"another option or argument of it; give the setting {parameter.name} another name"
+                f"another option or argument of it; give that setting another name"
             )
         seen |= own
 
