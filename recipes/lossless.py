@@ -26,13 +26,19 @@ from fewstep.models.medusa import MedusaHeads, save_heads
 from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
-MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher")
+MODELS = ("gsm-ar", "gsm-cllm", "gsm-teacher", "gsm-draft")
 COLUMNS = {
     "model": lambda row: row["model"],
     "decoder": lambda row: row["decoder"],
     "the same": lambda row: f"{row['same']} of {row['n']}",
     "tokens per pass": figure(".2f", "tokens_per_forward"),
 }
+
+DRAFTER: dict[str, dict[str, Any]] = {
+    "autoregressive": {"decoder": "autoregressive"},
+    **{f"self-speculative, {cycle}": {"cycle": cycle} for cycle in ("two-pass", "fused", "auto")},
+}
+"""What is compared of a model with a gated adapter."""
 
 
 def settings_of(draft: str, heads: Path) -> dict[str, dict[str, Any]]:
@@ -75,10 +81,14 @@ def main(
         lm = load(name, role="autoregressive", dtype="float32", device=device)
         draft = next(other for other in ("gsm-ar", "gsm-cllm") if other != name)
         with tempfile.TemporaryDirectory() as folder:
-            save_heads(MedusaHeads.of(lm.network, 3), Path(folder) / "heads", lm.network)
+            if lm.network.adapter is None:
+                save_heads(MedusaHeads.of(lm.network, 3), Path(folder) / "heads", lm.network)
+                compared = settings_of(draft, Path(folder) / "heads")
+            else:
+                compared = DRAFTER
             outputs = {
                 decoder: lm.generate(questions, batch_size=batch_size, max_new_tokens=max_new_tokens, **settings)
-                for decoder, settings in settings_of(draft, Path(folder) / "heads").items()
+                for decoder, settings in compared.items()
             }
         expected = outputs.pop("autoregressive")
         of_model = [row_of(name, decoder, answers, expected) for decoder, answers in outputs.items()]
