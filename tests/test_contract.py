@@ -15,7 +15,7 @@ from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.loop import Loop, decode, loop_for, run_pass
-from fewstep.decode.policies import EvenSplit, Factor, Margin, Threshold
+from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Margin, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
@@ -206,6 +206,41 @@ def test_a_cancelled_request_leaves_the_others_alone_and_its_slot_to_the_next(na
     assert sorted(outputs) == sorted(set(numbers) - {begun, numbers[4]})
     for number, output in outputs.items():
         same(output, decode(net, [asked[number]], decoder)[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("num_rounds", [1, 2, 4])
+def test_a_cancelled_request_has_the_final_tokens_before_its_first_open_position(name: str, num_rounds: int) -> None:
+    net, decoder, asked = case(name)
+    loop = Loop(net, decoder, num_slots=8, length=max(positions_needed(decoder, request) for request in asked))
+    asked = [replace(request, early_stop=True, max_new_tokens=30) for request in asked]
+    told: dict[int, dict[int, int]] = {loop.submit(request): {} for request in asked if request.canvas is None}
+    for _ in range(num_rounds):
+        completed = dict(loop.step())
+        for number, event in loop.events():
+            told[number][event.position] = event.token_id
+        told = {number: final for number, final in told.items() if number not in completed}
+    for number in loop.live.values():
+        output, final = loop.cancel(number), told[number]
+        assert output is not None
+        count = next(at for at in range(30) if at not in final)
+        assert output.token_ids == [final[at] for at in range(count)]
+        assert (output.num_tokens, output.finish_reason) == (count, "cancelled")
+
+
+def test_a_cancelled_infill_counts_what_was_filled_in_before_the_first_open_position() -> None:
+    net = network("bidirectional")
+    mask = net.role.mask_token_id
+    assert mask is not None
+    loop = Loop(net, decoder_of(net, policy=FixedCount()), num_slots=1, length=40)
+    number = loop.submit(Request(prompt_ids=[5, 6], canvas=[7, mask, 8, mask, mask, 9, mask]))
+    loop.step()
+    output = loop.cancel(number)
+    assert output is not None
+    count = output.step_G.tolist().index(-1)
+    assert output.token_ids == output.canvas_ids_G[:count].tolist()
+    assert output.num_tokens == sum(step > 0 for step in output.step_G[:count].tolist())
+    assert output.finish_reason == "cancelled"
 
 
 @pytest.mark.parametrize("name", ["block", "diffusion", "speculative"])

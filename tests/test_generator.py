@@ -96,7 +96,8 @@ def test_a_request_is_cancelled_before_and_after_it_is_begun(tables: Tables) -> 
     partial = table.cancel(numbers[0])
     assert partial is not None
     assert partial.num_forwards == 1
-    assert partial.token_ids[:4] == [*ids("o"), OPEN, *ids("e"), OPEN]
+    assert partial.canvas_ids_G[:4].tolist() == [*ids("o"), OPEN, *ids("e"), OPEN]
+    assert (partial.token_ids, partial.num_tokens, partial.finish_reason) == (ids("o"), 1, "cancelled")
     assert not table.busy
     assert [output.token_ids for output in answer(table, [Request(prompt_ids=prompt_ids("b"))])] == [
         tables.answers[*prompt_ids("b"),]

@@ -90,13 +90,15 @@ class Table:
         ids, steps = self._rows(self.live.pop(number))
         shown = [one if step <= num_passes else OPEN for one, step in zip(ids, steps, strict=True)]
         ends = [at for at, one in enumerate(shown) if one in self.ends]
-        token_ids = shown[: ends[0] + 1] if ends else shown
+        num_final = next((at for at, step in enumerate(steps) if step > num_passes), len(shown))
+        token_ids = shown[: min([num_final, *(end + 1 for end in ends)])]
+        ended = bool(token_ids) and token_ids[-1] in self.ends
         return Output(
             token_ids=token_ids,
             num_tokens=len(token_ids),
             num_forwards=num_passes,
             seconds=0.0,
-            finish_reason="stop" if token_ids[-1] in self.ends else "length",
+            finish_reason="stop" if ended else "length" if num_final == len(shown) else "cancelled",
             canvas_ids_G=torch.tensor(shown),
             step_G=torch.tensor([step if step <= num_passes else -1 for step in steps]),
             confidence_G=torch.ones(len(shown)),

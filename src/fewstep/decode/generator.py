@@ -30,7 +30,11 @@ class Generator(Protocol):
         """What the last round finalised of every request, each request's by position, of those it completed too."""
 
     def cancel(self, number: int) -> Output | None:
-        """Give a request up: what it had until now, None if it was not begun. FewstepError if it is not there."""
+        """Give a request up; None if it was not begun. FewstepError if it is not there.
+
+        The output holds the final tokens before the first open position alone, and counts those: no mask token, no
+        guess, and nothing that was finalised behind it. Its `finish_reason` is then "cancelled".
+        """
 
 
 Watch = Callable[[int, Event], bool]

@@ -207,9 +207,9 @@ class Loop:
         ]
 
     def cancel(self, number: int) -> Output | None:
-        """Give a request up; its slot is free for the next. What it had until now, None if it was not begun yet.
+        """Give a request up; its slot is free for the next. Its output ends before its first open position.
 
-        FewstepError if it is neither queued nor under way.
+        None if it was not begun yet. FewstepError if it is neither queued nor under way.
         """
         queued = next((ticket for ticket in self._queue if ticket.number == number), None)
         if queued is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewstep.decode.requests import Canvas, Event, Output, Record, Request, TopK
+from fewstep.decode.requests import Canvas, Event, FinishReason, Output, Record, Request, TopK
 from fewstep.decode.state import State
 from fewstep.models.network import Network
 
@@ -31,24 +31,33 @@ def new_events(
 
 
 def output_of(request: Request, layout: Canvas, state: State, row: int, *, seconds: float) -> Output:
-    """The output of a request in a row of the state, which is on the CPU; of one under way, what it has until now."""
+    """The output of a request in a row of the state, which is on the CPU.
+
+    Of one under way: the final tokens before its first open position, whatever was drawn behind it.
+    """
     stop_token_ids = request.stop_token_ids or ()
     start = len(request.prompt_ids)
     canvas = slice(start, start + len(layout.tokens))
     canvas_ids_G = state.tokens_RL[row, canvas].clone()
-    token_ids = canvas_ids_G.tolist()
     infilled = request.canvas is not None
+    limit = len(layout.tokens) if infilled else request.max_new_tokens
+    open_G = (~state.final_RL[row, canvas]).nonzero()[:, 0].tolist()
+    num_final = min([limit, *open_G[:1]])
+    token_ids = canvas_ids_G[:num_final].tolist()
     if not infilled:
-        token_ids = token_ids[: request.max_new_tokens]
         ends = [i for i, token_id in enumerate(token_ids) if token_id in stop_token_ids]
         token_ids = token_ids[: ends[0] + 1] if ends else token_ids
+    if not infilled and token_ids and token_ids[-1] in stop_token_ids:
+        finish_reason: FinishReason = "stop"
+    else:
+        finish_reason = "length" if num_final == limit else "cancelled"
     return Output(
         token_ids=token_ids,
-        num_tokens=sum(layout.open) if infilled else len(token_ids),
+        num_tokens=sum(layout.open[:num_final]) if infilled else len(token_ids),
         num_forwards=int(state.num_forwards_R[row]),
         num_draft_forwards=int(state.num_draft_forwards_R[row]),
         seconds=seconds,
-        finish_reason="stop" if not infilled and token_ids[-1] in stop_token_ids else "length",
+        finish_reason=finish_reason,
         canvas_ids_G=canvas_ids_G,
         step_G=state.step_RL[row, canvas].clone(),
         confidence_G=state.confidence_RL[row, canvas].clone(),

@@ -80,12 +80,17 @@ class TopK:
     tail_mass_G: Tensor
 
 
+FinishReason = Literal["stop", "length", "cancelled"]
+"""Why an answer ends: an end-of-text or a stop text; its limit, or a filled canvas; or its request was given up."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """A decoded request; the canvas has G positions, tensors are on the CPU.
 
     `token_ids`: the answer, cut after the first end-of-text (which is included) and at `max_new_tokens`; for infilling
-    the whole canvas, of which `num_tokens` were filled in. `num_forwards`: target-network passes in which the request
+    the whole canvas, of which `num_tokens` were filled in; of a request that was cancelled, what is final before its
+    first open position, which may be nothing. `num_forwards`: target-network passes in which the request
     was live, and those of a block-causal draft, which may be as large; `num_draft_forwards`: those of a causal draft.
     `seconds`: from submission to completion. `text` is set by `LanguageModel`.
 
@@ -99,7 +104,7 @@ class Output:
     num_tokens: int
     num_forwards: int
     seconds: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     canvas_ids_G: Tensor = field(repr=False)
     step_G: Tensor = field(repr=False)
     confidence_G: Tensor = field(repr=False)
