@@ -1,6 +1,8 @@
 # make demo   environment, install, then teacher and student side by side on the bundled problems
 # make test   environment with everything needed to develop, then the tests
-# Both build .venv when it is missing or older than pyproject.toml and constraints.txt.
+# make test-fast   the heart of the tests, in under 20 seconds: decoders equal plain ones, contract, masks, policies,
+#                  values, settings, architecture
+# All build .venv when it is missing or older than pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +10,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: demo test fuzz lint format tables wheel clean
+.PHONY: demo test test-fast fuzz lint format tables wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fewstep demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Whole files but for a few long tests, and of the decoders that guess only that they equal the autoregressive one.
+FAST := $(addprefix tests/test_,architecture.py block_draft.py contract.py declarations.py decoders.py masks.py \
+	policies.py sampling.py values.py accelerators.py::test_every_decoder_equals_the_autoregressive_one)
+LONG := batch_of_8 or joins_late or equal_tensor_shapes or bundled or waits_for_nothing or uncached_decoder_runs
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) -k 'not ($(LONG))' $(FAST)
 
 # Every field of every file of a checkpoint, every option, every field of rows and every moment of a kill, of which
 # `make test` draws some.

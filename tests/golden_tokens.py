@@ -65,8 +65,14 @@ BUNDLED: dict[str, list[dict[str, Any]]] = {
         {"decoder": "prompt-lookup", **SAMPLED},
         {"decoder": "speculative", "draft": "gsm-cllm", "window": 3},
         {"decoder": "speculative", "draft": "gsm-cllm", "window": 3, **SAMPLED},
+        {"decoder": "speculative", "draft": "gsm-student"},
     ],
     "gsm-cllm": [{}, {"decoder": "autoregressive", "temperature": 1.0, "seed": 1}],
+    "gsm-draft": [
+        {"max_new_tokens": 48},
+        {"max_new_tokens": 48, "cycle": "two-pass"},
+        {"max_new_tokens": 48, **SAMPLED},
+    ],
 }
 TINY: dict[str, list[dict[str, Any]]] = {
     "block_causal": [{"threshold": 0.3}, {"threshold": 0.3, "early_stop": False}, {"threshold": 0.2, **SAMPLED}],

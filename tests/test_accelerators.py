@@ -25,7 +25,7 @@ from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.medusa import Medusa, _best_paths, _typical
 from fewstep.decode.prompt_lookup import PromptLookup, look_up
 from fewstep.decode.requests import Output, Record, Request
-from fewstep.decode.sampling import Sampling, tempered
+from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import NEVER
 from fewstep.decode.tree import ROOT, Tree, along, longest_path, tree_plan
@@ -283,59 +283,6 @@ def test_sampled_prompt_lookup_equals_sampled_autoregressive_decoding(net: Netwo
     outputs = decode(net, requests(sampling=sampling), PromptLookup(role=net.role, ngram=1))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
     assert sum(output.num_forwards for output in outputs) < sum(output.num_forwards for output in wanted)
-
-
-def test_speculative_sampling_keeps_the_distribution_of_the_target() -> None:
-    """20,000 answers of three tokens against the target's own probabilities of each, by a chi-square test at 1 %."""
-    target, draft = (tiny_network("autoregressive", head_scale=8, seed=1) for _ in range(2))
-    with torch.no_grad():
-        head = draft.module.get_output_embeddings().weight
-        head += 0.3 * head.std() * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
-    sampling, prompt, num_draws = Sampling(temperature=0.7, top_k=4), [5, 6, 7], 20_000
-    decoder = Speculative(role=target.role, draft=draft, window=2)
-    asked = [
-        Request(prompt_ids=prompt, max_new_tokens=3, seed=seed, sampling=sampling, early_stop=False)
-        for seed in range(num_draws)
-    ]
-    outputs = decode(target, asked, decoder, batch_size=5_000)
-
-    drafted = sum(output.num_forwards for output in outputs) / num_draws
-    assert 1.2 < drafted < 2.8, "some guesses are accepted and some are not, or the test shows little"
-    answers = torch.stack([output.canvas_ids_G for output in outputs])
-    statistic, cells = 0.0, 0
-    for answer, probability in answer_probabilities(target, prompt, sampling, 3).items():
-        expected = num_draws * probability
-        observed = int((answers == torch.tensor(answer)).all(1).sum())
-        if expected >= 5:
-            statistic += (observed - expected) ** 2 / expected
-            cells += 1
-    assert cells > 20
-    assert torch.special.gammaincc(torch.tensor((cells - 1) / 2.0), torch.tensor(statistic / 2)) > 0.01
-
-    wrong = sum(
-        (int((answers == torch.tensor(answer)).all(1).sum()) - num_draws * p) ** 2 / (num_draws * p)
-        for answer, p in answer_probabilities(draft, prompt, sampling, 3).items()
-        if num_draws * p >= 5
-    )
-    assert wrong > 100 * cells, "the test tells the draft's distribution from the target's"
-
-
-def answer_probabilities(net: Network, prompt: list[int], sampling: Sampling, length: int) -> dict[Any, float]:
-    """Every answer of so many tokens that can be drawn -> its probability, by plain forwards."""
-    assert sampling.top_k is not None
-    found: dict[Any, float] = {(): 1.0}
-    for _ in range(length):
-        longer: dict[Any, float] = {}
-        for answer, probability in found.items():
-            with torch.no_grad():
-                logits_11V = net.module(torch.tensor([[*prompt, *answer]])).logits[:, -1:]
-            kept = tempered(
-                logits_11V, torch.tensor([sampling.temperature]), torch.tensor([sampling.top_k]), torch.tensor([1.0])
-            ).softmax(-1)[0, 0]
-            for token in kept.nonzero()[:, 0].tolist():
-                longer[*answer, token] = probability * float(kept[token])
-        found = longer
-    return found
 
 
 # Jacobi
