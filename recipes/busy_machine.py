@@ -6,7 +6,6 @@ Run it on a machine that is idle otherwise; OMP_WAIT_POLICY=active shows what wa
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from run_recipe import run_recipe  # noqa: E402
 from task_options import Many  # noqa: E402
 
 import fewstep  # noqa: E402
+from fewstep.measure.timing import time_interleaved  # noqa: E402
 from fewstep.tasks.gsm_symbolic import problems as problems_of  # noqa: E402
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -37,15 +37,9 @@ def main(
     del torch_first  # see above
     lm = fewstep.load(model)
     questions = [problem.question for problem in problems_of("dev", problems)]
-    lm.generate(questions[0])
 
     def median_seconds() -> float:
-        seconds = []
-        for question in questions * rounds:
-            started_s = time.perf_counter()
-            lm.generate(question)
-            seconds.append(time.perf_counter() - started_s)
-        return statistics.median(seconds)
+        return time_interleaved({model: lm.generate}, questions * rounds)[model].seconds_median
 
     idle_s = median_seconds()
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]

@@ -17,11 +17,10 @@ from run_recipe import run_recipe
 from task_options import Many
 
 from fewstep.errors import FewstepError
-from fewstep.json_files import write_json_whole
 from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
 from fewstep.measure.contenders import Contender, answer_problems, load_contenders
 from fewstep.measure.evaluate import Report
-from fewstep.measure.timing import describe_machine, this_command
+from fewstep.measure.timing import write_figures
 from fewstep.tasks.gsm_symbolic import make_problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file
 from fewstep.tasks.registry import task_named
@@ -84,12 +83,9 @@ def main(
     table = found["pool"]
     if missing := [one.name for one in everyone if one.name not in table or table[one.name].n < len(pool)]:
         raise FewstepError(f"not all problems are answered by {'; '.join(missing)}; repeat the command")
-    told = {
-        "command": this_command(), "machine": describe_machine(), "fresh": fresh,
-        "rows": {name: report.to_json() for name, report in table.items()},
-        "judged": [judged(table, paths, value, confidence, n, calibrations) for value in eps],
-    }  # fmt: skip
-    write_json_whole(results_folder / "calibrate.json", told)
+    rows = {name: report.to_json() for name, report in table.items()}
+    tried = [judged(table, paths, value, confidence, n, calibrations) for value in eps]
+    write_figures(results_folder / "calibrate.json", {"fresh": fresh, "rows": rows, "judged": tried})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fewstep.engine.made_by import answers_made_by
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
-from fewstep.json_files import write_json_whole, write_rows_whole
+from fewstep.json_files import write_rows_whole
 from fewstep.measure.contenders import Contender, figure, load_contenders, markdown_table
 from fewstep.measure.conversations import (
     EVERYTHING,
@@ -40,7 +40,7 @@ from fewstep.measure.conversations import (
     read_conversations,
 )
 from fewstep.measure.jobs import Job, results, spread
-from fewstep.measure.timing import describe_machine, this_command, time_interleaved
+from fewstep.measure.timing import time_interleaved, write_figures
 
 app = typer.Typer(pretty_exceptions_enable=False)
 History = Literal["baseline", "own"]
@@ -214,19 +214,12 @@ def compare(
     ]
     network = models[first].network
     told = {
-        "command": this_command(),
-        "machine": describe_machine(),
-        "note": NO_JUDGE,
-        "similarity": "difflib's ratio on token ids",
-        "history": history,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "dtype": str(network.dtype).removeprefix("torch."),
-        "device": str(network.device),
-        "baseline": first,
-        "rows": rows,
-    }
-    write_json_whole(folder / "chat.json", told)
+        "note": NO_JUDGE, "similarity": "difflib's ratio on token ids", "history": history,
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+        "dtype": str(network.dtype).removeprefix("torch."), "device": str(network.device),
+        "baseline": first, "rows": rows,
+    }  # fmt: skip
+    write_figures(folder / "chat.json", told)
     told_of = ("text", "num_tokens", "num_forwards", "finish_reason")
     answers = [  # those to the same question beside each other
         {"id": conversation.id, "category": conversation.category, "turn": turn, "contender": one.name,

@@ -18,17 +18,17 @@ from run_recipe import run_recipe  # isort: skip  (before what takes long to imp
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 from pipeline import CausalFromScratch, Collecting
-from stages import Rank, Runs, Training, accuracy, app_of, device, is_there, worker
+from stages import FineTuning, Rank, Runs, accuracy, app_of, device, worker
 from word_problems import MAX_ANSWER, load_examples
 
 from fewstep.decode.jacobi import Jacobi
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole, write_whole
+from fewstep.files import write_folder_whole, write_text_whole
 from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
@@ -57,37 +57,23 @@ class JacobiTrajectories(Collecting):
         network = load_network(self.found(self.source), device=device())
         rows, keep = self.rows(network)
         report = collect_jacobi(
-            network,
-            rows,
-            self.runs / self.name,
-            Jacobi(role=network.role, window=self.window),
-            max_new_tokens=MAX_ANSWER,
-            batch_size=self.batch_size,
-            settings={
-                "decoder": Jacobi.name,
-                "max_new_tokens": MAX_ANSWER,
-                "keep": "solved" if self.solved else "all",
-            },
-            most_repetition=self.most_repetition,
-            keep=keep,
-            seed=self.seed,
-            shard_size=self.shard_size,
-            worker=worker(),
-        )
+            network, rows, self.runs / self.name, Jacobi(role=network.role, window=self.window),
+            settings={"decoder": Jacobi.name, "max_new_tokens": MAX_ANSWER, "keep": self.kept},
+            max_new_tokens=MAX_ANSWER, batch_size=self.batch_size, shard_size=self.shard_size, seed=self.seed,
+            most_repetition=self.most_repetition, keep=keep, worker=worker(),
+        )  # fmt: skip
         print(report, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLLMStudent(Training):
+class CLLMStudent(FineTuning):
     """Train the model to jump from every state of a window to its fixed point."""
 
     store: Annotated[str, "Folder of trajectories under --runs."] = "jacobi"
     rank: Rank
     losses: CLLMSettings
 
-    def run(self) -> None:
-        if is_there(self.output / "config.json"):
-            return
+    def fit(self) -> None:
         network = self.load()
         table, references = read_jacobi_table(self.runs / self.store, network)
         network = network.with_role(replace(network.role, jacobi_window=table.window))
@@ -98,15 +84,14 @@ class CLLMStudent(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads(Training):
+class Heads(FineTuning):
     """Train Medusa heads on the frozen model, then let it answer development problems with them."""
 
+    finished: ClassVar[str] = "medusa.json"
     data: Annotated[Path, "Token tables, under --runs or anywhere."]
     medusa: MedusaSettings
 
-    def run(self) -> None:
-        if is_there(self.output / "medusa.json"):
-            return
+    def fit(self) -> None:
         network = self.load()
         objective = MedusaObjective(
             network.role, load_examples(Path(self.found(self.data))), network.eos_token_id, settings=self.medusa
@@ -139,9 +124,7 @@ app = app_of({
 def shares(
     runs: Runs = RUNS,
     results: Annotated[Path, typer.Option(help="folder for shares.md")] = Path("results/decoders"),
-    source: Annotated[
-        str, typer.Option(help="the causal model: a folder under --runs, a bundled name, or a folder")
-    ] = "gsm-ar",
+    source: Annotated[str, typer.Option(help="the causal model, under --runs or anywhere")] = "gsm-ar",
     name: str = "gsm-cllm",
     share: Annotated[list[float], typer.Option(min=0)] = [0.7, 0.8, 0.85, 0.9, 1.0],  # noqa: B006
     dev: Annotated[int, typer.Option(min=1)] = 1000,
@@ -167,8 +150,7 @@ def shares(
         report = answers(folder)
         lines.append(f"- {report.tokens_per_forward:.2f} tokens a pass: {compare(report, baseline).sentence()}")
         print(lines[-1], flush=True)
-    with write_whole(results / "shares.md") as temporary:
-        temporary.write_text("\n".join([f"`{this_command()}`", "", *lines, ""]), encoding="utf-8")
+    write_text_whole(results / "shares.md", "\n".join([f"`{this_command()}`", "", *lines, ""]))
 
 
 def write_share(adapter: Path, target: Path, share: float) -> None:

@@ -20,7 +20,6 @@ from task_options import Many, TaskData, TaskName, TaskSplit
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
-from fewstep.json_files import write_json_whole
 from fewstep.measure.contenders import (
     Contender,
     answer_problems,
@@ -31,7 +30,7 @@ from fewstep.measure.contenders import (
 )
 from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy, plot_bars
-from fewstep.measure.timing import describe_machine, this_command
+from fewstep.measure.timing import write_figures
 from fewstep.models.names import bundled_names
 from fewstep.tasks.registry import task_named
 
@@ -142,9 +141,7 @@ def compare(
     if found is None:
         return
     reports = found[task]
-    for one in everyone:
-        if one.name not in reports:
-            absent[one.name] = f"it failed ({folder}/answers says how)"
+    absent |= {one.name: f"it failed ({folder}/answers says how)" for one in everyone if one.name not in reports}
     if BASELINE in absent:
         raise FewstepError(f"{BASELINE} gave no answers, and everything is compared with it: {absent[BASELINE]}")
     print(f"answering {min(timed, count)} problems one by one, all in turn", flush=True)
@@ -157,29 +154,20 @@ def compare(
         right, right_baseline = ([record.correct for record in of.records] for of in (mine, report))
         difference = paired_interval(right, right_baseline)
         same = [a.text == b.text for a, b in zip(mine.records, report.records, strict=True)]
-        rows.append(
-            {
-                "contender": one.name,
-                **mine.to_json(),
-                "accuracy_difference": difference.estimate,
-                "accuracy_difference_ci95": [difference.low, difference.high],
-                "same_answers": sum(same) / len(same),
-                "batch_1": alone.to_json(),
-                "speed_ratio": sum(timing.seconds) / sum(alone.seconds),
-                "extra_parameters": extra_parameters(models[one.name], one.settings, models[BASELINE]),
-                "published": PUBLISHED.get(one.name),
-            }
-        )
+        rows.append({
+            "contender": one.name,
+            **mine.to_json(),
+            "accuracy_difference": difference.estimate,
+            "accuracy_difference_ci95": [difference.low, difference.high],
+            "same_answers": sum(same) / len(same),
+            "batch_1": alone.to_json(),
+            "speed_ratio": sum(timing.seconds) / sum(alone.seconds),
+            "extra_parameters": extra_parameters(models[one.name], one.settings, models[BASELINE]),
+            "published": PUBLISHED.get(one.name),
+        })  # fmt: skip
     earlier = [one.name for one in present if reports[one.name].num_kept]
-    told = {
-        "command": this_command(),
-        "machine": describe_machine(),
-        "published": SOURCE,
-        "left_out": absent,
-        "answered_earlier": earlier,
-        "rows": rows,
-    }
-    write_json_whole(folder / "comparison.json", told)
+    told = {"published": SOURCE, "left_out": absent, "answered_earlier": earlier, "rows": rows}
+    write_figures(folder / "comparison.json", told)
     lines = [markdown_table(rows, COLUMNS), "", f"Published: {SOURCE}."]
     lines += [f"Left out: {name}, since {why}." for name, why in absent.items()]
     if earlier:

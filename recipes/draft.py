@@ -13,146 +13,116 @@ the first adapter's drafts began, and `train --begin first --store visited` goes
 Any causal model can be the base: `--base runs/smollm/ar --mask-token-id 0 --runs runs/smollm-draft`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
-from stages import Runs, device, gpu_settings, is_there, worker
+from stages import Runs, Stage, Training, accuracy, app_of, device, worker
 from word_problems import MAX_ANSWER, prompt_rows
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import decode
-from fewstep.decode.requests import Request
 from fewstep.decode.self_speculative import SelfSpeculative
-from fewstep.json_files import read_rows, write_json_whole
-from fewstep.measure.timing import this_command
+from fewstep.engine.language_model import load
+from fewstep.json_files import read_rows
+from fewstep.measure.timing import write_figures
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
-from fewstep.models.text import encode_prompt
-from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.causal_records import collect_texts, read_texts
 from fewstep.train.draft import DraftObjective, DraftSettings
 from fewstep.train.lora import LoRASettings, add_gated_lora
-from fewstep.train.trainer import Evaluate, train
-
-app = typer.Typer(pretty_exceptions_enable=False)
-Base = Annotated[str, typer.Option(help="the causal model: a bundled name or a folder")]
+from fewstep.train.trainer import train
+from fewstep.values import Count
 
 RUNS = Path("runs/draft")
 
 
-@app.command()
-def texts(
-    runs: Runs = RUNS,
-    model: Annotated[str, typer.Option(help="the causal model, or an adapter on it, which is faster")] = "gsm-ar",
-    name: Annotated[str, typer.Option(help="folder of the texts under --runs")] = "texts",
-    prompts: Annotated[int, typer.Option(help="of GSM-Symbolic")] = 400_000,
-    batch_size: int = 2048,
-    shard_size: int = 8192,
-    seed: int = 15,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Texts(Stage):
     """The model's own greedy answers to training problems; those that do not end within the limit are left out.
 
     With an adapter the texts also say where its drafts began.
     """
-    network = load_network(model, device=device())
-    decoder: Decoder = Autoregressive(role=network.role)
-    if network.adapter is not None:
-        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=network.adapter.block_size - 1)
-    rows, _ = prompt_rows(network.tokenizer, prompts, seed)
-    report = collect_texts(
-        network,
-        rows,
-        runs / name,
-        decoder,
-        max_new_tokens=MAX_ANSWER,
-        batch_size=batch_size,
-        settings={"decoder": decoder.name, "max_new_tokens": MAX_ANSWER, "keep": "ended"},
-        keep=lambda row, output: output.finish_reason == "stop",
-        seed=seed,
-        shard_size=shard_size,
-        worker=worker(),
-    )
-    print(report, flush=True)
+
+    model: Annotated[str, "The causal model, or an adapter on it, which is faster."] = "gsm-ar"
+    name: Annotated[str, "Folder of the texts under --runs."] = "texts"
+    prompts: Annotated[Count, "Of GSM-Symbolic."] = 400_000
+    batch_size: Count = 2048
+    shard_size: Count = 8192
+    seed: int = 15
+
+    def run(self) -> None:
+        network = load_network(self.model, device=device())
+        decoder: Decoder = Autoregressive(role=network.role)
+        if network.adapter is not None:
+            decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=network.adapter.block_size - 1)
+        rows, _ = prompt_rows(network.tokenizer, self.prompts, self.seed)
+        report = collect_texts(
+            network, rows, self.runs / self.name, decoder,
+            settings={"decoder": decoder.name, "max_new_tokens": MAX_ANSWER, "keep": "ended"},
+            max_new_tokens=MAX_ANSWER, batch_size=self.batch_size, shard_size=self.shard_size, seed=self.seed,
+            keep=lambda row, output: output.finish_reason == "stop", worker=worker(),
+        )  # fmt: skip
+        print(report, flush=True)
 
 
-@app.command("train")
-def train_adapter(
-    runs: Runs = RUNS,
-    base: Base = "gsm-ar",
-    name: str = "gsm-draft",
-    store: Annotated[str, typer.Option(help="folder of texts under --runs")] = "texts",
-    begin: Annotated[str | None, typer.Option(help="folder of an adapter under --runs to train on")] = None,
-    steps: int = 6000,
-    rows: int = 48,
-    row_length: int = 2048,
-    learning_rate: float = 2e-3,
-    rank: int = 32,
-    mask_token_id: int | None = None,
-    block_size: int = 32,
-    starts: int = 16,
-    hard: float = 1.0,
-    divergence: float = 0.0,
-    length: float = 1.0,
-    reach: float = 0.9,
-    warm: Annotated[str | None, typer.Option(help="begin with what this model has learnt beyond the base")] = None,
-    seed: int = 0,
-    dev: int = 200,
-    evaluate_every: int = 1000,
-    save_every: int = 1000,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Training):
     """Train the adapter to write in one pass what the model writes token by token."""
-    if is_there(runs / name / "config.json"):
-        return
-    network = load_network(base if begin is None else runs / begin, dtype="float32", device=device())
-    if begin is None:
-        network = add_gated_lora(
-            network, LoRASettings(rank=rank, alpha=rank), mask_token_id=mask_token_id, block_size=block_size
+
+    base: Annotated[str, "The causal model: a bundled name or a folder."] = "gsm-ar"
+    store: Annotated[str, "Folder of texts under --runs."] = "texts"
+    begin: Annotated[str | None, "Folder of an adapter under --runs to train on."] = None
+    warm: Annotated[str | None, "Begin with what this model has learnt beyond the base."] = None
+    rank: Count = 32
+    mask_token_id: int | None = None
+    drafts: DraftSettings
+    evaluate_every: Count = 1000
+    save_every: Count = 1000
+
+    def fit(self) -> None:
+        network = self.network()
+        examples, visited = read_texts(self.runs / self.store, network)
+        objective = DraftObjective(network, examples, visited=visited, settings=self.drafts)
+        settings = self.settings(
+            evaluate_every=min(self.steps, self.evaluate_every), save_every=self.save_every, weight_decay=0.0
         )
-    network.name = base
-    if warm is not None:
-        other = load_network(warm, dtype="float32", device=device())
         assert network.adapter is not None
-        assert other.role.mask_token_id is not None
-        embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
-        start_from(network.adapter, other.module, embedding.detach())
-    examples, visited = read_texts(runs / store, network)
-    objective = DraftObjective(
-        network,
-        examples,
-        visited=visited,
-        settings=DraftSettings(
-            block_size=block_size, starts=starts, hard=hard, divergence=divergence, length=length, reach=reach
-        ),
-    )
-    settings = gpu_settings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=learning_rate, warmup_steps=min(100, steps),
-        log_every=100, evaluate_every=min(steps, evaluate_every), save_every=save_every, seed=seed, weight_decay=0.0,
-    )  # fmt: skip
-    train(network, objective, settings, runs / name, evaluate=acceptance(dev))
+        drafting = {"decoder": "self-speculative", "cycle": "two-pass", "window": network.adapter.block_size - 1}
+        train(network, objective, settings, self.output, evaluate=accuracy(self.dev, **drafting))
+
+    def network(self) -> Network:
+        """The base with a new adapter, or that of --begin."""
+        if self.begin is None:
+            network = add_gated_lora(
+                load_network(self.base, dtype="float32", device=device()),
+                LoRASettings(rank=self.rank, alpha=self.rank),
+                mask_token_id=self.mask_token_id,
+                block_size=self.drafts.block_size,
+            )
+        else:
+            network = load_network(self.runs / self.begin, dtype="float32", device=device())
+        network.name = self.base
+        if self.warm is not None:
+            other = load_network(self.warm, dtype="float32", device=device())
+            assert network.adapter is not None
+            assert other.role.mask_token_id is not None
+            embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
+            start_from(network.adapter, other.module, embedding.detach())
+        return network
 
 
-def acceptance(count: int) -> Evaluate:
-    """An `evaluate` callable: tokens per pass on the first development problems, every pass counted."""
-    asked = problems("dev", count)
-
-    def evaluate_network(network: Network, step: int) -> dict[str, float]:
-        assert network.adapter is not None
-        requests = [
-            Request(prompt_ids=encode_prompt(network.tokenizer, problem.question), max_new_tokens=MAX_ANSWER)
-            for problem in asked
-        ]
-        window = network.adapter.block_size - 1
-        decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=window, cycle="two-pass")
-        outputs = decode(network, requests, decoder, batch_size=count)
-        return {"tokens_per_forward": sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs)}
-
-    return evaluate_network
+app = app_of({
+    "texts": Texts(runs=RUNS),
+    "train": Adapter(
+        runs=RUNS, name="gsm-draft", drafts=DraftSettings(), steps=6000, rows=48, learning_rate=2e-3,
+        warmup_steps=100, log_every=100, dev=200,
+    ),
+})  # fmt: skip
 
 
 @app.command()
@@ -167,31 +137,23 @@ def measure(
     limit: Annotated[int | None, typer.Option(help="the first problems only")] = None,
 ) -> None:
     """Whether texts are the base's own, and how many tokens a pass gives, every pass counted."""
-    network = load_network(model, dtype=dtype, device=device())
-    asked = [row["question"] for row in islice(read_rows(data, required=("question",)), limit)]
-    requests = [
-        Request(prompt_ids=encode_prompt(network.tokenizer, question), max_new_tokens=MAX_ANSWER) for question in asked
-    ]
-    own = decode(network, requests, Autoregressive(role=network.role), batch_size=batch_size)
+    lm = load(model, dtype=dtype, device=device())
+    questions = [row["question"] for row in islice(read_rows(data, required=("question",)), limit)]
+    asked: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": MAX_ANSWER}
+    own = lm.generate(questions, decoder="autoregressive", **asked)
     figures: list[dict[str, float]] = []
-    assert network.adapter is not None
-    plain = SelfSpeculative(role=network.role, adapter=network.adapter, cycle="two-pass")
     for count, wide in product(window, branches):
-        fused: dict[str, Any] = {"cycle": "fused", "branches": wide} if wide else {}
-        decoder = replace(plain, window=count, **fused)
-        outputs = decode(network, requests, decoder, batch_size=batch_size)
+        cycle: dict[str, Any] = {"cycle": "fused", "branches": wide} if wide else {"cycle": "two-pass"}
+        outputs = lm.generate(questions, decoder="self-speculative", window=count, **cycle, **asked)
         same = [ours.token_ids == theirs.token_ids for ours, theirs in zip(outputs, own, strict=True)]
+        tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
         figures.append({
-            "window": count,
-            "branches": wide,
-            "n": len(same),
-            "identical": sum(same) / len(same),
-            "tokens_per_forward": sum(o.num_tokens for o in outputs) / sum(o.num_forwards for o in outputs),
-            "num_tokens_mean": sum(o.num_tokens for o in outputs) / len(outputs),
+            "window": count, "branches": wide, "n": len(same), "identical": sum(same) / len(same),
+            "tokens_per_forward": tokens / passes, "num_tokens_mean": tokens / len(outputs),
         })  # fmt: skip
         print(figures[-1], flush=True)
-        told = {"command": this_command(), "model": model, "dtype": dtype, "device": str(network.device)}
-        write_json_whole(output, {**told, "figures": figures})
+        told = {"model": model, "dtype": dtype, "device": str(lm.network.device), "figures": figures}
+        write_figures(output, told)
 
 
 @app.command()

@@ -4,11 +4,9 @@
 `report` then writes the table and the plot from `results/ablation.json`. It needs a teacher (the bundled one, or a
 folder) and its trajectories (`recipes/gsm.py trajectories`).
 
-What is equal: the initialisation (the teacher's weights and, for one seed, the same fresh LoRA), the optimizer, its
-steps, and the packed tokens of each step, all documents counted as `[context | noisy response | clean response]`. A
-variant that also trains on references packs them into the same rows: half of its documents are references, and it sees
-half as many trajectories. Likewise about half of the trajectories of variant 8 are the student's own. The second
-forward of the consistency loss and the first of variant 9, which have no gradient, add work but no training tokens.
+The report says what is equal between the variants, and what is not (`_said_of_budget` in gsm_ablation_report.py). All
+documents count as `[context | noisy response | clean response]`. The forwards without gradient, the second one of the
+consistency loss and the first of variant 9, add work but no training tokens.
 """
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
@@ -31,7 +29,8 @@ from fewstep.json_files import read_json, write_json_whole
 from fewstep.kept import keep_result, kept_result
 from fewstep.measure.evaluate import sweep
 from fewstep.measure.jobs import Job, spread, weights_of
-from fewstep.measure.timing import describe_machine, this_command
+from fewstep.measure.reports import report_columns
+from fewstep.measure.timing import write_figures
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
@@ -55,43 +54,34 @@ OWN_STATES = "own-states"
 OWN_SEED = 1000  # of the preliminary student, apart from those of the table
 ALL_THREE = "7"
 
-# --- what is trained on -----------------------------------------------------------------------------------------------
+# --- variants ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Material:
-    """Teacher and trajectories of one process, loaded when first needed."""
+class Variant:
+    """`objective(study, role)` is what makes it different; everything else is shared."""
 
-    teacher: str
-    store: Path
-    runs: Path
+    title: str
+    objective: Callable[["Ablation", Role], Objective]
+    needs: tuple[str, ...] = ()
 
-    @cached_property
-    def base(self) -> Network:
-        """The teacher in float32, never changed itself."""
-        return load_network(self.teacher, dtype="float32")
 
-    @cached_property
-    def stored(self) -> tuple[TrajectoryTable, Examples | None]:
-        return read_table(self.store, self.base)
+def cdlm(
+    own_states: bool = False, visited: float = 0.0, late: float = 0.0, **settings: Any
+) -> Callable[["Ablation", Role], Objective]:
+    """The CDLM objective with these settings, on references too if their loss has a weight."""
+    chosen = CDLMSettings(**settings)
 
-    @property
-    def references(self) -> Examples:
-        if self.stored[1] is None:
-            raise FewstepError(
-                f"the trajectories in {self.store} hold no reference answers, which variants 1, 7 and 8 train on"
-            )
-        return self.stored[1]
+    def build(study: "Ablation", role: Role) -> Objective:
+        return CDLMObjective(
+            role, study.with_own_states if own_states else study.stored[0], study.base.eos_token_id,
+            references=study.references if chosen.denoising else None, settings=chosen,
+            corruption=BlockCorruption(
+                late=late, late_tokens=digits(study.base.tokenizer) if late else (), visited=visited
+            ),
+        )  # fmt: skip
 
-    @cached_property
-    def teacher_text(self) -> Examples:
-        """The teacher's answers as plain examples, each cut after its end-of-text."""
-        return cut_after(self.stored[0].examples, self.base.eos_token_id, self.base.role.mask_token_id)
-
-    @cached_property
-    def with_own_states(self) -> TrajectoryTable:
-        """The trajectories of the teacher, and those of the preliminary student with the teacher's labels."""
-        return join(self.stored[0], read_table(self.runs / OWN_STATES, self.base)[0])
+    return build
 
 
 def cut_after(examples: Examples, eos_token_id: int, mask_token_id: int | None) -> Examples:
@@ -107,47 +97,14 @@ def cut_after(examples: Examples, eos_token_id: int, mask_token_id: int | None) 
     return Examples.from_ids(prompts, completions)
 
 
-# --- variants ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """`objective(material, role)` is what makes it different; everything else is shared."""
-
-    title: str
-    objective: Callable[[Material, Role], Objective]
-    needs: tuple[str, ...] = ()
-
-
-def cdlm(
-    own_states: bool = False, visited: float = 0.0, late: float = 0.0, **settings: Any
-) -> Callable[[Material, Role], Objective]:
-    """The CDLM objective with these settings, on references too if their loss has a weight."""
-    chosen = CDLMSettings(**settings)
-
-    def build(material: Material, role: Role) -> Objective:
-        return CDLMObjective(
-            role,
-            material.with_own_states if own_states else material.stored[0],
-            material.base.eos_token_id,
-            references=material.references if chosen.denoising else None,
-            settings=chosen,
-            corruption=BlockCorruption(
-                late=late, late_tokens=digits(material.base.tokenizer) if late else (), visited=visited
-            ),
-        )
-
-    return build
-
-
 VARIANTS = {
     "1": Variant(
         "masked denoising on references (plain block diffusion)",
-        lambda material, role: MaskedDiffusionObjective(role, material.references, material.base.eos_token_id),
+        lambda study, role: MaskedDiffusionObjective(role, study.references, study.base.eos_token_id),
     ),
     "2": Variant(
         "hard targets: teacher text at random masks",
-        lambda material, role: MaskedDiffusionObjective(role, material.teacher_text, material.base.eos_token_id),
+        lambda study, role: MaskedDiffusionObjective(role, study.teacher_text, study.base.eos_token_id),
     ),
     "3": Variant("hard targets: trajectory states", cdlm(direction="hard", consistency=0.0, denoising=0.0)),
     "4": Variant("distillation", cdlm(consistency=0.0, denoising=0.0)),
@@ -192,8 +149,31 @@ class Ablation(Stage):
     time_limit: Annotated[float | None, "Seconds after which no job is begun."] = None
 
     @cached_property
-    def material(self) -> Material:
-        return Material(self.teacher, self.store, self.runs)
+    def base(self) -> Network:
+        """The teacher in float32, never changed itself."""
+        return load_network(self.teacher, dtype="float32")
+
+    @cached_property
+    def stored(self) -> tuple[TrajectoryTable, Examples | None]:
+        return read_table(self.store, self.base)
+
+    @property
+    def references(self) -> Examples:
+        if self.stored[1] is None:
+            raise FewstepError(
+                f"the trajectories in {self.store} hold no reference answers, which variants 1, 7 and 8 train on"
+            )
+        return self.stored[1]
+
+    @cached_property
+    def teacher_text(self) -> Examples:
+        """The teacher's answers as plain examples, each cut after its end-of-text."""
+        return cut_after(self.stored[0].examples, self.base.eos_token_id, self.base.role.mask_token_id)
+
+    @cached_property
+    def with_own_states(self) -> TrajectoryTable:
+        """The trajectories of the teacher, and those of the preliminary student with the teacher's labels."""
+        return join(self.stored[0], read_table(self.runs / OWN_STATES, self.base)[0])
 
     @cached_property
     def trained_by(self) -> dict[str, Any]:
@@ -214,17 +194,11 @@ class Ablation(Stage):
         write_json_whole(self.results / "ablation.json", rows)
         seconds = sum(result["job_seconds"] for result in found.values())
         about = {
-            "command": this_command(),
-            "machine": describe_machine(),
-            "steps": self.steps,
-            "tokens_per_step": self.rows * self.row_length,
-            "lora_rank": self.rank,
-            "learning_rate": self.learning_rate,
-            "own_threshold": self.own_threshold,
-            "device_seconds": seconds,
+            "steps": self.steps, "tokens_per_step": self.rows * self.row_length, "lora_rank": self.rank,
+            "learning_rate": self.learning_rate, "own_threshold": self.own_threshold, "device_seconds": seconds,
             "own_states": found.get(OWN_STATES),
-        }
-        write_json_whole(self.results / "ablation-about.json", about)
+        }  # fmt: skip
+        write_figures(self.results / "ablation-about.json", about)
         told = f"{len(found)} of {len(jobs)} jobs are done ({seconds:.0f} device seconds); {len(rows)} rows are in "
         print(f"{told}{self.results / 'ablation.json'}", flush=True)
 
@@ -265,19 +239,15 @@ class Ablation(Stage):
         """Figures of the training of a variant in the folder `name`, which is done or gone on with if need be."""
         if (figures := self._kept(name, key, seed)) is not None:
             return figures
-        network = student_of(copy.deepcopy(self.material.base))
+        network = student_of(copy.deepcopy(self.base))
         settings = gpu_settings(
             max_steps=self.steps, rows=self.rows, row_length=self.row_length, learning_rate=self.learning_rate,
             warmup_steps=max(1, self.steps // 12), log_every=max(1, self.steps // 4), seed=seed,
         )  # fmt: skip
-        objective = VARIANTS[key].objective(self.material, network.role)
+        objective = VARIANTS[key].objective(self, network.role)
         lora = LoRASettings(rank=self.rank, alpha=self.rank)
         done = train(network, objective, settings, self.runs / name, lora=lora)
-        figures = {
-            "training_tokens": done.real_tokens,
-            "training_seconds": done.seconds,
-            "final_loss": done.history[-1]["loss"],
-        }
+        figures = {"training_tokens": done.real_tokens, "training_seconds": done.seconds}
         keep_result(self.runs / f"{name}.json", figures, {**self.trained_by, "variant": key, "seed": seed})
         return figures
 
@@ -323,12 +293,8 @@ class Ablation(Stage):
         found = sweep(
             lm, problems("dev", self.dev), batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, **swept
         )
-        marks = ["".join(str(int(record.correct)) for record in report.records) for report in found]
-        return {
-            "rows": [
-                {**about, **report.to_json(), "correct": correct} for report, correct in zip(found, marks, strict=True)
-            ]
-        }
+        rows = [{**about, **report.to_json(), "correct": report_columns(report)["correct"]} for report in found]
+        return {"rows": rows}
 
 
 app = app_of({"run": Ablation()})

@@ -1,7 +1,7 @@
 """The ablation's table and plot, from the rows that the jobs of gsm_ablation.py left. Axis: S = seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,30 @@ import numpy as np
 from gsm_ablation import ALL_THREE, OWN_SEED, VARIANTS
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_whole
+from fewstep.files import write_text_whole
 from fewstep.json_files import read_json
+from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.metrics import Interval, crossed_interval
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.seeds import Setting, at_speed, difference, settings_of
 from fewstep.tasks.gsm_symbolic import problems
 
 OTHERS = ("untrained", "teacher-threshold", "teacher-steps")
+HEADINGS = (
+    "", "trained by", "training tokens", "solved, %", "tokens per forward", "on right answers",
+    "minus variant 7, same threshold", "minus variant 7, same speed",
+)  # fmt: skip
 
 
 def points(interval: Interval, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{100 * interval.estimate:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A line may end before the last heading."""
+    rows = [dict(zip(headings, line, strict=False)) for line in lines]
+    return markdown_table(rows, {heading: figure("", heading) for heading in headings})
 
 
 def markdown(
@@ -33,22 +44,11 @@ def markdown(
     reference = by_variant[ALL_THREE].get(threshold)
     speed = float(reference.tokens_per_forward_S.mean()) if reference else math.nan
     num_seeds = max((len(one.correct_SI) for settings in by_variant.values() for one in settings.values()), default=0)
-    lines = [
-        f"Development problems: {len(clusters)}; seeds: up to {num_seeds}; main threshold {threshold}. Intervals are "
-        "95 %, over seeds and "
-        "problems, clustered by template. Differences are paired by problem and seed; the last column compares at "
-        f"{speed:.2f} tokens per forward, the speed of variant 7, interpolated between thresholds.",
-        "",
-        "| | trained by | training tokens | solved, % | tokens per forward | on right answers | minus variant 7, "
-        "same threshold | minus variant 7, same speed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for variant in [*VARIANTS, "untrained"]:
         one = by_variant[variant].get(threshold)
         if one is None:
-            lines.append(
-                f"| {variant} | {VARIANTS[variant].title if variant in VARIANTS else variant} | not there | | | | | |"
-            )
+            lines.append([variant, VARIANTS[variant].title if variant in VARIANTS else variant, "not there"])
             continue
         tokens = [row["training_tokens"] for row in rows if row["variant"] == variant and "training_tokens" in row]
         cells = [
@@ -59,22 +59,28 @@ def markdown(
             f"{one.tokens_per_forward_S.mean():.2f}",
             _mean_of_known(one.tokens_per_forward_correct_S),
         ]
-        if variant == ALL_THREE or reference is None:
-            lines.append(f"| {' | '.join([*cells, '', ''])} |")
-            continue
-        same_threshold = difference(one.correct_SI, reference.correct_SI, clusters)
-        at_same_speed = at_speed(by_variant[variant], speed)
-        same_speed = None if at_same_speed is None else difference(at_same_speed, reference.correct_SI, clusters)
-        cells += [points(same_threshold, signed=True), points(same_speed, signed=True) if same_speed else "not reached"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "The whole sweeps: solved, % / tokens per forward.", ""]
-    lines += _sweeps(
-        {variant: by_variant[variant] for variant in [*VARIANTS, "untrained", "teacher-threshold"]}, "threshold"
-    )
-    lines += ["", *_sweeps({"teacher-steps": by_variant["teacher-steps"]}, "steps")]
-    lines += ["", *_said_of_budget(about)]
-    lines += ["", f"Command: `{about['command']}`, on {about['machine']['gpu'] or about['machine']['cpu']}."]
-    return "\n".join(lines) + "\n"
+        if variant != ALL_THREE and reference is not None:
+            cells.append(points(difference(one.correct_SI, reference.correct_SI, clusters), signed=True))
+            same_speed = at_speed(by_variant[variant], speed)
+            cells.append(
+                "not reached"
+                if same_speed is None
+                else points(difference(same_speed, reference.correct_SI, clusters), signed=True)
+            )
+        lines.append(cells)
+    under_threshold = {name: settings for name, settings in by_variant.items() if name != "teacher-steps"}
+    parts = [
+        f"Development problems: {len(clusters)}; seeds: up to {num_seeds}; main threshold {threshold}. Intervals are "
+        "95 %, over seeds and problems, clustered by template. Differences are paired by problem and seed; the last "
+        f"column compares at {speed:.2f} tokens per forward, the speed of variant 7, interpolated between thresholds.",
+        table(HEADINGS, lines),
+        "The whole sweeps: solved, % / tokens per forward.",
+        _sweeps(under_threshold, "threshold"),
+        _sweeps({"teacher-steps": by_variant["teacher-steps"]}, "steps"),
+        "\n".join(_said_of_budget(about)),
+        f"Command: `{about['command']}`, on {about['machine']['gpu'] or about['machine']['cpu']}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _mean_of_known(values_S: np.ndarray) -> str:
@@ -86,10 +92,11 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
     """What was equal, and what was not."""
     own = about["own_states"]
     lines = [
-        f"Every variant has the same initialisation, optimizer and budget: {about['steps']} steps of "
-        f"{about['tokens_per_step']:,} packed tokens, LoRA rank {about['lora_rank']}. Training tokens are real tokens "
-        "of packed documents (context, noisy and clean response); with references (7 to 9), half of the documents are "
-        "references. The forward without gradient of the consistency loss is not counted.",
+        "Every variant has the same initialisation (for one seed, the same fresh LoRA), optimizer and budget: "
+        f"{about['steps']} steps of {about['tokens_per_step']:,} packed tokens, LoRA rank {about['lora_rank']}. "
+        "Training tokens are real tokens of packed documents (context, noisy and clean response); with references (7 "
+        "to 9), half of the documents are references, and half as many are trajectories. The forward without gradient "
+        "of the consistency loss is not counted.",
         "The teacher and the untrained weights are decoded in the student's blocks of 32 here, and all by plain "
         "thresholds, without a limit of gaps.",
     ]
@@ -102,38 +109,27 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _sweeps(by_variant: Mapping[str, Mapping[float, Setting]], name: str) -> list[str]:
+def _sweeps(by_variant: Mapping[str, Mapping[float, Setting]], name: str) -> str:
     values = sorted({value for settings in by_variant.values() for value in settings})
-    lines = [f"| {name} | {' | '.join(str(value) for value in values)} |", "|---" * (len(values) + 1) + "|"]
-    for variant, settings in by_variant.items():
-        cells = [
-            f"{100 * settings[value].correct_SI.mean():.1f} / {settings[value].tokens_per_forward_S.mean():.2f}"
-            if value in settings
-            else ""
-            for value in values
-        ]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return lines
+
+    def cell(one: Setting | None) -> str:
+        return f"{100 * one.correct_SI.mean():.1f} / {one.tokens_per_forward_S.mean():.2f}" if one else ""
+
+    lines = [[variant, *(cell(found.get(value)) for value in values)] for variant, found in by_variant.items()]
+    return table([name, *map(str, values)], lines)
 
 
 def curves(rows: Sequence[Mapping[str, Any]], clusters: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """For the plot: means over the seeds at each setting, by the variant's name."""
+    titles = {row["variant"]: row["title"] for row in rows}
     series: dict[str, list[dict[str, Any]]] = {}
-    for variant in [*VARIANTS, *OTHERS]:
-        title = next((row["title"] for row in rows if row["variant"] == variant), None)
-        if title is None:
-            continue
-        name = f"{variant} {title}" if variant in VARIANTS else title
-        series[name] = []
+    for variant in [name for name in [*VARIANTS, *OTHERS] if name in titles]:
+        line = series[f"{variant} {titles[variant]}" if variant in VARIANTS else titles[variant]] = []
         for one in settings_of(rows, variant).values():
             interval = crossed_interval(one.correct_SI, clusters)
-            series[name].append(
-                {
-                    "tokens_per_forward": float(one.tokens_per_forward_S.mean()),
-                    "accuracy": interval.estimate,
-                    "accuracy_ci95": [max(0.0, interval.low), min(1.0, interval.high)],
-                }
-            )
+            ends = [max(0.0, interval.low), min(1.0, interval.high)]
+            speed = float(one.tokens_per_forward_S.mean())
+            line.append({"tokens_per_forward": speed, "accuracy": interval.estimate, "accuracy_ci95": ends})
     return series
 
 
@@ -151,8 +147,7 @@ def write_report(results_folder: Path, threshold: float) -> None:
     rows = [row for row in rows if row["variant"] not in VARIANTS or row["seed"] in shared]
     clusters = [item.template if item.template is not None else -1 for item in problems("dev", rows[0]["n"])]
     text = markdown(rows, clusters, threshold, read_json(results_folder / "ablation-about.json"))
-    with write_whole(results_folder / "ablation.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text_whole(results_folder / "ablation.md", text)
     print(text)
     for path in plot_accuracy(curves(rows, clusters), results_folder / "ablation", title="Development problems"):
         print(path)

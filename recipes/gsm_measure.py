@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from run_recipe import run_recipe
@@ -20,7 +20,7 @@ from task_options import Many
 from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
-from fewstep.json_files import read_json, write_json_whole
+from fewstep.json_files import read_json
 from fewstep.measure.compare import compare_shared
 from fewstep.measure.contenders import (
     Contender,
@@ -33,7 +33,7 @@ from fewstep.measure.contenders import (
 from fewstep.measure.evaluate import Report
 from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import agreement, fastest_good_enough, with_no_fewer_passes
-from fewstep.measure.timing import describe_machine, speed_factors, this_command
+from fewstep.measure.timing import describe_machine, speed_factors, write_figures
 from fewstep.models.names import BUNDLED
 from fewstep.tasks.gsm_symbolic import BUNDLED_COUNTS, Split, make_problems, problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file
@@ -98,8 +98,6 @@ def gather(reports: Mapping[str, Mapping[str, Report]], slack: float) -> dict[st
     ready = "teacher" in dev and bool(_of(dev, "student-"))
     threshold = choose_threshold(dev, slack) if ready else 0.9
     told: dict[str, Any] = {
-        "command": this_command(),
-        "machine": describe_machine(),
         "chosen_threshold": threshold,
         "gaps": dev[f"student-{threshold}"].gaps if ready else None,
         "chosen_on": f"{dev['teacher'].n} development problems, at most {100 * slack:g} points below the teacher"
@@ -148,19 +146,12 @@ def accuracy(
     test: Annotated[int, typer.Option(min=1, help="test problems")] = 10_000,
     heldout: Annotated[int, typer.Option(min=1, help="problems of the held-out templates")] = 2_000,
     dev: Annotated[int, typer.Option(min=1, help="development problems, which choose the threshold")] = 1_000,
-    published: Annotated[
-        int | None, typer.Option(min=0, help="most problems for the teacher without early stop")
-    ] = None,
-    training_free: Annotated[
-        int | None,
-        typer.Option(min=0, help="limit for the teacher under thresholds, with fewer passes, or block-causal"),
-    ] = None,
+    published: Annotated[int | None, typer.Option(min=0, help="limit for the teacher without early stop")] = None,
+    training_free: Annotated[int | None, typer.Option(min=0, help="limit for other ways to decode the teacher")] = None,
     threshold: Annotated[list[float], typer.Option()] = [0.9, 0.95, 0.97, 0.99],  # noqa: B006
     gaps: Annotated[int | None, typer.Option(min=0, help="with every threshold")] = 2,
     teacher_steps: Annotated[list[int], typer.Option()] = [24, 32, 48, 64],  # noqa: B006
-    slack: Annotated[
-        float, typer.Option(help="how far below the teacher the chosen threshold may be, as a share")
-    ] = 0.0,
+    slack: Annotated[float, typer.Option(help="how far below the teacher the student may be, as a share")] = 0.0,
     max_new_tokens: Many = 256,
     shard: Many = 2_500,
     batch_size: Many = 1_250,
@@ -199,7 +190,7 @@ def accuracy(
     if reports is None:
         return
     told = gather(reports, slack)
-    write_json_whole(results_folder / "accuracy.json", told)
+    write_figures(results_folder / "accuracy.json", told)
     print(markdown_table(told["rows"], COLUMNS))
     for row in told["comparisons"]:
         print(f"{row['set']:8} {comparison_sentence(row)}")
@@ -246,7 +237,6 @@ def timing(
     timings = time_contenders(everyone, models, questions, progress=lambda: print(".", end="", flush=True))
     fast = timings["student"]
     told = {
-        "command": this_command(),
         "machine": {**describe_machine(), "device": device},
         "n": num,
         **rule,
@@ -257,7 +247,7 @@ def timing(
         "factors": vars(speed_factors(timings["teacher as published"], timings["teacher with early stop"], fast)),
         "seconds": {name: one.seconds for name, one in timings.items()},
     }
-    write_json_whole(results_folder / f"timing-{device}.json", told)
+    write_figures(results_folder / f"timing-{device}.json", told)
     print(json.dumps({"over_student": told["over_student"], "factors": told["factors"]}, indent=1))
 
 
@@ -272,11 +262,8 @@ def cards(
     draft_report: Annotated[Path | None, typer.Option(help="report.json of its training")] = None,
 ) -> None:
     """Write README.md of the bundled models from the results and the training reports."""
-    reports: dict[Kind, Path | None] = {
-        "ar": ar_report, "teacher": teacher_report, "student": student_report, "cllm": cllm_report,
-        "draft": draft_report,
-    }  # fmt: skip
-    for kind, path in reports.items():
+    reports = ar_report, teacher_report, student_report, cllm_report, draft_report
+    for kind, path in zip(get_args(Kind), reports, strict=True):
         name = f"gsm-{kind}"
         if not (bundled / name).exists():
             continue

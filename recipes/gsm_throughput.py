@@ -19,8 +19,7 @@ from task_options import Many
 from torch import bfloat16, compiler, float32, nn
 
 from fewstep.errors import FewstepError
-from fewstep.json_files import write_json_whole
-from fewstep.measure.timing import describe_machine, matmul_flops_per_second, this_command
+from fewstep.measure.timing import describe_machine, matmul_flops_per_second, write_figures
 from fewstep.models.importers.shapes import write_random
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
@@ -47,13 +46,9 @@ Made = tuple[Network, Objective, LoRASettings | None]
 class Case:
     """What is trained: the teacher's network, or with a `shape` a larger one of random weights."""
 
-    objective: str
+    name: str
     make: Callable[[], Made]
     shape: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.objective if self.shape is None else f"{self.objective}, {self.shape}"
 
 
 def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matmul_rate: float) -> dict[str, Any]:
@@ -67,10 +62,8 @@ def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matm
         max_steps=steps, rows=rows, row_length=row_length, learning_rate=1e-5, warmup_steps=1, log_every=every,
         compiled=cuda, precision="bf16" if cuda else "no",
     )  # fmt: skip
-    num_parameters = network.num_parameters
-    work = count_work(
-        objective, network.vocab_size, rows=rows, row_length=row_length, device=network.device, batches=BATCHES
-    )
+    num_parameters, shape = network.num_parameters, {"rows": rows, "row_length": row_length}
+    work = count_work(objective, network.vocab_size, **shape, device=network.device, batches=BATCHES)
     counted = work[0]
     # Before the adapter's layers replace the plain ones: r x (in + out) for every linear layer but the head.
     head = network.module.get_output_embeddings()
@@ -89,8 +82,7 @@ def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matm
         "shape": case.shape,
         "parameters": num_parameters,
         "adapter_parameters": adapter,
-        "rows": rows,
-        "row_length": row_length,
+        **shape,
         "packing": counted.real_tokens / (BATCHES * rows * row_length),
         "mean_visible_keys": counted.visible_keys / counted.real_tokens,
         "scored_share": counted.scored / counted.real_tokens,
@@ -124,12 +116,10 @@ def throughput_cases(
 
     def diffusion(weights: str | None = None) -> Made:
         one = network("bidirectional", weights)
+        corruption = Corruption(leftward=0.8, frontier=0.5)
+        canvases = 3 if one.role.context_attention == "causal" else 1
         objective = MaskedDiffusionObjective(
-            one.role,
-            references,
-            one.eos_token_id,
-            corruption=Corruption(leftward=0.8, frontier=0.5),
-            canvases=3 if one.role.context_attention == "causal" else 1,
+            one.role, references, one.eos_token_id, corruption=corruption, canvases=canvases
         )
         return one, objective, None
 
@@ -140,13 +130,13 @@ def throughput_cases(
         return one, objective, lora
 
     return [
-        Case(objective="causal", make=causal),
-        Case(objective="teacher (masked diffusion)", make=diffusion),
-        Case(objective="cdlm, full weights", make=cdlm),
-        Case(objective="cdlm, LoRA", make=partial(cdlm, LoRASettings(rank=rank, alpha=rank))),
-        Case(objective="cdlm, full weights, without consistency", make=partial(cdlm, consistency=0.0)),
-        Case(objective="causal", make=partial(causal, shape), shape=shape),
-        Case(objective="teacher (masked diffusion)", make=partial(diffusion, shape), shape=shape),
+        Case(name="causal", make=causal),
+        Case(name="teacher (masked diffusion)", make=diffusion),
+        Case(name="cdlm, full weights", make=cdlm),
+        Case(name="cdlm, LoRA", make=partial(cdlm, LoRASettings(rank=rank, alpha=rank))),
+        Case(name="cdlm, full weights, without consistency", make=partial(cdlm, consistency=0.0)),
+        Case(name=f"causal, {shape}", make=partial(causal, shape), shape=shape),
+        Case(name=f"teacher (masked diffusion), {shape}", make=partial(diffusion, shape), shape=shape),
     ]
 
 
@@ -157,9 +147,7 @@ def main(
     store: Path = Path("runs/gsm/trajectories"),
     device: str = "auto",
     steps: Many = 120,
-    rows: Annotated[
-        int, typer.Option(min=1, help="packed rows of a step; the causal objective and the teacher's train on as many")
-    ] = 48,
+    rows: Annotated[int, typer.Option(min=1, help="packed rows of a step")] = 48,
     row_length: Many = 2048,
     rank: Many = 32,
     shape: Annotated[str, typer.Option(help="a larger network, trained with random weights as well")] = "smollm2-135m",
@@ -180,7 +168,6 @@ def main(
     dtype = bfloat16 if place.type == "cuda" else float32
     rate = matmul_flops_per_second(matmul_size, place, dtype)
     told: dict[str, Any] = {
-        "command": this_command(),
         "machine": {**describe_machine(), "device": str(place)},
         "matmul": f"{matmul_size}^3 {str(dtype).removeprefix('torch.')}",
         "matmul_flops_per_second": rate,
@@ -198,12 +185,9 @@ def main(
             print(f"{case.name} failed: {error}", flush=True)
         else:
             told["rows"].append(row)
-            print(
-                f"{case.name}: {row['real_tokens_per_second'] / 1e6:.3f} M real tokens/s, "
-                f"{row['share_of_matmul_rate']:.1%} of {rate / 1e12:.0f} TFLOP/s",
-                flush=True,
-            )
-        write_json_whole(results_folder / "throughput.json", told)
+            speed, share = row["real_tokens_per_second"] / 1e6, row["share_of_matmul_rate"]
+            print(f"{case.name}: {speed:.3f} M real tokens/s, {share:.1%} of {rate / 1e12:.0f} TFLOP/s", flush=True)
+        write_figures(results_folder / "throughput.json", told)
     if not told["rows"]:
         raise FewstepError(f"nothing could be trained; {results_folder / 'throughput.json'} says why")
 

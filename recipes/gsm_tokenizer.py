@@ -39,12 +39,9 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     """Train on `texts`. Ids 0 to 4 are SPECIAL_TOKENS, the 256 bytes follow, then what is frequent."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    in_pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([in_pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -57,16 +54,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     tokenizer.add_tokens([AddedToken(INSTRUCTION, normalized=False)])
     pad, eos, mask, bos, _ = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        eos_token=eos,
-        mask_token=mask,
-        bos_token=bos,
-        additional_special_tokens=["<answer>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, mask_token=mask, bos_token=bos,
+        additional_special_tokens=["<answer>"], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-    )
+    )  # fmt: skip
 
 
 def train_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

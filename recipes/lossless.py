@@ -19,9 +19,8 @@ from task_options import Many, TaskData, TaskName, TaskSplit
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import load
-from fewstep.json_files import write_json_whole
 from fewstep.measure.contenders import figure, markdown_table
-from fewstep.measure.timing import describe_machine, this_command
+from fewstep.measure.timing import write_figures
 from fewstep.models.medusa import MedusaHeads, save_heads
 from fewstep.tasks.registry import task_named
 
@@ -94,8 +93,7 @@ def main(
         of_model = [row_of(name, decoder, answers, expected) for decoder, answers in outputs.items()]
         print(markdown_table(of_model, COLUMNS), flush=True)
         rows += of_model
-    told = {"command": this_command(), "machine": describe_machine(), "rows": rows}
-    write_json_whole(results / "lossless.json", told)
+    write_figures(results / "lossless.json", {"rows": rows})
     raise typer.Exit(int(any(row["same"] < row["n"] for row in rows)))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
-from stages import BLOCK, AtLeast0, Rank, Stage, Training, device, digits, fresh_network, is_there, worker
+from stages import BLOCK, AtLeast0, FineTuning, Rank, Stage, device, digits, fresh_network, worker
 from word_problems import MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
 
 from fewstep.decode.decoder import threshold_rule
@@ -52,7 +52,7 @@ class Tables(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(Training):
+class Causal(FineTuning):
     """Fine-tune a causal model on the token tables."""
 
     data: Annotated[Path, "Token tables, under --runs or anywhere."] = Path("data")
@@ -60,9 +60,7 @@ class Causal(Training):
     def network(self) -> Network:
         return self.load()
 
-    def run(self) -> None:
-        if is_there(self.output / "config.json"):
-            return
+    def fit(self) -> None:
         network = self.network()
         self.train(
             network, CausalObjective(network.role, load_examples(Path(self.found(self.data))), network.eos_token_id)
@@ -82,7 +80,7 @@ class CausalFromScratch(Causal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher(Training):
+class Teacher(FineTuning):
     """Adapt a causal model (or continue a teacher) to masked diffusion."""
 
     context_attention: ContextAttention = "causal"
@@ -95,32 +93,20 @@ class Teacher(Training):
     threshold: Annotated[Threshold | None, "Of the decoding that answers --dev problems; by default none."] = None
     gaps: Annotated[AtLeast0 | None, "With that threshold."] = None
 
-    def run(self) -> None:
-        if is_there(self.output / "config.json"):
-            return
+    def fit(self) -> None:
         network = self.load()
         given = network.role.mask_token_id
         role = Role(
-            name="bidirectional",
-            block_size=BLOCK,
-            mask_token_id=network.tokenizer.mask_token_id if given is None else given,
-            context_attention=self.context_attention,
-            right_shift_logits=self.shift,
-        )
+            name="bidirectional", block_size=BLOCK, context_attention=self.context_attention,
+            mask_token_id=network.tokenizer.mask_token_id if given is None else given, right_shift_logits=self.shift,
+        )  # fmt: skip
         network = Network(network.module, role, network.tokenizer, name=self.name)
         corruption = Corruption(
-            leftward=self.leftward,
-            frontier=self.frontier,
-            late=self.late,
+            leftward=self.leftward, frontier=self.frontier, late=self.late, visited=self.visited,
             late_tokens=digits(network.tokenizer) if self.late else (),
-            visited=self.visited,
-        )
+        )  # fmt: skip
         objective = MaskedDiffusionObjective(
-            role,
-            load_examples(self.runs / "data"),
-            network.eos_token_id,
-            corruption=corruption,
-            canvases=self.canvases,
+            role, load_examples(self.runs / "data"), network.eos_token_id, corruption=corruption, canvases=self.canvases
         )
         self.train(network, objective, threshold=self.threshold, gaps=self.gaps)
 
@@ -140,6 +126,10 @@ class Collecting(Stage):
     batch_size: Count = 1024
     solved: Annotated[bool, "Keep only what the model solves."] = True
     seed: int
+
+    @property
+    def kept(self) -> str:
+        return "solved" if self.solved else "all"
 
     def rows(self, network: Network) -> tuple[list[PromptRow], Callable[[PromptRow, Output], bool]]:
         """The prompts, and which outputs are kept."""
@@ -165,22 +155,11 @@ class Trajectories(Collecting):
         )
         asked: dict[str, Any] = {"max_new_tokens": MAX_ANSWER, "batch_size": self.batch_size}
         report = collect(
-            decode_with(network, decoder, distribution=distribution, **asked),
-            rows,
-            self.runs / self.name,
-            teacher=teacher_of(network),
-            settings={
-                "max_new_tokens": MAX_ANSWER,
-                **threshold_rule(decoder),
-                "early_stop": True,
-                "keep": "solved" if self.solved else "all",
-            },
-            distribution=distribution,
-            seed=self.seed,
-            shard_size=self.batch_size,
-            worker=worker(),
-            keep=keep,
-        )
+            decode_with(network, decoder, distribution=distribution, **asked), rows, self.runs / self.name,
+            settings={"max_new_tokens": MAX_ANSWER, **threshold_rule(decoder), "early_stop": True, "keep": self.kept},
+            teacher=teacher_of(network), distribution=distribution, shard_size=self.batch_size, seed=self.seed,
+            keep=keep, worker=worker(),
+        )  # fmt: skip
         print(report, flush=True)
 
 
@@ -190,7 +169,7 @@ def student_of(teacher: Network) -> Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Student(Training):
+class Student(FineTuning):
     """Post-train the teacher into a block-causal student with the three CDLM losses."""
 
     store: Annotated[str, "Folder of trajectories under --runs."] = "trajectories"
@@ -201,9 +180,7 @@ class Student(Training):
     late: Annotated[Share, "Share of the references' blocks that hide their digits longest."] = 0.0
     visited: Annotated[Share, "Share of them that the network first goes on with by itself."] = 0.0
 
-    def run(self) -> None:
-        if is_there(self.output / "config.json"):
-            return
+    def fit(self) -> None:
         base = self.load()
         table, references = read_table(self.runs / self.store, teacher=base)
         if self.own:
@@ -212,15 +189,9 @@ class Student(Training):
             references = load_examples(self.runs / "data", self.examples)
         network = student_of(base)
         objective = CDLMObjective(
-            network.role,
-            table,
-            network.eos_token_id,
-            references=references,
-            settings=self.losses,
+            network.role, table, network.eos_token_id, references=references, settings=self.losses,
             corruption=BlockCorruption(
-                late=self.late,
-                late_tokens=digits(network.tokenizer) if self.late else (),
-                visited=self.visited,
+                late=self.late, late_tokens=digits(network.tokenizer) if self.late else (), visited=self.visited
             ),
-        )
+        )  # fmt: skip
         self.train(network, objective, rank=self.rank)

@@ -12,13 +12,23 @@ import typer
 from run_recipe import run_recipe
 
 from fewstep.engine.language_model import LanguageModel, load
-from fewstep.json_files import write_json_whole
+from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.evaluate import evaluate
-from fewstep.measure.timing import describe_machine, this_command, time_interleaved
+from fewstep.measure.timing import time_interleaved, write_figures
 from fewstep.models.names import BUNDLED
 from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
+COLUMNS = {
+    "model": lambda row: f"`{row['model']}`",
+    "role": lambda row: f"{row['role']}, {row['decoder']}",
+    "MB added in memory": figure(".1f", "megabytes_added"),
+    "solved": figure(".1%", "accuracy"),
+    "interval": lambda row: "{:.1%} to {:.1%}".format(*row["accuracy_ci95"]),
+    "tokens per pass": figure(".2f", "tokens_per_forward"),
+    "seconds, median": figure(".3f", "timing", "seconds_median"),
+    "ms per pass": figure(".1f", "timing", "step_ms"),
+}
 
 
 def roles_of(families: list[str], device: str) -> dict[str, LanguageModel]:
@@ -65,19 +75,9 @@ def main(
     timings = time_interleaved(
         {name: lm.generate for name, lm in models.items()}, [problem.question for problem in problems[:timed]]
     )
-    print("| model | role | MB added in memory | solved, % | tokens per pass | seconds, median | ms per pass |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        timing = timings[row["model"]]
-        row["timing"] = timing.to_json()
-        low, high = (100 * end for end in row["accuracy_ci95"])
-        print(
-            f"| `{row['model']}` | {row['role']}, {row['decoder']} | {row['megabytes_added']:.1f} | "
-            f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f}) | {row['tokens_per_forward']:.2f} | "
-            f"{timing.seconds_median:.3f} | {timing.step_ms:.1f} |"
-        )
-    told = {"command": this_command(), "machine": describe_machine(), "rows": rows}
-    write_json_whole(results_folder / "roles.json", told)
+    rows = [{**row, "timing": timings[row["model"]].to_json()} for row in rows]
+    print(markdown_table(rows, COLUMNS))
+    write_figures(results_folder / "roles.json", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Interrupt it whenever you like: the same command goes on.
 The task is made on the spot: put the letters of a word in order. A network of 0.13 M parameters learns it token by
 token (causal), then to fill masked answers (teacher), and then, from the teacher's own decoding, to fill many masks in
 one pass (student). All three answer the same words, which are not among those of the training.
+
+On a GPU the same path makes the bundled models, on word problems: recipes/gsm.py.
 """
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
@@ -111,10 +113,3 @@ def main(
 
 if __name__ == "__main__":
     run_recipe(app)
-
-# On a GPU the same path makes the bundled models: recipes/gsm.py, on word problems. There the network has 9.6 M
-# parameters (`fresh_network` in stages.py), blocks are of 32, and the three trainings are
-#     TrainSettings(max_steps=3000, rows=48, row_length=2048, learning_rate=2e-3, ...)      causal, 3 M examples
-#     TrainSettings(max_steps=3000, rows=48, row_length=2048, learning_rate=1.5e-3, ...)    teacher
-#     TrainSettings(max_steps=400, rows=96, row_length=2048, learning_rate=1.5e-3, ...)     student, LoRA of rank 32
-# each with precision="bf16", weights_dtype="bfloat16", compiled=True; the trajectories are those of 8,192 prompts.

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 import typer
@@ -59,7 +59,7 @@ class Stage(ABC):
 class Training(Stage):
     """A stage that trains a network and leaves its folder; what is there is left alone, what was cut off goes on."""
 
-    source: Annotated[str, "What to start from: a folder under --runs, a bundled name, or another folder."]
+    finished: ClassVar[str] = "config.json"  # the file that tells that the folder is whole
     name: Annotated[str, "Folder under --runs for the result."]
     steps: Count
     rows: Annotated[Count, "Packed rows of a step, in each process."]
@@ -74,9 +74,13 @@ class Training(Stage):
     def output(self) -> Path:
         return self.runs / self.name
 
-    def load(self) -> Network:
-        """The source in float32, to be trained."""
-        return load_network(self.found(self.source), dtype="float32", device=device())
+    def run(self) -> None:
+        if not is_there(self.output / self.finished):
+            self.fit()
+
+    @abstractmethod
+    def fit(self) -> None:
+        """Train, from the newest checkpoint if there is one."""
 
     def settings(self, **others: Any) -> TrainSettings:
         return gpu_settings(
@@ -89,6 +93,17 @@ class Training(Stage):
         lora = LoRASettings(rank=rank, alpha=rank) if rank else None
         settings = self.settings(evaluate_every=self.steps)
         train(network, objective, settings, self.output, lora=lora, evaluate=accuracy(self.dev, **answering))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Training):
+    """A training that starts from a model."""
+
+    source: Annotated[str, "What to start from: a folder under --runs, a bundled name, or another folder."]
+
+    def load(self) -> Network:
+        """The source in float32, to be trained."""
+        return load_network(self.found(self.source), dtype="float32", device=device())
 
 
 def app_of(stages: Mapping[str, Stage]) -> typer.Typer:

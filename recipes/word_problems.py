@@ -3,7 +3,7 @@
 Rows become token tables, one file a part, and prompts of trajectories, with any model's tokenizer and chat template.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import Pool
@@ -50,20 +50,14 @@ class Part:
         """Write it, unless it is there."""
         if not self.path.exists():
             torch.set_num_threads(1)
+            rows = training_rows(self.seed, self.count) if self.gsm8k is None else gsm8k_rows(self.gsm8k)
+            tokenizer = load_tokenizer(self.tokenizer)
             examples = encode_rows(
-                enumerate(self._rows(), start=1),
-                load_tokenizer(self.tokenizer),
-                max_prompt=MAX_PROMPT,
-                max_completion=MAX_ANSWER,
+                enumerate(rows, start=1), tokenizer, max_prompt=MAX_PROMPT, max_completion=MAX_ANSWER
             )
             with write_whole(self.path) as file:
                 save_file(examples.tensors(), file)
         return self.path
-
-    def _rows(self) -> Iterator[dict[str, str]]:
-        if self.gsm8k is not None:
-            return gsm8k_rows(self.gsm8k)
-        return training_rows(self.seed, self.count)
 
 
 def make_tables(

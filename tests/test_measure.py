@@ -13,7 +13,7 @@ from fewstep.errors import FewstepError
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Record, Report, evaluate, sweep
 from fewstep.measure.plots import plot_accuracy
-from fewstep.measure.timing import Timing, describe_machine, speed_factors, time_interleaved
+from fewstep.measure.timing import Timing, describe_machine, speed_factors, time_interleaved, write_figures
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.problems import Problem
 
@@ -259,6 +259,13 @@ def test_the_machine_is_named() -> None:
     machine = describe_machine()
     assert machine["cpu"]
     assert machine["num_threads"] >= 1
+
+
+def test_figures_are_written_with_their_command_and_machine(tmp_path: Path) -> None:
+    write_figures(tmp_path / "new" / "figures.json", {"rows": [1], "machine": {"device": "cpu"}})
+    told = json.loads((tmp_path / "new" / "figures.json").read_text())
+    assert told["command"].startswith("python ")
+    assert (told["rows"], told["machine"]) == ([1], {"device": "cpu"})
 
 
 # --- plots ---------------------------------------------------------------------------------

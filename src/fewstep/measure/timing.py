@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fewstep.errors import FewstepError
+from fewstep.json_files import write_json_whole
 
 
 class Timed(Protocol):
@@ -173,6 +175,13 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON behind the command and the machine that they come from; figures of those names stand for
+    them.
+    """
+    write_json_whole(path, {"command": this_command(), "machine": describe_machine(), **figures})
 
 
 def _processor_name() -> str:
