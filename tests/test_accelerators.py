@@ -659,9 +659,14 @@ def bundled() -> LanguageModel:
     return fewstep.load("gsm-ar", dtype="float32", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def plain(bundled: LanguageModel) -> list[Output]:
+    return bundled.generate(QUESTIONS, max_new_tokens=40)
+
+
 @pytest.mark.parametrize("name", ["jacobi", "lookahead", "prompt-lookup", "speculative", "medusa"])
 def test_the_bundled_model_gives_the_same_answers_in_fewer_passes(
-    name: str, bundled: LanguageModel, tmp_path: Path
+    name: str, bundled: LanguageModel, plain: list[Output], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"decoder": name, "max_new_tokens": 40}
     if name == "speculative":
@@ -669,12 +674,11 @@ def test_the_bundled_model_gives_the_same_answers_in_fewer_passes(
     if name == "medusa":
         save_heads(MedusaHeads.of(bundled.network, 2), tmp_path / "heads", bundled.network)
         settings |= {"heads": str(tmp_path / "heads"), "window": 8}
-    wanted = bundled.generate(QUESTIONS, max_new_tokens=40)
     outputs = bundled.generate(QUESTIONS, **settings)
-    assert [output.text for output in outputs] == [output.text for output in wanted]
-    assert sum(o.num_forwards for o in outputs) < sum(o.num_forwards for o in wanted)
+    assert [output.text for output in outputs] == [output.text for output in plain]
+    assert sum(o.num_forwards for o in outputs) < sum(o.num_forwards for o in plain)
     stream = bundled.stream(QUESTIONS[0], **settings)
-    assert "".join(event.text for event in stream).replace("<eos>", "").strip() == wanted[0].text.strip()
+    assert "".join(event.text for event in stream).replace("<eos>", "").strip() == plain[0].text.strip()
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
