@@ -45,10 +45,8 @@ def roles_of(families: list[str], device: str) -> dict[str, LanguageModel]:
 
 def added_megabytes(lm: LanguageModel, known: set[int]) -> float:
     """Megabytes of its parameters that no model before it has in memory; they are known from now on."""
-    parameters = [
-        *lm.network.module.parameters(),
-        *([] if lm.network.adapter is None else lm.network.adapter.parameters()),
-    ]
+    adapter = [] if lm.network.adapter is None else list(lm.network.adapter.parameters())
+    parameters = [*lm.network.module.parameters(), *adapter]
     new = {one.data_ptr(): one.nbytes for one in parameters if one.data_ptr() not in known}
     known.update(new)
     return sum(new.values()) / 1e6
@@ -72,9 +70,8 @@ def main(
         report = evaluate(lm, problems, batch_size=batch_size).to_json()
         rows.append({**report, "model": name, "megabytes_added": added_megabytes(lm, known)})
         print(f"{name}: {report['accuracy']:.1%}", flush=True)
-    timings = time_interleaved(
-        {name: lm.generate for name, lm in models.items()}, [problem.question for problem in problems[:timed]]
-    )
+    questions = [problem.question for problem in problems[:timed]]
+    timings = time_interleaved({name: lm.generate for name, lm in models.items()}, questions)
     rows = [{**row, "timing": timings[row["model"]].to_json()} for row in rows]
     print(markdown_table(rows, COLUMNS))
     write_figures(results_folder / "roles.json", {"rows": rows})
