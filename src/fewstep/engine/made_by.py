@@ -8,6 +8,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from fewstep.decode.decoder import threshold_rule
+from fewstep.decode.own_policies import OwnPolicy
+from fewstep.decode.policies import Policy
+from fewstep.engine.code_hash import code_hash, is_of_fewstep
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
@@ -55,8 +58,18 @@ def answers_made_by(
         **chosen,
         **threshold_rule(decoder),
         "decoder": decoder.name,
-        "policy": repr(decoder.policy),
+        **_told_policy(decoder.policy),
         "helpers": helpers,
         "raw": raw,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
     }
+
+
+def _told_policy(policy: Policy) -> dict[str, str]:
+    """The policy by name and settings; one that is not of this package also by its code, which those do not tell."""
+    rule, settings = (policy.rule, policy.settings) if isinstance(policy, OwnPolicy) else (policy, {})
+    if is_of_fewstep(rule):
+        return {"policy": repr(policy)}
+    has_address = type(policy).__repr__ is object.__repr__
+    told = type(policy).__qualname__ if has_address else repr(policy)
+    return {"policy": told, "policy_code": code_hash((rule, dict(settings)))}
