@@ -21,7 +21,8 @@ test: $(VENV)/.installed-dev
 # Whole files but for a few long tests, and of the decoders that guess only that they equal the autoregressive one.
 FAST := $(addprefix tests/test_,architecture.py block_draft.py contract.py declarations.py decoders.py masks.py \
 	policies.py sampling.py values.py accelerators.py::test_every_decoder_equals_the_autoregressive_one)
-LONG := batch_of_8 or joins_late or equal_tensor_shapes or bundled or waits_for_nothing or uncached_decoder_runs
+LONG := batch_of_8 or joins_late or equal_tensor_shapes or bundled or waits_for_nothing or uncached_decoder_runs or \
+	cancelled_request or events_of_every_slot or grouping_into_passes
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS) -k 'not ($(LONG))' $(FAST)
