@@ -38,6 +38,33 @@ def test_a_failing_job_is_reported_and_the_others_are_done_once(tmp_path: Path) 
     assert "out of luck" in (tmp_path / "bad.failed").read_text()
 
 
+def test_what_needs_a_failed_job_by_way_of_others_is_not_waited_for(tmp_path: Path) -> None:
+    listed = [job("c", dict, "b"), job("b", dict, "a"), job("a", failing), job("d")]
+    found = spread(listed, tmp_path)
+    assert found is not None
+    assert sorted(found) == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "sentence"),
+    [
+        ([job("b", dict, "a"), job("c", dict, "x")], r"^the job b needs a, and there is no job of that name; add it$"),
+        (
+            [job("a", dict, "b"), job("b", dict, "c"), job("c", dict, "b")],
+            r"^the job b needs itself \(b needs c needs b",
+        ),
+        ([job("a", dict, "a")], r"^the job a needs itself \(a needs a\); take one need out$"),
+    ],
+)
+def test_needs_that_nothing_can_meet_are_refused_before_any_job_is_done(
+    tmp_path: Path, listed: list[Job], sentence: str
+) -> None:
+    for do in (work, spread):
+        with pytest.raises(FewstepError, match=sentence):
+            do([job("first"), *listed], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_job_is_begun_after_the_deadline_and_a_failed_one_is_tried_again(tmp_path: Path) -> None:
     good = [job("bad", lambda: {"now": "good"})]
     work(good, tmp_path, deadline_s=0)

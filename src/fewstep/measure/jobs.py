@@ -74,8 +74,8 @@ def spread(jobs: Sequence[Job], folder: Path, *, time_limit_s: float | None = No
 
     The processes run this same command again; in them None is returned when nothing is left to take: they have nothing
     to gather. No job is begun that would, if it takes as long as the longest one before it, end after `time_limit_s`.
-    FewstepError before anything is done if results there were made by other weights or settings. A KeyboardInterrupt
-    is given words that say how to go on.
+    FewstepError before anything is done if results there were made by other weights or settings, or if a job needs one
+    that is not there, or itself. A KeyboardInterrupt is given words that say how to go on.
     """
     if _WORKER in os.environ:
         try:
@@ -83,6 +83,7 @@ def spread(jobs: Sequence[Job], folder: Path, *, time_limit_s: float | None = No
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)  # the process that began this one speaks for all
         return None
+    _needed(jobs)
     if found := results(jobs, folder):
         print(f"{len(found)} of {len(jobs)} results are kept in {folder}", flush=True)
     for failure in folder.glob("*.failed"):  # those of an earlier run are tried again
@@ -126,14 +127,18 @@ def visible_gpus() -> list[str]:
 
 
 def work(jobs: Sequence[Job], folder: Path, *, deadline_s: float = float("inf")) -> None:
-    """Take and do jobs until none is left that can be done; `deadline_s` is a time of the clock, see `spread`."""
+    """Take and do jobs until none is left that can be done; `deadline_s` is a time of the clock, see `spread`.
+
+    FewstepError, before anything is done, if a job needs one that is not there, or itself.
+    """
+    needed = _needed(jobs)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     longest_s = 0.0
     while time.time() + longest_s < deadline_s:
         missing = [job for job in jobs if not result_path(folder, job.name).exists()]
         failed = {path.stem for path in folder.glob("*.failed")}
-        possible = [job for job in missing if job.name not in failed and not failed.intersection(job.needs)]
+        possible = [job for job in missing if not failed.intersection(needed[job.name])]
         if not possible:
             return
         took_s = _do_first(possible, folder)
@@ -142,6 +147,26 @@ def work(jobs: Sequence[Job], folder: Path, *, deadline_s: float = float("inf"))
         else:
             longest_s = max(longest_s, took_s)
     print("no time is left for another job; run the command again for the rest", flush=True)
+
+
+def _needed(jobs: Sequence[Job]) -> dict[str, set[str]]:
+    """Of each job by name: its own name, those of the jobs that it needs, of those that they need, and so on."""
+    needs = {job.name: job.needs for job in jobs}
+    needed: dict[str, set[str]] = {}
+
+    def find(name: str, waiting: tuple[str, ...]) -> set[str]:
+        if name not in needs:
+            raise FewstepError(f"the job {waiting[-1]} needs {name}, and there is no job of that name; add it")
+        if name in waiting:
+            circle = " needs ".join([*waiting[waiting.index(name) :], name])
+            raise FewstepError(f"the job {name} needs itself ({circle}); take one need out")
+        if name not in needed:
+            needed[name] = {name}.union(*(find(one, (*waiting, name)) for one in needs[name]))
+        return needed[name]
+
+    for name in needs:
+        find(name, ())
+    return needed
 
 
 def _do_first(jobs: Sequence[Job], folder: Path) -> float | None:
