@@ -26,6 +26,7 @@ from fewstep.decode.admission import positions_needed
 from fewstep.decode.block import Block
 from fewstep.decode.declarations import Declared, _from_source, _read, _source
 from fewstep.decode.decoder import Decoder
+from fewstep.decode.diffusion import Diffusion
 from fewstep.decode.loop import Loop, decode
 from fewstep.decode.own_policies import OwnPolicy, PreviousPass, as_policy
 from fewstep.decode.policies import EntropyBelow, EvenSplit, Factor, FixedCount, Margin, Origin, Threshold
@@ -339,6 +340,54 @@ def test_own_policies_that_cannot_be_are_refused_in_one_sentence() -> None:
         decode(net, requests(1), of(net, of_numbers))
     with pytest.raises(FewstepError, match="a policy replaces threshold, gaps, steps and order; leave out threshold"):
         LanguageModel(net).decoder(policy=by_logits, threshold=0.5)
+
+
+class Whole:
+    """A policy with all attributes of one, which returns what it is told to."""
+
+    order: Any = "low_confidence"
+    temperature: Any = 0.0
+
+    def __init__(self, rule: Callable[[torch.Tensor], Any], *, paced: bool = False, **attributes: Any) -> None:
+        self.rule, self.paced, self.numbers = rule, paced, ()
+        vars(self).update(attributes)
+
+    def __call__(self, certainty_RB: torch.Tensor, masked_RB: torch.Tensor) -> Any:
+        return self.rule(masked_RB)
+
+
+@pytest.mark.parametrize("rule", [lambda masked: None, torch.Tensor.float, lambda masked: masked[:, :1]])
+def test_a_policy_with_all_attributes_is_refused_for_what_it_returns_as_a_function_is(rule: Any) -> None:
+    net = network()
+    with pytest.raises(FewstepError, match="must return what it chooses as a boolean tensor of the shape of masked"):
+        decode(net, requests(1), of(net, Whole(rule)))
+
+
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_policy_that_never_chooses_comes_to_an_end(paced: bool) -> None:
+    """It finalises the most certain position, as a function that chooses none does; a paced one in its last step."""
+    net = network()
+    decoder = Diffusion(role=net.role, policy=Whole(torch.zeros_like, paced=paced), block_size=4)
+    (output,) = decode(net, [replace(requests(1)[0], max_new_tokens=8, early_stop=False)], decoder)
+    assert (output.step_G > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        (torch.ge, "arguments of the policy .*ge cannot be read"),
+        (max, "arguments of the policy max cannot be read"),
+        (partial(by_logits, nothing=1), "arguments of the policy by_logits cannot be read"),
+        (Whole(torch.ones_like, order="best"), "has the order 'best'; choose one of low_confidence, random"),
+        (Whole(torch.ones_like, temperature="hot"), "has the temperature 'hot'; it must be a number of at least 0"),
+        (Whole(torch.ones_like, temperature=float("nan")), "has the temperature nan"),
+        (Whole(torch.ones_like, temperature=-1.0), "has the temperature -1.0"),
+        (Whole(torch.ones_like, numbers=("many",)), r"numbers of the policy .* must be numbers, got \('many',\)"),
+    ],
+)
+def test_a_policy_whose_arguments_or_attributes_mean_nothing_is_refused(rule: Any, sentence: str) -> None:
+    with pytest.raises(FewstepError, match=sentence):
+        as_policy(rule)
 
 
 def test_answers_are_kept_under_what_an_own_policy_says_and_no_address() -> None:

@@ -15,15 +15,17 @@ can be captured as a graph: a policy must not read a value of them.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from fewstep.decode import policies
 from fewstep.decode.policies import Order, Policy, certainty, or_best, perturbed
 from fewstep.decode.state import Previous
 from fewstep.errors import FewstepError
@@ -76,8 +78,17 @@ class PassFacts:
 
     @property
     def chosen(self) -> Tensor:
-        """What the policy chooses, [R, B]."""
-        return self.policy(**{name: getattr(self, fact) for name, fact in reads(self.policy).items()})
+        """What the policy chooses, [R, B].
+
+        FewstepError for anything but such a boolean tensor. Of a policy from elsewhere only masked positions count, and
+        the most certain one is taken where it chooses none, if it is paced in the last step: else a request never ends.
+        """
+        chosen = self.policy(**{name: getattr(self, fact) for name, fact in reads(self.policy).items()})
+        _check_chosen(self.policy, chosen, self.masked)
+        if isinstance(self.policy, OwnPolicy) or type(self.policy).__module__ == policies.__name__:
+            return chosen
+        some = or_best(chosen, self.certainty, self.masked)
+        return torch.where(self.numbers[:, :1] <= 1, some, chosen & self.masked) if self.policy.paced else some
 
 
 FACTS = ("certainty", "masked", "tokens", "confidence", "logits", "numbers", "previous")
@@ -91,7 +102,7 @@ def reads(policy: Policy) -> Mapping[str, str]:
 @cache
 def _reads(function: Callable[..., Any]) -> Mapping[str, str]:
     found = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in _parameters(function).items():
         fact = re.sub(r"_[A-Z0-9]+$", "", name)
         if fact in FACTS:
             found[name] = fact
@@ -101,6 +112,45 @@ def _reads(function: Callable[..., Any]) -> Mapping[str, str]:
                 "or give the argument a default"
             )
     return found
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:  # such as a built-in one, or a partial with an argument that is not there
+        raise FewstepError(
+            f"the arguments of the policy {_name_of(function)} cannot be read ({error}); write a function with named "
+            "arguments that calls it"
+        ) from None
+
+
+def _check_chosen(policy: Policy, chosen: Any, masked: Tensor) -> None:
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != masked.shape:
+        got = f"{chosen.dtype} {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else shown(chosen)
+        raise FewstepError(
+            f"the policy {policy!r} must return what it chooses as a boolean tensor of the shape of masked, "
+            f"{tuple(masked.shape)}; got {got}"
+        )
+
+
+def _check_attributes(policy: Policy) -> None:
+    """FewstepError unless its order, temperature and numbers are such."""
+    rule: Any = policy.rule if isinstance(policy, OwnPolicy) else policy
+    if policy.order not in get_args(Order):
+        raise FewstepError(
+            f"the policy {policy!r} has the order {shown(policy.order)}; choose one of {', '.join(get_args(Order))}"
+        )
+    temperature = getattr(rule, "temperature", 0.0)
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise FewstepError(
+            f"the policy {policy!r} has the temperature {shown(temperature)}; it must be a number of at least 0"
+        )
+    if not all(_is_number(number) for number in policy.numbers):
+        raise FewstepError(f"the numbers of the policy {policy!r} must be numbers, got {shown(policy.numbers)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -160,17 +210,13 @@ class OwnPolicy:
     @cached_property
     def _values(self) -> dict[str, Any]:
         """Setting -> its value, for all that the function has."""
-        parameters = inspect.signature(self.rule).parameters.items()
+        parameters = _parameters(self.rule).items()
         defaults = {name: one.default for name, one in parameters if name not in self._own_reads}
         return {**defaults, **self.settings}
 
     @cached_property
     def _numbered(self) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name, value in self._values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        )
+        return tuple(name for name, value in self._values.items() if _is_number(value))
 
     def __call__(self, masked: Tensor, certainty: Tensor, numbers: Tensor, **facts: Any) -> Tensor:
         facts |= {"masked": masked, "certainty": certainty, "numbers": numbers}
@@ -179,12 +225,7 @@ class OwnPolicy:
         if not self.paced:  # else the numbers are the steps left
             given |= {name: numbers[:, i : i + 1] for i, name in enumerate(self._numbered)}
         chosen = self.rule(**given)
-        if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != masked.shape:
-            got = f"{chosen.dtype} {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else shown(chosen)
-            raise FewstepError(
-                f"the policy {self!r} must return what it chooses as a boolean tensor of the shape of masked, "
-                f"{tuple(masked.shape)}; got {got}"
-            )
+        _check_chosen(self, chosen, masked)
         return or_best(chosen, certainty, masked)
 
 
@@ -196,6 +237,7 @@ def as_policy(rule: Any, settings: Mapping[str, Any] | None = None) -> Policy:
     whole = not is_function(rule) and all(hasattr(rule, name) for name in ("order", "paced", "temperature", "numbers"))
     policy: Policy = rule if whole else OwnPolicy(rule=rule, settings=settings or {})
     reads(policy)
+    _check_attributes(policy)
     return policy
 
 
