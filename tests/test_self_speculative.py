@@ -342,6 +342,31 @@ def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path) -
     save_network(tiny_network("autoregressive", head_scale=20, seed=1), tmp_path / "home" / "base")
     with pytest.raises(FewstepError, match="belongs to other weights than its base has"):
         load_network(tmp_path / "home" / "draft")
+    with pytest.raises(FewstepError, match="belongs to other weights than its base has"):
+        load_network(tmp_path / "home" / "draft", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_adapter_fits_its_base_in_any_numbers(trained: Path, dtype: str) -> None:
+    """float16 rounds the base's weights otherwise than the hash does that the adapter names."""
+    assert load_network(trained / "draft", dtype=dtype).adapter is not None
+    other = LanguageModel(load_network(trained / "base", dtype=dtype)).with_adapter(trained / "draft")
+    assert other.network.adapter is not None
+
+
+@pytest.mark.parametrize(("kept", "sentence"), [(0, "but no .*; copy the file beside it"), (50, "safetensors")])
+def test_weights_of_an_adapter_that_are_missing_or_cut_off_are_one_sentence(
+    trained: Path, tmp_path: Path, kept: int, sentence: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "home")
+    weights = tmp_path / "home" / "draft" / "adapter_model.safetensors"
+    left = weights.read_bytes()[:kept]
+    weights.unlink()
+    if left:
+        weights.write_bytes(left)
+    with pytest.raises(FewstepError, match=sentence) as refused:
+        load_network(tmp_path / "home" / "draft")
+    assert "base" not in str(refused.value).replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("settings", [5, {}, {"mask_token_id": "2", "block_size": 8, "base_hash": "x"}])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewstep.errors import FewstepError
-from fewstep.models.adapters import quiet_peft, read_description
+from fewstep.models.adapters import quiet_peft, read_description, stored_shapes
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GATED, reading
 from fewstep.values import fitted
 
@@ -167,6 +167,7 @@ def load_gated_adapter(module: PreTrainedModel, folder: Path, settings: Any) -> 
     """
     described = _checked(settings, folder / CONFIG)
     weights = folder / ADAPTER_WEIGHTS
+    stored_shapes(weights)  # says what a file that is missing or damaged needs
     with quiet_peft(), reading(folder, advice="the gated adapter does not fit its base"):
         config = read_description(folder / ADAPTER_CONFIG, module)
         state = load_file(weights)

@@ -162,7 +162,7 @@ def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
     from fewstep.models.gated import load_gated_adapter
     from fewstep.models.shared import shared_copy
 
-    found = weights_hash(base)
+    found = _hash_as_trained(base, folder)
     module = shared_copy(base.module)
     adapter = load_gated_adapter(module, folder, settings)
     if found != adapter.base_hash:
@@ -173,6 +173,15 @@ def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
     network = Network(module, base.role, base.tokenizer, name=base.name, adapter=adapter)
     network.base = base
     return network
+
+
+def _hash_as_trained(base: Network, folder: Path) -> str:
+    """The hash of the base's weights before they were rounded to float16, if they are those that the adapter names."""
+    found = weights_hash(base)
+    named = open_checkpoint(folder).base if base.dtype == torch.float16 else None
+    if named is None or weights_hash(load_network(named.folder, dtype="float16", device="cpu")) != found:
+        return found
+    return weights_hash(load_network(named.folder, dtype="float32", device="cpu"))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
