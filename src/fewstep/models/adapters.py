@@ -61,11 +61,12 @@ def base_name(folder: Path) -> str:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence one warning: PEFT asks transformers for a property by its old name, about which whoever loads a model can
-    do nothing. Other warnings may be about the adapter.
+    """Silence two warnings: PEFT asks transformers for a property by its old name, about which nobody who loads a model
+    can do anything; and it tells of missing tensors, which its callers here refuse in a sentence. Others may matter.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"(?s).*Found missing adapter keys", UserWarning)
         yield
 
 

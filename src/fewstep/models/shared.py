@@ -1,6 +1,8 @@
 """Layers of their own around the parameters of another network: adapters beside the weights, not merged into them."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +25,17 @@ class _LeanLinear(LoRALinear):
         return cast(Tensor, self.get_base_layer()(x)) + added
 
 
+@contextmanager
+def learning_kept(module: nn.Module) -> Iterator[None]:
+    """Which of the module's parameters learn is as it was, whatever was done to them inside, and however it ended."""
+    learning = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, learns in learning:
+            parameter.requires_grad_(learns)
+
+
 def shared_copy(module: PreTrainedModel) -> PreTrainedModel:
     """The same network with layers of its own around the very same parameters and buffers.
 
@@ -35,6 +48,7 @@ def shared_copy(module: PreTrainedModel) -> PreTrainedModel:
 def beside_adapter(module: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A `shared_copy` whose layers also hold the adapter of a folder, frozen, in the module's numbers.
 
+    PEFT freezes the parameters, which both share: see `learning_kept`.
     FewstepError if the adapter does not fit, or if it changes the embeddings, which cannot be shared then.
     """
     weights = folder / ADAPTER_WEIGHTS
@@ -45,7 +59,6 @@ def beside_adapter(module: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter {folder} changes the embeddings ({changed}), which cannot be shared then; load it as a model "
             "of its own"
         )
-    learning = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     copied = shared_copy(module)
     with quiet_peft(), reading(folder, advice="the adapter and its adapter_config.json do not fit the base"):
         config = read_description(folder / ADAPTER_CONFIG, copied)
@@ -59,6 +72,4 @@ def beside_adapter(module: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if type(layer) is LoRALinear and not layer.lora_variant:  # those, such as DoRA, add something else
             layer.__class__ = _LeanLinear
     copied.to(module.device, module.dtype).requires_grad_(False)
-    for parameter, learns in learning:  # PEFT froze them
-        parameter.requires_grad_(learns)
     return copied

@@ -16,7 +16,7 @@ from fewstep.models.load import (
 )
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
-from fewstep.models.shared import beside_adapter
+from fewstep.models.shared import beside_adapter, learning_kept
 from fewstep.models.vocabulary import set_end_tokens
 
 
@@ -37,9 +37,11 @@ def with_adapter(network: Network, name: str | Path) -> Network:
             raise FewstepError(
                 f"the gated adapter {name} drafts for a causal network, and {base.name} has the role {base.role.name}"
             )
-        return with_gated_adapter(base, checkpoint.folder, gated)
+        with learning_kept(base.module):
+            return with_gated_adapter(base, checkpoint.folder, gated)
     _check_base(base, checkpoint, str(name))
-    module = beside_adapter(base.module, checkpoint.folder)
+    with learning_kept(base.module):
+        module = beside_adapter(base.module, checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
     set_end_tokens(module, end_tokens_of(checkpoint, tokenizer))
     adapted = Network(module, Role.from_config(config), tokenizer, name=str(name))
