@@ -86,17 +86,32 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path, tail: bytes) -> N
     assert found(tmp_path / "out", MADE_BY) == {"one": 1, "three": 3}
 
 
-def test_a_first_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
-    kept_path(tmp_path / "out").write_bytes(b'{"made_by": {')
+@pytest.mark.parametrize("damaged", [b"\xff\0{", b'{"key": "two", "resu', b"", b"[1]"])
+def test_a_damaged_line_takes_no_whole_line_with_it(tmp_path: Path, damaged: bytes) -> None:
+    keep(tmp_path / "out", MADE_BY, one=1, two=2, three=3)
+    lines = kept_path(tmp_path / "out").read_bytes().split(b"\n")
+    kept_path(tmp_path / "out").write_bytes(b"\n".join([*lines[:2], damaged, *lines[3:]]))
+    assert found(tmp_path / "out", MADE_BY) == {"one": 1, "three": 3}
+    keep(tmp_path / "out", MADE_BY, two=4)
+    assert found(tmp_path / "out", MADE_BY) == {"one": 1, "two": 4, "three": 3}
+
+
+@pytest.mark.parametrize("first", [b"", b'{"ma', b'{"made_by": {', b'{"made_by": {"weights": "a"}}'])
+def test_a_first_line_that_was_cut_off_is_written_again(tmp_path: Path, first: bytes) -> None:
+    kept_path(tmp_path / "out").write_bytes(first)
     keep(tmp_path / "out", MADE_BY, one=1)
     assert found(tmp_path / "out", MADE_BY) == {"one": 1}
 
 
-def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
-    kept_path(tmp_path / "out").write_text('{"id": 1, "prompt": "2"}\n')
+@pytest.mark.parametrize(
+    "text",
+    ['{"id": 1, "prompt": "2"}\n', '{"id": 1}', "notes", '{"made_by": 3}', '{"made_by": {}, "a": 1}', "[]\n", "\n"],
+)
+def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path, text: str) -> None:
+    kept_path(tmp_path / "out").write_text(text)
     with pytest.raises(FewstepError, match="holds no kept results"), kept_results(tmp_path / "out", lambda: MADE_BY):
         pass
-    assert kept_path(tmp_path / "out").read_text() == '{"id": 1, "prompt": "2"}\n'
+    assert kept_path(tmp_path / "out").read_text() == text
 
 
 def test_two_processes_do_not_add_to_one_file(tmp_path: Path) -> None:

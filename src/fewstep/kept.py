@@ -6,7 +6,8 @@ each thing that differs, never mixed in.
 
 The results of one run are kept one by one in a file beside the one that will hold them all (`out.jsonl.kept`): what
 made them in its first line, then a line for each, written as it comes. A kill may cut the last line off, which is then
-made again. A result that stays, such as that of one job of many, is a file of its own.
+made again, as is any damaged line; whole lines stay. A result that stays, such as that of one job of many, is a file of
+its own.
 """
 
 import fcntl
@@ -155,17 +156,18 @@ def _begin(kept: Kept, stream: IO[bytes], made_by: Mapping[str, Any]) -> None:
     """Read what is there, or write the first line."""
     stream.seek(0)
     first = stream.readline()
-    end = len(first)
-    if first.endswith(b"\n"):
+    if not _is_cut_off(first):
         there = _read(first)
-        if "made_by" not in there:
+        if there.keys() != {"made_by"} or not isinstance(there["made_by"], dict):
             raise FewstepError(f"{kept.path} holds no kept results; move it away")
+        end = len(first)
         for line in stream:
-            entry = _read(line) if line.endswith(b"\n") else {}
-            if "result" not in entry or not isinstance(entry.get("key"), str):
-                break
-            kept.results[entry["key"]] = entry["result"]
+            if not line.endswith(b"\n"):
+                break  # it was cut off
             end += len(line)
+            entry = _read(line)
+            if "result" in entry and isinstance(entry.get("key"), str):
+                kept.results[entry["key"]] = entry["result"]
         kept.num_found = len(kept.results)
         difference = describe_difference(there["made_by"], made_by)
         if difference and kept.results:
@@ -179,6 +181,14 @@ def _begin(kept: Kept, stream: IO[bytes], made_by: Mapping[str, Any]) -> None:
     stream.truncate(0)
     stream.write(_line({"made_by": made_by}))
     stream.flush()
+
+
+def _is_cut_off(first: bytes) -> bool:
+    """Whether a kill left no more than the beginning of a first line, which no file of somebody else has."""
+    begins = _line({"made_by": {}})[: -len(b"}}\n")]
+    if first.endswith(b"\n") or _read(first).keys() > {"made_by"}:
+        return False
+    return first.startswith(begins) or begins.startswith(first)
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
