@@ -390,6 +390,40 @@ def test_a_policy_whose_arguments_or_attributes_mean_nothing_is_refused(rule: An
         as_policy(rule)
 
 
+def test_a_misspelt_setting_of_a_function_is_refused() -> None:
+    for rule in (by_logits, partial(by_logits, at_least=0.5)):
+        with pytest.raises(
+            FewstepError, match=r"^'at_lest' is no setting of the policy by_logits; did you mean 'at_le"
+        ):
+            as_policy(rule, {"at_lest": 0.3})
+    with pytest.raises(FewstepError, match=r"^'threshold' is no setting of the policy .*<lambda>; it has none$"):
+        as_policy(lambda masked: masked, {"threshold": 0.3})
+
+
+def test_an_object_that_is_called_may_name_itself_as_it_likes() -> None:
+    class Mine:
+        def __call__(this, masked: torch.Tensor, at_least: float = 0.5) -> torch.Tensor:  # noqa: N805
+            return masked
+
+    class Static:
+        @staticmethod
+        def __call__(masked: torch.Tensor) -> torch.Tensor:
+            return masked
+
+    class OfClass:
+        @classmethod
+        def __call__(cls, masked: torch.Tensor) -> torch.Tensor:
+            return masked
+
+    net = network()
+    expected = decode(net, requests(2), of(net, lambda masked: masked))
+    for rule in (Mine(), Static(), OfClass(), Mine().__call__):
+        for one, other in zip(decode(net, requests(2), of(net, rule)), expected, strict=True):
+            same(one, other)
+    with pytest.raises(FewstepError, match="wants 'self', which no pass has"):
+        as_policy(lambda self, masked: masked)
+
+
 def test_answers_are_kept_under_what_an_own_policy_says_and_no_address() -> None:
     assert repr(OwnPolicy(rule=by_logits)) == "by_logits(at_least=0.3)"
     assert repr(OwnPolicy(rule=LogitGap(logit_gap=1.0))) == "LogitGap(logit_gap=1.0)"

@@ -28,7 +28,7 @@ from torch import Tensor
 from fewstep.decode import policies
 from fewstep.decode.policies import Order, Policy, certainty, or_best, perturbed
 from fewstep.decode.state import Previous
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 from fewstep.values import shown
 
 
@@ -96,17 +96,22 @@ FACTS = ("certainty", "masked", "tokens", "confidence", "logits", "numbers", "pr
 
 def reads(policy: Policy) -> Mapping[str, str]:
     """Argument of the policy -> what it is given, of FACTS. FewstepError if an argument names nothing there is."""
-    return policy.reads if isinstance(policy, OwnPolicy) else _reads(type(policy).__call__)
+    return policy.reads if isinstance(policy, OwnPolicy) else _reads(type(policy))
 
 
 @cache
-def _reads(function: Callable[..., Any]) -> Mapping[str, str]:
+def _reads(rule: Callable[..., Any]) -> Mapping[str, str]:
+    """Of a function, or of all objects of a class."""
     found = {}
-    for name, parameter in _parameters(function).items():
+    function = rule.__call__ if isinstance(rule, type) else rule
+    parameters = list(_parameters(function).items())
+    if isinstance(rule, type) and not isinstance(inspect.getattr_static(rule, "__call__"), staticmethod | classmethod):
+        del parameters[:1]  # the object itself, whatever it is named
+    for name, parameter in parameters:
         fact = re.sub(r"_[A-Z0-9]+$", "", name)
         if fact in FACTS:
             found[name] = fact
-        elif parameter.default is inspect.Parameter.empty and name != "self":
+        elif parameter.default is inspect.Parameter.empty:
             raise FewstepError(
                 f"the policy {_name_of(function)} wants {name!r}, which no pass has; it may name {', '.join(FACTS)}, "
                 "or give the argument a default"
@@ -164,6 +169,9 @@ class OwnPolicy:
         for name in self.settings:
             if name in self._own_reads:
                 raise FewstepError(f"{name!r} is what the policy {self!r} is given, and no setting of it")
+            if name not in (known := [one for one in _parameters(self.rule) if one not in self._own_reads]):
+                hint = suggestion(name, known) if known else "it has none"
+                raise FewstepError(f"{name!r} is no setting of the policy {_name_of(self.rule)}; {hint}")
         self.reads  # noqa: B018  (checked when built)
 
     def __repr__(self) -> str:
@@ -205,7 +213,7 @@ class OwnPolicy:
 
     @cached_property
     def _own_reads(self) -> Mapping[str, str]:
-        return _reads(self.rule if is_function(self.rule) else type(self.rule).__call__)
+        return _reads(self.rule if is_function(self.rule) else type(self.rule))
 
     @cached_property
     def _values(self) -> dict[str, Any]:
