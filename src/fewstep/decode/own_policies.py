@@ -213,7 +213,8 @@ class OwnPolicy:
 
     @cached_property
     def _own_reads(self) -> Mapping[str, str]:
-        return _reads(self.rule if is_function(self.rule) else type(self.rule))
+        owner: Any = self.rule if is_function(self.rule) else type(self.rule)
+        return _reads(owner)
 
     @cached_property
     def _values(self) -> dict[str, Any]:
