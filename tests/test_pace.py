@@ -74,6 +74,21 @@ def test_each_choice_is_timed_before_one_is_preferred_and_for_every_size_of_batc
     assert pace.choose(5) == CHOICES[0]
 
 
+def test_a_choice_that_was_timed_while_the_machine_was_busy_is_timed_again() -> None:
+    pace, told, best = Pace(CHOICES), times(1.0, 2.0, 1.0), CHOICES[0]
+    chosen = []
+    for number in range(1200):
+        choice = pace.choose(1)
+        chosen.append(choice)
+        busy = 5 if number < 4 else 1  # while the best of them is timed
+        pace.observe(
+            seen(choice.round, busy * told[choice.round], accepted=min(6, choice.length), verified=choice.length)
+        )
+    assert chosen[20] != best
+    assert chosen[-1] == best
+    assert chosen[600:].count(best) > 0.97 * 600
+
+
 def test_a_round_with_a_pass_for_lost_drafts_counts_as_one_of_its_cycle() -> None:
     pace = Pace(CHOICES)
     for _ in range(4):

@@ -23,6 +23,11 @@ _TIMED = 3
 _KEPT = 9
 """Of the latest rounds of a shape the times are kept."""
 
+_TIMED_AGAIN = 128
+"""After so many rounds the oldest times of a choice are forgotten, and `_TIMED` rounds time it again: the machine may
+have been busy then.
+"""
+
 _PRIOR = (1.5, 2.0)
 """Guesses taken as accepted, and as verified, before any was."""
 
@@ -53,6 +58,8 @@ class Pace:
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_KEPT))
     )
     _num_rounds: dict[tuple[Kinds, int], int] = field(default_factory=lambda: defaultdict(int))
+    _latest: dict[tuple[Kinds, int], int] = field(default_factory=lambda: defaultdict(int))
+    _num_rounds_of_size: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _right: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: _PRIOR[0]))
     _verified: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: _PRIOR[1]))
     _drafts_kept: float = _PRIOR[0]
@@ -67,10 +74,15 @@ class Pace:
         self.most_worth = max((one for one, goes_on in zip(worth_r, goes_on_r, strict=True) if goes_on), default=0)
         if any(shapes[0].width > WITHOUT_DRAFT for shapes in seen.shapes):
             return  # requests begin
-        key = kinds, _size(len(goes_on_r))
+        size = _size(len(goes_on_r))
+        key = kinds, size
+        self._num_rounds_of_size[size] += 1
         self._num_rounds[key] += 1
         if self._num_rounds[key] > 1:
             self._seconds[key].append(seen.seconds)
+            self._latest[key] = self._num_rounds_of_size[size]
+        if self._num_rounds_of_size[size] % _TIMED_AGAIN == 0:
+            self._forget_oldest(size)
         for advance, verified, left, goes_on in zip(
             seen.advance_r.tolist(), verified_r, left_r, goes_on_r, strict=True
         ):
@@ -83,6 +95,12 @@ class Pace:
             if len(kinds) == 1:
                 self._drafts += 1
                 self._drafts_kept += left > 0
+
+    def _forget_oldest(self, size: int) -> None:
+        """Of the choice that was timed longest ago, once all are timed, so that it is timed again."""
+        if all(self._is_timed(choice, size) for choice in self.choices):
+            oldest = min(self.choices, key=lambda choice: self._latest[choice.round, size])
+            self._seconds[oldest.round, size].clear()
 
     def choose(self, num_requests: int) -> Choice:
         """One whose time is not known yet, then the one that gives most tokens a second."""
