@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -341,6 +342,7 @@ def test_where_no_setting_reaches_eps_it_says_which_came_closest_and_writes_no_m
     assert code == 2
     assert said.startswith("fewstep: no setting keeps the accuracy less than 30 points below that of")
     assert "the closest, threshold 0.9, any number of gaps, is 100.00 points below on these 24 problems" in said
+    assert re.search(r"24 problems, and less than \d+\.\d\d points with [\d.]+ % confidence; give more problems", said)
     assert asked == [None, 0.9]  # nothing behind the first failure
     assert not folders["copy"].exists()
     assert report is not None

@@ -1,4 +1,4 @@
-"""`fewstep calibrate`: the fastest threshold of a student that is, surely enough, hardly worse than a reference."""
+"""`fewstep calibrate`: the fastest threshold of a student whose loss is below eps with a stated confidence."""
 
 import math
 import os
@@ -49,7 +49,8 @@ def calibrate(
         typer.Option(help="How much accuracy may be lost at most, as a share: 0.02 is two points."),
     ] = 0.02,
     confidence: Annotated[
-        Annotated[float, Gt(0), Le(0.999)], typer.Option(help="How surely, over the draw of the problems.")
+        Annotated[float, Gt(0), Le(0.999)],
+        typer.Option(help="Confidence of what is promised, over the draw of the problems."),
     ] = 0.95,
     thresholds: Annotated[
         str | None,
@@ -268,8 +269,9 @@ def _nothing_found(closest: "Trial", reference: str, eps: float, confidence: flo
     return (
         f"no setting keeps the accuracy less than {100 * eps:g} points below that of {reference} with "
         f"{100 * confidence:g} % confidence, and no model was written: the closest, {measured.rule}, is "
-        f"{100 * measured.pairs.loss:.2f} points below on these {measured.pairs.n} problems, and surely less than "
-        f"{100 * closest.bound:.2f}; give more problems, higher thresholds or, on other problems, a larger eps"
+        f"{100 * measured.pairs.loss:.2f} points below on these {measured.pairs.n} problems, and less than "
+        f"{100 * closest.bound:.2f} points with {100 * (1 - closest.level):.4g} % confidence; give more problems, "
+        "higher thresholds or, on other problems, a larger eps"
     )
 
 

@@ -116,7 +116,7 @@ class Threshold:
     ] = 0.9
     gaps: Annotated[
         Gaps | None,
-        "Accept such a token only if at most this many masked, less probable positions precede it in its block.",
+        "Accept a confident token only if at most N masked, less confident positions precede it in its block.",
         Details(default="the checkpoint's, or any number"),
     ] = None
     order: ClassVar[Order] = "low_confidence"

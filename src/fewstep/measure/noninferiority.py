@@ -1,7 +1,7 @@
 """Is the student at most eps worse than its reference? An exact test on problems that both answered.
 
 The loss of a problem is 1 where only the reference is right, -1 where only the student is, otherwise 0; its mean is the
-reference's accuracy less the student's. Problems count as drawn independently from one population. Nothing here is an
+reference's accuracy minus the student's. Problems count as drawn independently from one population. Nothing here is an
 approximation for large n: the probability of a wrong certificate is at most the level for every n and every population.
 """
 
@@ -45,7 +45,7 @@ class Pairs:
 
 
 def p_value(pairs: Pairs, eps: float) -> float:
-    """For the hypothesis that the loss is eps or more, 0 < eps < 1: small if it surely is less.
+    """For the hypothesis that the loss is eps or more, 0 < eps < 1: small where the data speak for a smaller one.
 
     The exact unconditional test of Hsueh, Liu and Chen (Biometrics 57:478, 2001): outcomes are ordered by the score
     statistic of Nam (Biometrics 53:1422, 1997), and the p-value is the greatest probability, over all populations of
@@ -75,9 +75,9 @@ def p_value(pairs: Pairs, eps: float) -> float:
 
 
 def upper_bound(pairs: Pairs, confidence: float) -> float:
-    """The least eps, in hundredths of a point, of which the loss is surely below; the confidence is that of one bound.
+    """The least eps, in hundredths of a point, that the loss is below with this confidence, which is that of one bound.
 
-    At least one hundredth of a point, also where the student is better. 1.0 if nothing is sure.
+    At least one hundredth of a point, also where the student is better. 1.0 if no smaller one can be told.
     """
     refused, certified = max(0, math.floor(pairs.loss / _RESOLUTION)), round(1 / _RESOLUTION)
     while certified - refused > 1:
