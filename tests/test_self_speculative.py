@@ -391,7 +391,7 @@ def test_a_gated_adapter_is_not_merged_and_plays_no_other_role(trained: Path, ru
         ({"cycle": "one"}, "unknown cycle .one.; choose two-pass, fused or auto"),
         ({"branches": 0}, "branches must be at least 1, got 0"),
         ({"cycle": "two-pass", "branches": 2}, "branches belong to fused passes"),
-        ({"window": 3000}, "would draft 2 times 3000 tokens in every pass"),
+        ({"window": 3000, "cycle": "fused"}, "would draft 2 times 3000 tokens in every pass"),
         ({"window": 250}, "guesses 251 positions ahead, and the prompt leaves"),
     ],
 )

@@ -119,9 +119,11 @@ class SelfSpeculative(Causal):
     name: ClassVar[str] = "self-speculative"
 
     adapter: GatedAdapter = field(repr=False)
-    window: Annotated[Count, "Guesses per pass."] = 16
+    window: Annotated[Count, "Guesses per pass.", Details(default="as many as a draft had in training")] = 16
     cycle: Annotated[
-        Cycle, "Draft and verify in two passes, or in one (fused); auto: what is faster here, with shorter drafts too."
+        Cycle,
+        "Draft and verify in two passes, or in one (fused); auto: what is faster here, with shorter drafts too.",
+        Details(default="fused on a GPU, two-pass on a CPU"),
     ] = "fused"
     branches: Annotated[
         Count | None, "How many acceptance lengths a fused pass drafts for.", Details(default=str(DEFAULT_BRANCHES))
@@ -178,11 +180,15 @@ class SelfSpeculative(Causal):
     @classmethod
     def build(cls, resources: Resources, **given: Any) -> Self:
         """FewstepError for a network without a gated adapter."""
-        if resources.adapter is None:
+        adapter = resources.adapter
+        if adapter is None:
             raise FewstepError(
                 "the self-speculative decoder needs a model with a gated adapter; fewstep train draft makes one"
             )
-        return cls(role=resources.role, adapter=resources.adapter, **given)
+        defaults: dict[str, Any] = {"window": min(adapter.block_size - 1, MOST_GUESSES // DEFAULT_BRANCHES)}
+        if adapter.mask_embedding.device.type == "cpu" and "branches" not in given:
+            defaults["cycle"] = "two-pass"  # a CPU pays for every row of the branches
+        return cls(role=resources.role, adapter=adapter, **(defaults | given))
 
     @cached_property
     def traits(self) -> Traits:
