@@ -70,8 +70,9 @@ BUNDLED: dict[str, list[dict[str, Any]]] = {
     "gsm-cllm": [{}, {"decoder": "autoregressive", "temperature": 1.0, "seed": 1}],
     "gsm-draft": [
         {"max_new_tokens": 48},
-        {"max_new_tokens": 48, "cycle": "two-pass"},
-        {"max_new_tokens": 48, **SAMPLED},
+        {"max_new_tokens": 48, "cycle": "two-pass", "window": 16},
+        {"max_new_tokens": 48, "cycle": "fused", "window": 16},
+        {"max_new_tokens": 48, "cycle": "fused", "window": 16, **SAMPLED},
     ],
 }
 TINY: dict[str, list[dict[str, Any]]] = {
