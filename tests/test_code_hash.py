@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from golden_tokens import tiny
@@ -63,6 +65,10 @@ class Above:
     def __call__(self, confidence: Any) -> Any:
         return confidence > self.bound
 
+    @functools.cached_property
+    def half(self) -> float:
+        return self.bound / 2
+
     def below(self, confidence: Any) -> Any:
         return confidence < self.bound
 
@@ -70,6 +76,15 @@ class Above:
 class AboveAgain(Above):
     def __call__(self, confidence: Any) -> Any:
         return confidence >= self.bound
+
+
+class Array(np.ndarray[Any, Any]):
+    pass
+
+
+class Level(Enum):
+    LOW = 0.3
+    HIGH = 0.9
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,8 @@ MAKERS: list[Callable[[float], Any]] = [
     lambda bound: functools.cache(above(bound)),
     lambda bound: Slotted((torch.tensor([bound]),)),
     lambda bound: with_attribute(bound > 0.5),
+    lambda bound: Above(np.array([bound]).view(Array)),  # type: ignore[arg-type]
+    lambda bound: Above(Level.HIGH if bound > 0.5 else Level.LOW),  # type: ignore[arg-type]
     lambda bound: OwnPolicy(rule=with_default(0.0), settings={"at_least": torch.tensor(bound)}),
 ]
 

@@ -72,6 +72,8 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterable[str]:
             return told(value.__func__, value.__self__)
         case property():
             return told(value.fget)
+        case functools.cached_property():
+            return told(value.func)
         case staticmethod() | classmethod():
             return told(value.__func__)
         case type() if _is_installed(value):
@@ -87,16 +89,19 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterable[str]:
             return [value.__qualname__, *told(own, value.__bases__)]
     if hasattr(value, "__wrapped__"):  # such as functools.cache
         return told(value.__wrapped__)
-    if hasattr(value, "__dict__") or hasattr(value, "__slots__"):
+    kind = type(value)
+    plain = (kind.__reduce__, kind.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__)
+    if plain and (hasattr(value, "__dict__") or hasattr(value, "__slots__")):
         slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
-        return told(type(value), {**slots, **getattr(value, "__dict__", {})})
-    try:
-        return [pickle.dumps(value).hex()]
-    except (TypeError, pickle.PicklingError, AttributeError, RuntimeError) as error:
+        return told(kind, {**slots, **getattr(value, "__dict__", {})})
+    try:  # what holds more than its attributes, such as an array, says how it is made again
+        made_by = pickle.dumps(value).hex() if plain else value.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    except (TypeError, pickle.PickleError, AttributeError, RuntimeError) as error:
         raise FewstepError(
-            f"no results can be kept for a policy that holds a {type(value).__qualname__}, since two of these cannot "
-            "be told apart; make it inside the policy, or keep no results"
+            f"no results can be kept for a policy that holds a {kind.__qualname__}, since two of these cannot be told "
+            "apart; make it inside the policy, or keep no results"
         ) from error
+    return told(made_by)
 
 
 def _hash(*parts: str) -> str:
