@@ -89,7 +89,7 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterable[str]:
             return [value.__qualname__, *told(own, value.__bases__)]
     if hasattr(value, "__wrapped__"):  # such as functools.cache
         return told(value.__wrapped__)
-    kind = type(value)
+    kind: Any = type(value)
     plain = (kind.__reduce__, kind.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__)
     if plain and (hasattr(value, "__dict__") or hasattr(value, "__slots__")):
         slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
