@@ -5,7 +5,7 @@ set. Without one the class is called with them. A decoder that has a setting `po
 and takes the settings of the policies that it can run: all, if its `runs_paced` is true, else those that are not paced.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -97,8 +97,8 @@ def _first_setting(name: str) -> str | None:
 
 
 def _owners(setting: str) -> str:
-    *others, last = declarers(setting, POLICIES)
-    return f"the policies {', '.join(others)} and {last}" if others else f"the policy {last}"
+    owners = list(declarers(setting, POLICIES))
+    return f"the {'policies' if len(owners) > 1 else 'policy'} {_listed(owners)}"
 
 
 def _what_sets(setting: str) -> str:
@@ -143,11 +143,14 @@ def _policy_settings(decoder: Any) -> set[str]:
 
 def _takers(setting: str) -> str:
     """The decoders that take the setting, as a list in a sentence."""
-    takers = [
+    return _listed([
         name
         for name, entry in DECODERS.items()
         if setting in (own := declared_settings(entry))
         or ("policy" in own and setting in _policy_settings(registered(name, DECODERS)))
-    ]
-    *others, last = takers
+    ])  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
