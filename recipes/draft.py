@@ -28,6 +28,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.engine.language_model import load
 from fewstep.json_files import read_rows
+from fewstep.measure.agreement import same_answers
 from fewstep.measure.timing import write_figures
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
@@ -145,11 +146,11 @@ def measure(
     for count, wide in product(window, branches):
         cycle: dict[str, Any] = {"cycle": "fused", "branches": wide} if wide else {"cycle": "two-pass"}
         outputs = lm.generate(questions, decoder="self-speculative", window=count, **cycle, **asked)
-        same = [ours.token_ids == theirs.token_ids for ours, theirs in zip(outputs, own, strict=True)]
-        tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
+        found = same_answers(outputs, own)
         figures.append({
-            "window": count, "branches": wide, "n": len(same), "identical": sum(same) / len(same),
-            "tokens_per_forward": tokens / passes, "num_tokens_mean": tokens / len(outputs),
+            "window": count, "branches": wide, "n": found["n"], "identical": found["same"] / found["n"],
+            "tokens_per_forward": found["tokens_per_forward"],
+            "num_tokens_mean": sum(one.num_tokens for one in outputs) / len(outputs),
         })  # fmt: skip
         print(figures[-1], flush=True)
         told = {"model": model, "dtype": dtype, "device": str(lm.network.device), "figures": figures}

@@ -9,7 +9,6 @@ passes, not tokens.
 """
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +16,8 @@ import typer
 from run_recipe import run_recipe
 from task_options import Many, TaskData, TaskName, TaskSplit
 
-from fewstep.decode.requests import Output
 from fewstep.engine.language_model import load
+from fewstep.measure.agreement import same_answers
 from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.timing import write_figures
 from fewstep.models.medusa import MedusaHeads, save_heads
@@ -54,13 +53,6 @@ def settings_of(draft: str, heads: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def row_of(model: str, decoder: str, outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:
-    """How many answers are the same, and tokens per pass."""
-    same = sum(one.token_ids == other.token_ids for one, other in zip(outputs, expected, strict=True))
-    tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
-    return {"model": model, "decoder": decoder, "n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
-
-
 @app.command()
 def main(
     results: Annotated[Path, typer.Option(help="folder for lossless.json")] = Path("results/decoders"),
@@ -90,7 +82,10 @@ def main(
                 for decoder, settings in compared.items()
             }
         expected = outputs.pop("autoregressive")
-        of_model = [row_of(name, decoder, answers, expected) for decoder, answers in outputs.items()]
+        of_model = [
+            {"model": name, "decoder": decoder, **same_answers(answers, expected)}
+            for decoder, answers in outputs.items()
+        ]
         print(markdown_table(of_model, COLUMNS), flush=True)
         rows += of_model
     write_figures(results / "lossless.json", {"rows": rows})

@@ -334,7 +334,7 @@ def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) ->
     rows = json.loads((tmp_path / "lossless.json").read_text())["rows"]
     assert [row["same"] for row in rows] == [3] * 7
     one, other = (SimpleNamespace(token_ids=ids, num_tokens=2, num_forwards=1) for ids in ([1, 2], [1, 3]))
-    wrong = lossless.row_of("model", "decoder", [one, one], [one, other])
+    wrong = lossless.same_answers([one, one], [one, other])
     assert (wrong["same"], wrong["n"], wrong["tokens_per_forward"]) == (1, 2, 2.0)
 
 

@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from statistics import fmean
 from typing import Any
 
+from fewstep.decode.requests import Output
 from fewstep.measure.metrics import Interval, wilson_interval
 
 Tokens = Sequence[int]
@@ -32,6 +33,16 @@ class Agreement:
             "common_prefix": self.common_prefix,
             "similarity": self.similarity,
         }
+
+
+def same_answers(outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:
+    """Of `n` outputs how many have the `same` tokens as those expected, and tokens per forward of all of them.
+
+    ValueError unless there are as many of the one as of the other.
+    """
+    same = sum(one.token_ids == other.token_ids for one, other in zip(outputs, expected, strict=True))
+    tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
+    return {"n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
 
 
 def measure_agreement(answers: Sequence[Tokens], references: Sequence[Tokens]) -> Agreement:
