@@ -97,6 +97,8 @@ def evaluate(
                 drawn = plot_accuracy({model.model: figures, **beside}, plot_stem(plot), title=title)
                 note(f"drawn: {', '.join(map(str, drawn))}")
             print_figures(figures)
+            if (why_plain := lm.choice(**settings).note) is not None:
+                note(f"engine off: {why_plain}")
             promised = lm.network.calibration
             if promised is not None and any(report.calibration for report in reports):
                 note(f"{model.model} {promised.sentence()}")

@@ -214,7 +214,7 @@ def summary(lm: "LanguageModel", outputs: "Sequence[Output | Answer]", settings:
     """
     from fewstep.decode.decoder import threshold_rule
 
-    decoder = lm.decoder(**settings)
+    decoder, choice = lm.decoder(**settings), lm.choice(**settings)
     num_tokens = sum(output.num_tokens for output in outputs)
     num_forwards = sum(output.num_forwards for output in outputs)
     return {
@@ -224,7 +224,9 @@ def summary(lm: "LanguageModel", outputs: "Sequence[Output | Answer]", settings:
         **threshold_rule(decoder),
         "steps": settings.get("steps"),
         "settings": settings,
-        "dtype": str(lm.network.dtype).removeprefix("torch."),
+        "engine": choice.engine,
+        "engine_note": choice.note,
+        "dtype": choice.dtype,
         "device": str(lm.network.device),
         "n": len(outputs),
         "num_tokens": num_tokens,

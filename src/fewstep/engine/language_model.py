@@ -10,6 +10,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, answer, rounds
 from fewstep.decode.loop import Listener
 from fewstep.decode.requests import Event, Output, Record, Request
+from fewstep.engine.choice import Choice
 from fewstep.engine.loops import Loops
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
@@ -98,9 +99,19 @@ class LanguageModel:
 
     def decoder(self, **settings: Any) -> Decoder:
         """The decoder that these settings make for this model. FewstepError if its generator runs none."""
+        return self._loops.decoder(GenerationSettings.of(**settings))
+
+    def choice(self, **settings: Any) -> Choice:
+        """Which engine runs the passes with these settings, in which numbers, and why the plain path does if that is
+        so. FewstepError if its generator runs no decoder.
+        """
+        return self._loops.choice(GenerationSettings.of(**settings))
+
+    @property
+    def _loops(self) -> Loops:
         if not isinstance(self._generator_for, Loops):
             raise FewstepError(f"{self.network.name} answers without a decoder")
-        return self._generator_for.decoder(GenerationSettings.of(**settings))
+        return self._generator_for
 
     @overload
     def generate(

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import Loop, RunPass, loop_for, run_pass
-from fewstep.decode.requests import Request
+from fewstep.decode.loop import Loop, RunPass, loop_for
+from fewstep.decode.requests import Record, Request
+from fewstep.engine.choice import Choice, Engines
 from fewstep.engine.settings import GenerationSettings
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
@@ -13,20 +14,33 @@ from fewstep.models.network import Network, check_draft
 
 
 class Loops:
-    """Makes the loops of one network, which run their passes by `run_pass`.
+    """Makes the loops of one network, which run their passes by the engine, or by `run_pass` if that is given.
 
     A draft or heads are loaded once, in the network's numbers and on its device.
     """
 
-    def __init__(self, network: Network, run_pass: RunPass = run_pass) -> None:
+    def __init__(self, network: Network, run_pass: RunPass | None = None) -> None:
         self.network = network
-        self._run_pass = run_pass
+        self._engines = Engines(network, run_pass)
         self._drafts: dict[str, Network] = {}
         self._heads: dict[str, MedusaHeads] = {}
 
-    def __call__(self, settings: GenerationSettings, requests: Sequence[Request], **options: Any) -> Loop:
+    def __call__(
+        self,
+        settings: GenerationSettings,
+        requests: Sequence[Request],
+        *,
+        record: Record | None = None,
+        **options: Any,
+    ) -> Loop:
         """A loop for these requests; `options` as for `loop_for`."""
-        return loop_for(self.network, self.decoder(settings), requests, run_pass=self._run_pass, **options)
+        decoder = self.decoder(settings)
+        choice = self._engines.choice(decoder, settings.engine, records=record is not None)
+        return loop_for(choice.network, decoder, requests, record=record, run_pass=choice.run_pass, **options)
+
+    def choice(self, settings: GenerationSettings) -> Choice:
+        """How passes are run with these settings, where nothing is recorded."""
+        return self._engines.choice(self.decoder(settings), settings.engine)
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""

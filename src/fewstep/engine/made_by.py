@@ -53,6 +53,7 @@ def answers_made_by(
         helpers["heads"] = module_hash(heads)
     return {
         **made_by(lm),
+        "dtype": str(lm.choice(**settings).network.dtype),
         "role": lm.role.to_config(),
         "stop_token_ids": list(lm.network.stop_token_ids),
         **chosen,

@@ -13,6 +13,7 @@ from fewstep.decode.requests import Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import Sampling, TopK
 from fewstep.decode.steps import check_settings
+from fewstep.engine.choice import EngineSetting
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.roles import Role, RoleName
 from fewstep.values import Count, Seed, Temperature, check_fields, fitted, shown
@@ -58,6 +59,9 @@ class GenerationSettings:
     top_k: Annotated[TopK | None, "Draw from the k most probable tokens."] = None
     top_p: Annotated[float | None, "Draw from the most probable tokens that together have this probability."] = None
     seed: Annotated[Seed, "Seed of each request."] = 0
+    engine: Annotated[
+        EngineSetting, "How passes are run: auto takes the engine where it pays, off takes the plain path."
+    ] = "auto"
     stop: tuple[str, ...] = ()
     """Texts before the first of which the answer ends; its counts end with the step that completed it."""
 
@@ -124,8 +128,10 @@ class GenerationSettings:
 
     @property
     def described(self) -> dict[str, Any]:
-        """All settings by name as a JSON object, of the decoder's and the policy's those that were set."""
-        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "own"}
+        """All settings that answers depend on, by name as a JSON object, of the decoder's and the policy's those that
+        were set. What the engine changes is told by the numbers in which it computes.
+        """
+        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("own", "engine")}
         rule = self.own.get("policy")
         policy = {} if rule is None else {"policy": rule if isinstance(rule, str) else repr(as_policy(rule))}
         return {**_ALWAYS_TOLD, **shared, **self.own, **policy}

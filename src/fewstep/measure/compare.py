@@ -134,7 +134,18 @@ def _names(reports: tuple[Report, Report], settings: tuple[Mapping[str, Any], Ma
     return _in_brackets(reports[0].model, first), _in_brackets(reports[1].model, second)
 
 
-_TOLD_BY_REPORTS = ("role", "decoder", "threshold", "gaps", "block_size", "steps", "batch_size", "dtype", "device")
+_TOLD_BY_REPORTS = (
+    "role",
+    "decoder",
+    "threshold",
+    "gaps",
+    "block_size",
+    "steps",
+    "batch_size",
+    "engine",
+    "dtype",
+    "device",
+)
 
 
 def _in_brackets(model: str, settings: Mapping[str, Any]) -> str:

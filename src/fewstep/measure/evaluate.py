@@ -17,7 +17,6 @@ from fewstep.tasks.problems import Problem
 from fewstep.tasks.scoring import NUMBER, Metric
 from fewstep.tasks.text_metrics import chrf
 
-PLAIN_ENGINE = "off"  # no captured steps
 _WARM_UP_TOKENS = 32
 
 
@@ -45,7 +44,8 @@ class Report:
 
     `num_kept` of the answers come from an earlier run that was interrupted. `calibration`: what the checkpoint
     promises, if it was decoded as that says. `wall_seconds` is for all problems together, `step_ms` the median time
-    between two rounds of the loop (at batch 1 one forward and what goes with it).
+    between two rounds of the loop (at batch 1 one forward and what goes with it). `engine`: which one ran the passes,
+    "off" for the plain path.
     """
 
     model: str
@@ -160,7 +160,7 @@ def evaluate(
     cannot take one, before any is answered.
     """
     check_problems(model, problems, **settings)
-    decoder = model.decoder(**settings)
+    decoder, choice = model.decoder(**settings), model.choice(**settings)
     if warm_up and any(kept is None or kept.get(str(index)) is None for index in range(len(problems))):
         _warm_up(model, problems[0], settings)
     answered = answer_all(
@@ -175,12 +175,12 @@ def evaluate(
         model=model.network.name,
         role=model.role.name,
         decoder=decoder.name,
-        engine=PLAIN_ENGINE,
+        engine=choice.engine,
         task=task,
         **threshold_rule(decoder),
         steps=settings.get("steps"),
         batch_size=batch_size,
-        dtype=str(model.network.dtype).removeprefix("torch."),
+        dtype=choice.dtype,
         device=str(model.network.device),
         records=[_record(problem, answer, metric) for problem, answer in zip(problems, answered.answers, strict=True)],
         wall_seconds=answered.wall_seconds,
@@ -249,7 +249,7 @@ def _decoder_settings(options: dict[str, Any]) -> dict[str, Any]:
 def _calibration(model: LanguageModel, decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the checkpoint promises, unless its weights are others now, or are decoded otherwise."""
     promised = model.network.calibration
-    if promised is None or settings.keys() - {"threshold", "gaps", "max_new_tokens"}:
+    if promised is None or settings.keys() - {"threshold", "gaps", "max_new_tokens", "engine"}:
         return None
     decoded = {"max_new_tokens": GenerationSettings.max_new_tokens, **settings, **threshold_rule(decoder)}
     told = asdict(promised)
