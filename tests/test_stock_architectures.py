@@ -17,6 +17,7 @@ from fewstep.decode.loop import decode
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Record, Request
 from fewstep.errors import FewstepError
+from fewstep.models import architectures
 from fewstep.models.architectures import adjust_logits
 from fewstep.models.attention import check_trainable, prepare_attention, training_mask
 from fewstep.models.load import load_network
@@ -179,6 +180,43 @@ def test_guesses_that_branch_are_verified_within_the_window(name: str) -> None:
     network, given = network_of(stock_module(*RUN[name])), prompts(5, 14, 20)
     expected = answers(network, given, 12, Autoregressive(role=CAUSAL))
     assert answers(network, given, 12, Lookahead(role=CAUSAL, window=3, ngram=3)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True}])
+def test_what_is_known_of_a_plain_llama_is_what_is_measured(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    module = stock_module("llama", settings).to(dtype)
+    assert architectures.is_plain(module)
+    with torch.no_grad():
+        assert architectures._measure(module) == architectures.PLAIN
+
+
+def test_bundled_networks_are_plain_llamas() -> None:
+    assert architectures.is_plain(load_network("gsm-student", device="cpu").module)
+
+
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "another class": ("mistral", {"sliding_window": None}),
+    "rotary factors": ("llama", {"rope_parameters": ROPES["llama3"]}),
+    "a rotary base of its own": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "a window": ("llama", WINDOW),
+    "a setting that it does not know": ("llama", {"attention_shape": "round"}),
+    "biases": ("llama", {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_class_or_setting_that_is_not_known_is_measured(name: str) -> None:
+    assert not architectures.is_plain(stock_module(*UNUSUAL[name]))
+
+
+@pytest.mark.parametrize("part", ["layers.0.mlp.up_proj", "layers.0.self_attn.v_proj", "norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_plain_llama_with_numbers_that_are_none_is_refused(part: str, value: float) -> None:
+    module = stock_module("llama", {})
+    module.base_model.get_submodule(part).weight.data[0] = value
+    with pytest.raises(FewstepError, match="its rows depend on rows that the mask excludes"):
+        network_of(module)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -154,22 +154,25 @@ class LanguageModel:
         are called after each round with the state of all slots.
         """
         chosen = GenerationSettings.of(**settings)
-        single = _is_single(prompt)
+        if not isinstance(prompt, str | Sequence):
+            raise FewstepError(f"a prompt is a text or a list of messages, got {type(prompt).__name__}")
+        # A conversation is a list too, and its items are messages.
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
         prompts: Any = [prompt] if single else prompt
         requests = [chosen.request(self.encode(one, raw=raw)) for one in prompts]
-
-        def announce(index: int, output: Output) -> None:
-            if on_output is not None:
-                on_output(index, self.with_text(output, chosen.stop))
-
-        texts = [self.answer_text(chosen.stop) for _ in requests]
+        texts = [self.answer_text(chosen.stop) for _ in requests] if chosen.stop else []
 
         def watch(index: int, event: Event) -> bool:
             texts[index].add(event.position, event.token_id)
             return texts[index].stopped
 
+        def announce(index: int, output: Output) -> None:
+            assert on_output is not None
+            on_output(index, self.with_text(output, chosen.stop))
+
         with self._generator(chosen, requests, batch_size=batch_size, record=record, listeners=listeners) as generator:
-            outputs = answer(generator, requests, on_output=announce, watch=watch if chosen.stop else None)
+            told = None if on_output is None else announce
+            outputs = answer(generator, requests, on_output=told, watch=watch if chosen.stop else None)
         answers = [self.with_text(output, chosen.stop) for output in outputs]
         return answers[0] if single else answers
 
@@ -323,10 +326,3 @@ class Stream:
                 told.clear()
                 for _, output in completed:
                     self.output = self._model.with_text(output, chosen.stop)
-
-
-def _is_single(prompt: Prompt | Prompts) -> bool:
-    """Whether this is one prompt: a text, or a conversation, whose items are messages. FewstepError for other types."""
-    if not isinstance(prompt, str | Sequence):
-        raise FewstepError(f"a prompt is a text or a list of messages, got {type(prompt).__name__}")
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))

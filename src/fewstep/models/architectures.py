@@ -1,8 +1,9 @@
 """Which stock classes can be run, and what is special about each: sliding windows, rotary factors, scaled logits.
 
-Nothing here is a list of names. What a class does is measured on the module itself, with a few random rows and its
-layers replaced by ones that record their arguments: which mask its own code makes for each layer, whether the masks,
-positions and cache that we pass arrive there, whether rows are influenced by rows that they do not see, and what
+Nothing here is a list of names, but for the one class that decoding was written for: a plain Llama, of which a test
+measures what is said here. What another class or setting does is measured on the module itself, with a few random rows
+and its layers replaced by ones that record their arguments: which mask its own code makes for each layer, whether the
+masks, positions and cache that we pass arrive there, whether rows are influenced by rows that they do not see, and what
 happens to logits after the head. A class for which one of these cannot be determined is refused.
 
 Axes: R = requests, Q = rows of a forward, K = keys, S = scored rows, D = hidden width, V = vocabulary.
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
+from fewstep.models.roles import CONFIG_KEYS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Layer types as transformers names them; a class that mixes them takes a dictionary of masks with these keys."""
@@ -71,13 +73,38 @@ def examine(module: PreTrainedModel, name: str) -> Architecture:
     try:
         _check_parts(module)
         long_rope = _settle_rotary(module.base_model)
-        measured = _measured(module)
+        measured = PLAIN if is_plain(module) else _measured(module)
     except _UnfitError as unfit:
         raise FewstepError(f"{name} is a {kind}, which fewstep cannot run: {unfit}; {_SOUND}") from None
     if long_rope is None:
         return measured
     restarts = "prepare_inputs_for_generation" in vars(type(module))
     return replace(measured, long_from=long_rope.boundary, restarts=restarts)
+
+
+PLAIN = Architecture()
+_LLAMA = LlamaConfig().to_dict()
+_FREE = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+_FREE |= {"num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+_FREE |= {"tie_word_embeddings", "architectures", "dtype", "_name_or_path", "is_causal", *CONFIG_KEYS}
+"""Settings in which plain Llamas differ: sizes, tokens, what is no setting of the network, and our own."""
+
+
+def is_plain(module: PreTrainedModel) -> bool:
+    """Whether this is a Llama with the settings that transformers gives one, but for sizes and tokens, and its layers
+    hold sound numbers: then all that is measured of a class is known to be `PLAIN`.
+    """
+    settings = module.config.to_dict()
+    if type(module) is not LlamaForCausalLM or any(
+        settings[name] != _LLAMA.get(name) for name in settings.keys() - _FREE
+    ):
+        return False
+    base = module.base_model
+    positions_1Q = torch.arange(3, device=base.device)[None]
+    with torch.no_grad():
+        rows_1QD = _rows(base, 1, 3)
+        rows_1QD = base.layers[0](rows_1QD, position_embeddings=base.rotary_emb(rows_1QD, positions_1Q))
+        return bool(base.norm(rows_1QD).isfinite().all())
 
 
 class _UnfitError(Exception):

@@ -79,8 +79,9 @@ class Network:
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
     `base`: the network without the adapter, whose parameters this one shares; None if it has none.
-    `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
-    all rows, or without those never drawn where some stand for no token.
+    `stop_token_ids`: every token that ends an answer, `eos_token_id` first, then those that the module's generation
+    settings name. `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole
+    distribution, all rows, or without those never drawn where some stand for no token.
     """
 
     def __init__(
@@ -99,16 +100,24 @@ class Network:
         self.adapter = adapter
         self.calibration: Calibration | None = None
         self.base: Network | None = None
-        self._check_tokens()
         self.architecture = examine(module, name)
-        self._check_role()
+        self.vocab_size: int = module.config.vocab_size
+        self.max_positions: int = module.config.max_position_embeddings
+        self._check()
+        self.stop_token_ids = tuple(one for one in end_tokens(module, tokenizer) if one != role.mask_token_id)
+        pad = tokenizer.pad_token_id
+        # A pad token that was added has no row; what stands in its place is never looked at.
+        self.pad_token_id: int = self.eos_token_id if pad is None or not 0 <= pad < self.vocab_size else pad
         without_token = ids_without_token(tokenizer, self.vocab_size)
         masked = {role.mask_token_id} - {None}
         self.never_drawn = torch.tensor(sorted(masked.union(without_token)), dtype=torch.long, device=self.device)
         self.most_recorded = self.vocab_size - (len(self.never_drawn) if without_token else 0)
         self.end_of_tokens = 1 + max(set(range(self.vocab_size)).difference(without_token), default=-1)
 
-    def _check_tokens(self) -> None:
+    def _check(self) -> None:
+        """FewstepError for special tokens without a row, and for what is defined for causal attention alone in another
+        role.
+        """
         mask, vocab_size = self.role.mask_token_id, self.vocab_size
         if mask is not None and not 0 <= mask < vocab_size:
             raise FewstepError(f"{self.name}: mask_token_id {mask} is outside the vocabulary of {vocab_size} tokens")
@@ -117,19 +126,6 @@ class Network:
                 f"{self.name}: the tokenizer has no end-of-text token; set eos_token in its configuration"
             )
         self.check_ids([self.tokenizer.eos_token_id])
-
-    def check_ids(self, ids: Iterable[int]) -> None:
-        """FewstepError naming the first token that has no row in the network's embeddings."""
-        outside = next((one for one in ids if not 0 <= one < self.vocab_size), None)
-        if outside is not None:
-            raise FewstepError(
-                f"{self.name} has embeddings for {self.vocab_size} tokens, and none for the token "
-                f"{self.tokenizer.convert_ids_to_tokens(outside)!r} with the id {outside} of its tokenizer, which has "
-                f"{len(self.tokenizer)} tokens; load the tokenizer that the weights were trained with, or resize them"
-            )
-
-    def _check_role(self) -> None:
-        """FewstepError if the module has something that is defined for causal attention alone."""
         if self.role.name == "autoregressive":
             return
         if self.architecture.sliding_window is not None:
@@ -141,6 +137,16 @@ class Network:
             raise FewstepError(
                 f"{self.name} has rotary factors that depend on how far a text has been written (longrope), which is "
                 f"defined for the role autoregressive, not for {self.role.name}; choose a model without them"
+            )
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """FewstepError naming the first token that has no row in the network's embeddings."""
+        outside = next((one for one in ids if not 0 <= one < self.vocab_size), None)
+        if outside is not None:
+            raise FewstepError(
+                f"{self.name} has embeddings for {self.vocab_size} tokens, and none for the token "
+                f"{self.tokenizer.convert_ids_to_tokens(outside)!r} with the id {outside} of its tokenizer, which has "
+                f"{len(self.tokenizer)} tokens; load the tokenizer that the weights were trained with, or resize them"
             )
 
     def check_length(self, num_given: int, num_new: int) -> None:
@@ -170,27 +176,8 @@ class Network:
         return self.module.dtype
 
     @property
-    def vocab_size(self) -> int:
-        return self.module.config.vocab_size
-
-    @property
-    def max_positions(self) -> int:
-        return self.module.config.max_position_embeddings
-
-    @property
     def eos_token_id(self) -> int:
         return self.tokenizer.eos_token_id
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends an answer: `eos_token_id`, then those that the module's generation settings name."""
-        return tuple(one for one in end_tokens(self.module, self.tokenizer) if one != self.role.mask_token_id)
-
-    @property
-    def pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        # A pad token that was added has no row; what stands in its place is never looked at.
-        return self.eos_token_id if pad is None or not 0 <= pad < self.vocab_size else pad
 
     @property
     def num_parameters(self) -> int:
@@ -205,7 +192,7 @@ class Network:
         if plan.slots_RQ is not None:
             if cache is None:
                 raise ValueError(f"a plan of kind {plan.kind!r} writes to a cache, and none was given")
-            cache.place(plan.slots_RQ, _lasting_blocks(plan))
+            cache.place(plan.slots_RQ, plan.blocks_RQ if plan.tree_TT is None else _lasting_blocks(plan, plan.tree_TT))
         whole, sliding_window = self._mask(plan, cache, None), self.architecture.sliding_window
         sliding = None if sliding_window is None else self._mask(plan, cache, sliding_window)
         rotary = self.module.base_model.rotary_emb
@@ -296,12 +283,10 @@ def check_draft(target: Network, draft: Network) -> None:
             )
 
 
-def _lasting_blocks(plan: Plan) -> Tensor:
+def _lasting_blocks(plan: Plan, tree_TT: Tensor) -> Tensor:
     """Block numbers under which the rows stay in the cache: guesses that branch are INVISIBLE there."""
-    if plan.tree_TT is None:
-        return plan.blocks_RQ
     blocks_RQ = plan.blocks_RQ.clone()
-    blocks_RQ[:, -len(plan.tree_TT) :] = INVISIBLE
+    blocks_RQ[:, -len(tree_TT) :] = INVISIBLE
     return blocks_RQ
 
 

@@ -137,11 +137,11 @@ class Role:
 
         A key that is null counts as absent. FewstepError naming one whose value is of another type than the field.
         """
-        given = {name: value for name in _KEYS if (value := getattr(config, name, None)) is not None}
+        given = {name: value for name in CONFIG_KEYS if (value := getattr(config, name, None)) is not None}
         return cls(name=given.pop("role", "autoregressive"), **given)
 
 
-_KEYS = (
+CONFIG_KEYS = (
     "role",
     "block_size",
     "mask_token_id",
@@ -151,3 +151,4 @@ _KEYS = (
     "gaps",
     "jacobi_window",
 )
+"""Under which a config.json holds what a Role is made from."""
