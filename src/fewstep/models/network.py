@@ -16,7 +16,7 @@ from fewstep.models.architectures import LongRope, adjust_logits, examine, withi
 from fewstep.models.cache import KVCache
 from fewstep.models.masks import added_to_scores, cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
-from fewstep.models.vocabulary import end_tokens, ids_without_token
+from fewstep.models.vocabulary import ids_without_token, token_ids
 
 if TYPE_CHECKING:
     from fewstep.models.calibration import Calibration
@@ -79,9 +79,8 @@ class Network:
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
     `base`: the network without the adapter, whose parameters this one shares; None if it has none.
-    `stop_token_ids`: every token that ends an answer, `eos_token_id` first, then those that the module's generation
-    settings name. `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole
-    distribution, all rows, or without those never drawn where some stand for no token.
+    `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
+    all rows, or without those never drawn where some stand for no token.
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class Network:
         self.vocab_size: int = module.config.vocab_size
         self.max_positions: int = module.config.max_position_embeddings
         self._check()
-        self.stop_token_ids = tuple(one for one in end_tokens(module, tokenizer) if one != role.mask_token_id)
         pad = tokenizer.pad_token_id
         # A pad token that was added has no row; what stands in its place is never looked at.
         self.pad_token_id: int = self.eos_token_id if pad is None or not 0 <= pad < self.vocab_size else pad
@@ -178,6 +176,13 @@ class Network:
     @property
     def eos_token_id(self) -> int:
         return self.tokenizer.eos_token_id
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer: `eos_token_id`, then those of the module's settings that the head has."""
+        named = token_ids((self.module.generation_config or self.module.config).eos_token_id, "eos_token_id")
+        ends = dict.fromkeys([self.eos_token_id, *(one for one in named if 0 <= one < self.vocab_size)])
+        return tuple(one for one in ends if one != self.role.mask_token_id)
 
     @property
     def num_parameters(self) -> int:

@@ -42,13 +42,6 @@ def set_end_tokens(module: PreTrainedModel, ids: Iterable[int]) -> None:
         module.generation_config.eos_token_id = value
 
 
-def end_tokens(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's own first, then those of the module's settings that the head has."""
-    named = token_ids((module.generation_config or module.config).eos_token_id, "eos_token_id")
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*own, *(one for one in named if 0 <= one < module.config.vocab_size)]))
-
-
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """Rows of a head that no token of the tokenizer has: heads are padded to sizes that hardware likes."""
     unnamed = set(range(vocab_size)).difference(tokenizer.get_vocab().values())
