@@ -50,7 +50,7 @@ def told(declared: Declared) -> tuple[Any, ...]:
 def test_what_is_read_from_the_source_is_what_the_class_declares(place: str) -> None:
     module, _, name = place.partition(":")
     from_source = [told(one) for one in _source(module).declared(name)]
-    assert from_source == [told(one) for one in _read(getattr(import_module(module), name))]
+    assert from_source == [told(one) for one in _read(getattr(import_module(module), name)).values()]
 
 
 @pytest.mark.parametrize(

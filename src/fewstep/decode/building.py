@@ -24,14 +24,16 @@ from fewstep.values import Count
 class PolicyChoice:
     """What was set of a policy: a name, or a policy itself, and `settings` of policies by their names.
 
-    Without a name the policy is the one whose first setting was set, such as `threshold`, or else the decoder's own.
-    FewstepError if these contradict each other.
+    `name`: of the policy that was named, or whose first setting was set, such as `threshold`; None for one that is no
+    name, and for the decoder's own. FewstepError if these contradict each other.
     """
 
     policy: Policy | Callable[..., Any] | str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = field(init=False)
 
     def __post_init__(self) -> None:
+        name = self.policy if isinstance(self.policy, str) else None
         if isinstance(self.policy, str):
             check_registered("policy", self.policy, POLICIES)
         elif self.policy is not None:
@@ -41,41 +43,35 @@ class PolicyChoice:
                     f"a policy replaces threshold, gaps, steps and order; leave out {' and '.join(self.settings)}, or "
                     "the policy"
                 )
-        if self._name is not None:
+        else:
+            implied = {first: name for name in POLICIES if (first := _first_setting(name)) in self.settings}
+            if len(implied) > 1:
+                one, other, *_ = implied
+                raise FewstepError(
+                    f"{one} sets the policy {implied[one]}, and {other} the policy {implied[other]}; set one or the "
+                    "other"
+                )
+            name = next(iter(implied.values()), None)
+        object.__setattr__(self, "name", name)
+        if name is not None:
             self.made(Resources(role=Role(name="autoregressive")), default="")
 
-    @property
-    def _name(self) -> str | None:
-        """The policy that was named, or that a setting implies."""
-        if self.policy is not None:
-            return self.policy if isinstance(self.policy, str) else None
-        implied = {first: name for name in POLICIES if (first := _first_setting(name)) in self.settings}
-        if len(implied) > 1:
-            one, other, *_ = implied
-            raise FewstepError(
-                f"{one} sets the policy {implied[one]}, and {other} the policy {implied[other]}; set one or the other"
-            )
-        return next(iter(implied.values()), None)
+    def made(self, resources: Resources, *, default: str) -> Policy:
+        """The policy; `default`: the name of the one that the decoder takes.
 
-    def _check(self, name: str) -> None:
-        """FewstepError for a setting that the policy of this name does not take."""
-        taken = declared_settings(POLICIES[name])
+        FewstepError for a setting that it does not take.
+        """
+        if self.policy is not None and not isinstance(self.policy, str):
+            return as_policy(self.policy)
+        name = self.name or default
+        owner, declared = registered(name, POLICIES), declared_settings(POLICIES[name])
         for setting in self.settings:
-            if setting in taken:
+            if setting in declared:
                 continue
-            if self._name is None:
+            if self.name is None:
                 raise FewstepError(f"{setting} belongs to {_owners(setting)}; set {_what_sets(setting)} with it")
             replaced = "" if self.policy is not None else f"{_first_setting(name)} replaces {setting}: "
             raise FewstepError(f"{replaced}the policy {name} takes no {setting}; set one or the other")
-
-    def made(self, resources: Resources, *, default: str) -> Policy:
-        """The policy; `default`: the name of the one that the decoder takes."""
-        if self.policy is not None and not isinstance(self.policy, str):
-            return as_policy(self.policy)
-        name = self._name or default
-        self._check(name)
-        owner = registered(name, POLICIES)
-        declared = declared_settings(POLICIES[name])
         given = {declared[setting].field: value for setting, value in self.settings.items()}
         if hasattr(owner, "build"):
             return as_policy(owner.build(resources, **given))

@@ -71,7 +71,7 @@ def declared_settings(owner: Place | Callable[..., Any]) -> dict[str, Declared]:
         if module not in sys.modules and "torch" not in sys.modules:
             return _from_source(owner)
         owner = getattr(import_module(module), name)
-    return _of_loaded(owner)
+    return _read(owner)
 
 
 @cache
@@ -80,12 +80,7 @@ def _from_source(place: Place) -> dict[str, Declared]:
     try:
         return {one.name: one for one in _source(module).declared(name)}
     except _UnreadableError:
-        return _of_loaded(getattr(import_module(module), name))
-
-
-@cache
-def _of_loaded(owner: Callable[..., Any]) -> dict[str, Declared]:
-    return {one.name: one for one in _read(owner)}
+        return _read(getattr(import_module(module), name))
 
 
 def _declared(field: str, annotation: Any, default: Any) -> Iterator[Declared]:
@@ -101,22 +96,23 @@ def _declared(field: str, annotation: Any, default: Any) -> Iterator[Declared]:
 # From a class or a function
 
 
-def _read(owner: Callable[..., Any]) -> Iterator[Declared]:
-    if not isinstance(owner, type):
-        yield from _read_arguments(owner)
-        return
-    for field, annotation in get_type_hints(owner, include_extras=True).items():
-        yield from _declared(field, annotation, getattr(owner, field, MISSING))
-    if (build := getattr(owner, "build", None)) is not None:
-        yield from _read_arguments(build)
-
-
-def _read_arguments(function: Callable[..., Any]) -> Iterator[Declared]:
-    hints = get_type_hints(function, include_extras=True)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in hints:
-            default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
-            yield from _declared(parameter.name, hints[parameter.name], default)
+@cache
+def _read(owner: Callable[..., Any]) -> dict[str, Declared]:
+    """Of a class with its `build`, or of a function."""
+    takes_fields = isinstance(owner, type)
+    found = [
+        (field, hint, getattr(owner, field, MISSING))
+        for field, hint in (get_type_hints(owner, include_extras=True) if takes_fields else {}).items()
+    ]
+    function = getattr(owner, "build", None) if takes_fields else owner
+    if function is not None:
+        hints = get_type_hints(function, include_extras=True)
+        found += [
+            (name, hints[name], MISSING if argument.default is inspect.Parameter.empty else argument.default)
+            for name, argument in inspect.signature(function).parameters.items()
+            if name in hints
+        ]
+    return {one.name: one for field, hint, default in found for one in _declared(field, hint, default)}
 
 
 # From the source

@@ -20,13 +20,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache, cached_property
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from fewstep.decode import policies
-from fewstep.decode.policies import Order, Policy, certainty, or_best, perturbed
+from fewstep.decode.policies import BUILT_IN, Order, Policy, certainty, or_best, perturbed
 from fewstep.decode.state import Previous
 from fewstep.errors import FewstepError, suggestion
 from fewstep.values import shown
@@ -70,7 +69,8 @@ class PassFacts:
     @cached_property
     def certainty(self) -> Tensor:
         certainty_RB = certainty(self.policy.order, self.logits, self.confidence, self.noise)
-        certainty_RB = perturbed(certainty_RB, self.policy.temperature, self.noise)
+        if self.policy.temperature:
+            certainty_RB = perturbed(certainty_RB, self.policy.temperature, self.noise)
         if self.settled is not None:
             # Waiting cannot change these, and their neighbours are better drawn knowing them.
             certainty_RB = certainty_RB.masked_fill(self.settled, torch.inf)
@@ -84,19 +84,24 @@ class PassFacts:
         the most certain one is taken where it chooses none, if it is paced in the last step: else a request never ends.
         """
         chosen = self.policy(**{name: getattr(self, fact) for name, fact in reads(self.policy).items()})
+        if type(self.policy) in BUILT_IN:
+            return chosen
         _check_chosen(self.policy, chosen, self.masked)
-        if isinstance(self.policy, OwnPolicy) or type(self.policy).__module__ == policies.__name__:
+        if isinstance(self.policy, OwnPolicy):
             return chosen
         some = or_best(chosen, self.certainty, self.masked)
         return torch.where(self.numbers[:, :1] <= 1, some, chosen & self.masked) if self.policy.paced else some
 
 
 FACTS = ("certainty", "masked", "tokens", "confidence", "logits", "numbers", "previous")
+_BUILT_IN_READ = {"certainty_RB": "certainty", "masked_RB": "masked", "numbers_RN": "numbers"}
 
 
 def reads(policy: Policy) -> Mapping[str, str]:
     """Argument of the policy -> what it is given, of FACTS. FewstepError if an argument names nothing there is."""
-    return policy.reads if isinstance(policy, OwnPolicy) else _reads(type(policy))
+    if isinstance(policy, OwnPolicy):
+        return policy.reads
+    return _BUILT_IN_READ if type(policy) in BUILT_IN else _reads(type(policy))
 
 
 @cache
@@ -240,6 +245,8 @@ class OwnPolicy:
 
 def as_policy(rule: Any, settings: Mapping[str, Any] | None = None) -> Policy:
     """A policy as it is; a function or an object that is called as an `OwnPolicy`. FewstepError for anything else."""
+    if type(rule) in BUILT_IN:
+        return cast(Policy, rule)
     if isinstance(rule, type) or not callable(rule):
         hint = f"build it: {rule.__name__}(...)" if isinstance(rule, type) else "it must be one, or a function"
         raise FewstepError(f"{shown(rule)} is no policy; {hint}")

@@ -94,12 +94,6 @@ def perturbed(certainty_RB: Tensor, temperature: float, noise_RB: Callable[[], T
     return certainty_RB + temperature * gumbel(noise_RB())
 
 
-def check_threshold(at_least: float | None) -> None:
-    """FewstepError for a number that no `Threshold` can have; None is not set."""
-    if at_least is not None and not 0 < at_least <= 1:
-        raise FewstepError(f"the threshold is a probability in (0, 1], got {at_least}; try 0.9")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
     """Every position whose token has at least this probability. Fast-dLLM, arXiv 2505.22618.
@@ -125,7 +119,8 @@ class Threshold:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_threshold(self.at_least)
+        if not 0 < self.at_least <= 1:
+            raise FewstepError(f"the threshold is a probability in (0, 1], got {self.at_least}; try 0.9")
 
     @classmethod
     def build(cls, resources: Resources, **given: Any) -> "Threshold":
@@ -139,8 +134,8 @@ class Threshold:
         return self.at_least, math.inf if self.gaps is None else self.gaps
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
-        enough_RB = certainty_RB >= _number(self, numbers_RN)
-        gaps = self.numbers[1] if numbers_RN is None else numbers_RN[:, 1:2]
+        at_least, gaps = self.numbers if numbers_RN is None else numbers_RN.split(1, -1)
+        enough_RB = certainty_RB >= at_least
         uncertain_RB = (masked_RB & ~enough_RB).int()
         masked_RB = masked_RB & (uncertain_RB.cumsum(-1) - uncertain_RB <= gaps)
         return or_best(enough_RB, certainty_RB, masked_RB)
@@ -391,6 +386,9 @@ def _best(count_R1: Tensor | float, certainty_RB: Tensor, masked_RB: Tensor) -> 
     ranked_RB = certainty_RB.masked_fill(~masked_RB, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     return masked_RB & (ranked_RB.argsort(-1) < count_R1)
 
+
+BUILT_IN = frozenset({Threshold, Margin, EntropyBelow, Factor, FixedCount, EvenSplit, Origin, DreamSchedule})
+"""The policies above, which check themselves when they are built, and all are given the same of a pass."""
 
 CONFIDENT = Threshold()
 ONE_PER_STEP = FixedCount()

@@ -58,18 +58,7 @@ def declarers(name: str, entries: Mapping[str, Entry]) -> dict[str, Declared]:
     return {owner: declared for owner, declared in found.items() if declared is not None}
 
 
-def setting_names() -> list[str]:
-    """Of every setting that some decoder or policy declares, by decoder, then by policy."""
+def setting_names() -> dict[str, tuple[str, ...]]:
+    """Every setting that some decoder or policy declares, by decoder, then by policy -> its other names."""
     entries = [*DECODERS.values(), *POLICIES.values()]
-    return list(dict.fromkeys(name for entry in entries for name in declared_settings(entry)))
-
-
-def own_aliases() -> dict[str, str]:
-    """Other names of settings -> the settings."""
-    entries = [*DECODERS.values(), *POLICIES.values()]
-    return {
-        alias: name
-        for entry in entries
-        for name, declared in declared_settings(entry).items()
-        for alias in declared.details.aliases
-    }
+    return {name: declared.details.aliases for entry in entries for name, declared in declared_settings(entry).items()}

@@ -8,7 +8,7 @@ from fewstep.decode.building import PolicyChoice, build_decoder
 from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.own_policies import OwnPolicy, as_policy, is_function
-from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, own_aliases, setting_names
+from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, setting_names
 from fewstep.decode.requests import Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import Sampling, TopK
@@ -87,7 +87,8 @@ class GenerationSettings:
 
         FewstepError naming the closest setting for an unknown one, or if a setting is given under two names.
         """
-        for alias, name in aliases().items():
+        aliases = {name: one.details.aliases for name, one in declared_settings(cls).items()} | setting_names()
+        for name, alias in ((name, alias) for name, others in aliases.items() for alias in others):
             if alias in options:
                 if name in options:
                     raise FewstepError(f"{alias} is another name of {name}; give one of them")
@@ -139,10 +140,21 @@ class GenerationSettings:
     def decoder_for(self, role: Role, **resources: Any) -> Decoder:
         """The decoder for a network of this role; `resources`: what `Resources` has besides.
 
+        It is the one that was set, or that of the network: one trained on Jacobi windows has `jacobi`, unless it
+        samples. Where windows are set as well it is `jacobi` all the same, which then says that it cannot sample.
         FewstepError if a setting is not one of that decoder's.
         """
         found = Resources(role=role, greedy=self.sampling.greedy, canvas_length=self.max_new_tokens, **resources)
-        decoder = build_decoder(self._decoder_name(found), found, self.own)
+        windows = not self.own.keys().isdisjoint(declared_settings(DECODERS["jacobi"]))
+        if self.decoder is not None:
+            name = self.decoder
+        elif found.adapter is not None:
+            name = "self-speculative"
+        elif role.jacobi_window and (found.greedy or windows):
+            name = "jacobi"
+        else:
+            name = DEFAULT_DECODER[role.name]
+        decoder = build_decoder(name, found, self.own)
         check_settings(decoder, self.request([]))
         return decoder
 
@@ -157,19 +169,6 @@ class GenerationSettings:
             early_stop=self.early_stop,
         )
 
-    def _decoder_name(self, resources: Resources) -> str:
-        """The one that was set, or that of the network: one trained on Jacobi windows has `jacobi`, unless it samples.
-
-        Where windows are set as well it is `jacobi` all the same, which then says that it cannot sample.
-        """
-        if self.decoder is not None:
-            return self.decoder
-        if resources.adapter is not None:
-            return "self-speculative"
-        windows = not self.own.keys().isdisjoint(declared_settings(DECODERS["jacobi"]))
-        trained = resources.role.jacobi_window and (resources.greedy or windows)
-        return "jacobi" if trained else DEFAULT_DECODER[resources.role.name]
-
 
 def _with_settings(rule: Any, given: Mapping[str, Any]) -> OwnPolicy:
     """The function with these settings, in the types that it declares."""
@@ -180,13 +179,3 @@ def _with_settings(rule: Any, given: Mapping[str, Any]) -> OwnPolicy:
         if value is not None
     }
     return OwnPolicy(rule=rule, settings=fit)
-
-
-def aliases() -> dict[str, str]:
-    """Other names of settings -> the settings."""
-    shared = {
-        alias: name
-        for name, declared in declared_settings(GenerationSettings).items()
-        for alias in declared.details.aliases
-    }
-    return {**shared, **own_aliases()}
