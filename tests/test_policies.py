@@ -2,11 +2,14 @@
 
 import math
 from itertools import combinations, permutations
+from typing import ClassVar
 
 import pytest
 import torch
 
+from fewstep.decode.own_policies import _reads, as_policy, reads
 from fewstep.decode.policies import (
+    BUILT_IN,
     DreamSchedule,
     EntropyBelow,
     EvenSplit,
@@ -260,3 +263,16 @@ def test_other_settings_without_meaning_are_refused() -> None:
         Threshold(gaps=-1)
     with pytest.raises(FewstepError, match="unknown order"):
         EvenSplit(order="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", sorted(BUILT_IN, key=lambda kind: kind.__name__))
+def test_what_is_known_of_a_built_in_policy_is_what_is_read_of_others(kind: type) -> None:
+    assert _reads(kind) == reads(kind(num_steps=4) if kind is DreamSchedule else kind())
+
+
+def test_a_policy_made_from_a_built_in_one_is_checked_as_any_other() -> None:
+    class Odd(Threshold):
+        temperature: ClassVar[float] = -1.0
+
+    with pytest.raises(FewstepError, match=r"has the temperature -1\.0"):
+        as_policy(Odd())

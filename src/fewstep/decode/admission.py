@@ -1,6 +1,6 @@
 """Whether a network and a decoder can answer a request, and how many positions it takes up; on the host."""
 
-from fewstep.decode.decoder import Decoder, first_block_start, whole_blocks
+from fewstep.decode.decoder import Decoder, whole_blocks
 from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.steps import check_settings
 from fewstep.errors import FewstepError
@@ -12,7 +12,7 @@ def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None =
     blocks, and what a pass reads or writes beyond it.
     """
     canvas = canvas or decoder.canvas(request)
-    start = first_block_start(decoder.role, len(request.prompt_ids))
+    start = decoder.role.first_block_start(len(request.prompt_ids))
     blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
     return start + blocks + decoder.traits.pass_length - decoder.block_size
 
@@ -31,16 +31,28 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
     asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
     networks = (network, *decoder.traits.companions.values())
     for each in networks:  # before a canvas is made, which may be of any size
-        _check_room(each, decoder, request, asked)
+        _check_room(each, decoder, len(request.prompt_ids), asked)
     canvas = decoder.canvas(request)
     for each in networks:
         each.check_ids([*request.prompt_ids, *canvas.tokens])
     return canvas
 
 
-def _check_room(network: Network, decoder: Decoder, request: Request, num_new: int) -> None:
-    num_given = len(request.prompt_ids)
-    network.check_length(num_given, num_new)
+def _check_room(network: Network, decoder: Decoder, num_given: int, num_new: int) -> None:
+    """FewstepError if a text of this length exceeds the network's positions, or what can be computed exactly, or leaves
+    no room for the decoder's guesses.
+    """
+    if num_given + num_new > network.max_positions:
+        raise FewstepError(
+            f"a prompt of {num_given} tokens and {num_new} new ones exceed the {network.max_positions} positions of "
+            f"{network.name}; shorten one of them"
+        )
+    boundary = network.architecture.long_from
+    if boundary is not None and network.architecture.restarts and num_given <= boundary < num_given + num_new:
+        raise FewstepError(
+            f"a prompt of {num_given} tokens and {num_new} new ones cross the {boundary} positions at which the "
+            f"rotary factors of {network.name} (longrope) change; ask for at most {boundary - num_given} new tokens"
+        )
     room = network.max_positions - num_given
     if decoder.traits.num_guessed > room:
         raise FewstepError(

@@ -167,13 +167,9 @@ def whole_blocks(count: _Count, block_size: int) -> _Count:
     return -(-count // block_size) * block_size
 
 
-def first_block_start(role: Role, context_length: int) -> int:
-    return int(role.first_block_start(torch.tensor(context_length)))
-
-
 def canvas_length(role: Role, request: Request, block_size: int) -> int:
     """`max_new_tokens` rounded up so that the canvas ends with a whole block."""
-    tail = len(request.prompt_ids) - first_block_start(role, len(request.prompt_ids))
+    tail = len(request.prompt_ids) - role.first_block_start(len(request.prompt_ids))
     return whole_blocks(tail + request.max_new_tokens, block_size) - tail
 
 

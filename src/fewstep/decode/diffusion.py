@@ -20,7 +20,6 @@ from fewstep.decode.decoder import (
     Shape,
     Traits,
     canvas_length,
-    first_block_start,
     open_canvas,
     whole_blocks,
 )
@@ -113,7 +112,7 @@ class Diffusion(Finalising):
 
     def canvas(self, request: Request) -> Canvas:
         canvas = self._fresh_canvas(request) if request.canvas is None else self._given_canvas(request.canvas)
-        start = len(request.prompt_ids) - first_block_start(self.role, len(request.prompt_ids))
+        start = len(request.prompt_ids) - self.role.first_block_start(len(request.prompt_ids))
         num_blocks = len({(start + i) // self.block_size for i, is_open in enumerate(canvas.open) if is_open})
         num_steps = self.steps or sum(canvas.open)
         if num_steps < num_blocks:

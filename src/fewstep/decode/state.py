@@ -17,8 +17,8 @@ a subclass.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,14 +44,12 @@ class Rows:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """With every tensor replaced by what the function makes of it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-
-        def mapped(value: Any) -> Any:
-            if value is None:
-                return None
-            return value.map(function) if isinstance(value, Rows) else function(value)
-
-        return type(self)(**{name: mapped(value) for name, value in values.items()})
+        made = {
+            name: value.map(function) if isinstance(value, Rows) else function(value)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **made)  # type: ignore[type-var]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name, those of nested fields among them."""

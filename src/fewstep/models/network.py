@@ -147,20 +147,6 @@ class Network:
                 f"{len(self.tokenizer)} tokens; load the tokenizer that the weights were trained with, or resize them"
             )
 
-    def check_length(self, num_given: int, num_new: int) -> None:
-        """FewstepError if a text of this length exceeds the network's positions, or what can be computed exactly."""
-        if num_given + num_new > self.max_positions:
-            raise FewstepError(
-                f"a prompt of {num_given} tokens and {num_new} new ones exceed the {self.max_positions} positions of "
-                f"{self.name}; shorten one of them"
-            )
-        boundary = self.architecture.long_from
-        if boundary is not None and self.architecture.restarts and num_given <= boundary < num_given + num_new:
-            raise FewstepError(
-                f"a prompt of {num_given} tokens and {num_new} new ones cross the {boundary} positions at which the "
-                f"rotary factors of {self.name} (longrope) change; ask for at most {boundary - num_given} new tokens"
-            )
-
     def with_role(self, role: Role) -> "Network":
         """The same weights and tokenizer in another role."""
         return Network(self.module, role, self.tokenizer, name=self.name, adapter=self.adapter)

@@ -9,7 +9,7 @@ attention one number per block.
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from annotated_types import Ge, Le
@@ -22,6 +22,8 @@ RoleName = Literal["autoregressive", "bidirectional", "block_causal"]
 ContextAttention = Literal["bidirectional", "block_causal", "causal"]
 
 Gaps = Annotated[int, Ge(0), Le(MOST_INTEGER)]
+
+_Length = TypeVar("_Length", int, Tensor)
 
 INVISIBLE = 1 << 30
 """Block number of padding and of unwritten cache slots: no real row sees it. A row that carries it sees everything."""
@@ -95,14 +97,14 @@ class Role:
                     return absolute.expand_as(response)
                 return torch.minimum(absolute, context_length.div(self.block_size, rounding_mode="floor"))
 
-    def first_block_start(self, context_length: Tensor) -> Tensor:
-        """Position at which the first response block begins.
+    def first_block_start(self, context_length: _Length) -> _Length:
+        """Position at which the first response block begins, of one request or of several.
 
         It is the end of the context, except with `context_attention="block_causal"`, whose blocks are absolute
         (SDAR): there the first block also holds what is left of the context past the last whole block.
         """
         if self.name == "block_causal" and self.context_attention == "block_causal":
-            return context_length.div(self.block_size, rounding_mode="floor") * self.block_size
+            return context_length // self.block_size * self.block_size
         return context_length
 
     def to_config(self) -> dict[str, Any]:
