@@ -10,7 +10,9 @@ that was interrupted resumes.
 Drafts begin where others failed, so a second round pays: `texts --model runs/draft/first --name visited` tells where
 the first adapter's drafts began, and `train --begin first --store visited` goes on from there.
 
-Any causal model can be the base: `--base runs/smollm/ar --mask-token-id 0 --runs runs/smollm-draft`.
+Any causal model can be the base, and any prompts its texts': `texts --model runs/smollm/smollm2 --data prompts.jsonl
+--unfinished --runs runs/smollm-chat`, then `train --base runs/smollm/smollm2 --dev-data held.jsonl` with the same
+--runs. A tokenizer without a mask token needs `--mask-token-id`, an id that no text holds.
 """
 
 from dataclasses import dataclass
@@ -26,32 +28,45 @@ from word_problems import MAX_ANSWER, prompt_rows
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.self_speculative import SelfSpeculative
-from fewstep.engine.language_model import load
+from fewstep.engine.language_model import LanguageModel, load
 from fewstep.json_files import read_rows
 from fewstep.measure.agreement import same_answers
 from fewstep.measure.timing import write_figures
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
+from fewstep.models.rows import split_prompt_row
+from fewstep.models.text import Message
 from fewstep.train.causal_records import collect_texts, read_texts
 from fewstep.train.draft import DraftObjective, DraftSettings
+from fewstep.train.examples import numbered_training_rows
 from fewstep.train.lora import LoRASettings, add_gated_lora
-from fewstep.train.trainer import train
+from fewstep.train.records import PromptRow
+from fewstep.train.trainer import Evaluate, train
 from fewstep.values import Count
 
 RUNS = Path("runs/draft")
 
 
+def prompts_in(path: Path, limit: int | None = None) -> list[str | list[Message]]:
+    """What the first rows of a file ask: their prompt, or the messages up to an assistant's last. FewstepError for a
+    row without them.
+    """
+    return [split_prompt_row(row, f"{path} line {line}")[0] for line, row in islice(numbered_training_rows(path), limit)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Texts(Stage):
-    """The model's own greedy answers to training problems; those that do not end within the limit are left out.
+    """The model's own greedy answers to training problems, or to any prompts.
 
     With an adapter the texts also say where its drafts began.
     """
 
     model: Annotated[str, "The causal model, or an adapter on it, which is faster."] = "gsm-ar"
     name: Annotated[str, "Folder of the texts under --runs."] = "texts"
-    prompts: Annotated[Count, "Of GSM-Symbolic."] = 400_000
+    data: Annotated[Path | None, "Rows with prompt or messages, instead of GSM-Symbolic's problems."] = None
+    prompts: Annotated[Count, "How many of them at most."] = 400_000
+    unfinished: Annotated[bool, "Keep texts that do not end within the limit, too."] = False
     batch_size: Count = 2048
     shard_size: Count = 8192
     seed: int = 15
@@ -61,14 +76,23 @@ class Texts(Stage):
         decoder: Decoder = Autoregressive(role=network.role)
         if network.adapter is not None:
             decoder = SelfSpeculative(role=network.role, adapter=network.adapter, window=network.adapter.block_size - 1)
-        rows, _ = prompt_rows(network.tokenizer, self.prompts, self.seed)
         report = collect_texts(
-            network, rows, self.runs / self.name, decoder,
-            settings={"decoder": decoder.name, "max_new_tokens": MAX_ANSWER, "keep": "ended"},
+            network, self.rows(network), self.runs / self.name, decoder,
+            settings={
+                "decoder": decoder.name, "max_new_tokens": MAX_ANSWER, "keep": "all" if self.unfinished else "ended",
+            },
             max_new_tokens=MAX_ANSWER, batch_size=self.batch_size, shard_size=self.shard_size, seed=self.seed,
-            keep=lambda row, output: output.finish_reason == "stop", worker=worker(),
+            keep=lambda row, output: self.unfinished or output.finish_reason == "stop", worker=worker(),
         )  # fmt: skip
         print(report, flush=True)
+
+    def rows(self, network: Network) -> list[PromptRow]:
+        """The prompts."""
+        if self.data is None:
+            return prompt_rows(network.tokenizer, self.prompts, self.seed)[0]
+        lm = LanguageModel(network)
+        asked = enumerate(prompts_in(self.data, self.prompts))
+        return [PromptRow(f"{self.data.stem}-{i}", lm.encode(prompt), None) for i, prompt in asked]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +106,7 @@ class Adapter(Training):
     rank: Count = 32
     mask_token_id: int | None = None
     drafts: DraftSettings
+    dev_data: Annotated[Path | None, "Rows that the result answers in place of development problems."] = None
     evaluate_every: Count = 1000
     save_every: Count = 1000
 
@@ -93,8 +118,9 @@ class Adapter(Training):
             evaluate_every=min(self.steps, self.evaluate_every), save_every=self.save_every, weight_decay=0.0
         )
         assert network.adapter is not None
-        drafting = {"decoder": "self-speculative", "cycle": "two-pass", "window": network.adapter.block_size - 1}
-        train(network, objective, settings, self.output, evaluate=accuracy(self.dev, **drafting))
+        drafting = {"decoder": "self-speculative", "cycle": "two-pass", "window": self.drafts.block_size - 1}
+        evaluate = pace(self.dev_data, self.dev, **drafting) if self.dev_data else accuracy(self.dev, **drafting)
+        train(network, objective, settings, self.output, evaluate=evaluate)
 
     def network(self) -> Network:
         """The base with a new adapter, or that of --begin."""
@@ -107,6 +133,8 @@ class Adapter(Training):
             )
         else:
             network = load_network(self.runs / self.begin, dtype="float32", device=device())
+            assert network.adapter is not None
+            network.adapter.block_size = self.drafts.block_size
         network.name = self.base
         if self.warm is not None:
             other = load_network(self.warm, dtype="float32", device=device())
@@ -115,6 +143,20 @@ class Adapter(Training):
             embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
             start_from(network.adapter, other.module, embedding.detach())
         return network
+
+
+def pace(data: Path, count: int, **settings: Any) -> Evaluate:
+    """An `evaluate` callable: tokens per forward of the answers to the first rows of a file."""
+    prompts = prompts_in(data, count)
+
+    def evaluate_network(network: Network, step: int) -> dict[str, float]:
+        lm = LanguageModel(network)
+        outputs = lm.generate(prompts, batch_size=count, max_new_tokens=MAX_ANSWER, **settings)
+        tokens, passes = (sum(getattr(one, name) for one in outputs) for name in ("num_tokens", "num_forwards"))
+        print(f"sample at step {step}: {outputs[0].text!r}", flush=True)
+        return {"tokens_per_forward": tokens / passes}
+
+    return evaluate_network
 
 
 app = app_of({

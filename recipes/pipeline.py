@@ -56,15 +56,15 @@ class Causal(FineTuning):
     """Fine-tune a causal model on the token tables."""
 
     data: Annotated[Path, "Token tables, under --runs or anywhere."] = Path("data")
+    rank: Rank = 0
 
     def network(self) -> Network:
         return self.load()
 
     def fit(self) -> None:
         network = self.network()
-        self.train(
-            network, CausalObjective(network.role, load_examples(Path(self.found(self.data))), network.eos_token_id)
-        )
+        examples = load_examples(Path(self.found(self.data)))
+        self.train(network, CausalObjective(network.role, examples, network.eos_token_id), rank=self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.models.load import load_network
+from fewstep.models.load import load_network, weights_hash
 from fewstep.models.medusa import load_heads
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import check_draft
 from fewstep.tasks.gsm8k import gsm8k_rows
 from fewstep.tasks.gsm_symbolic import training_rows
+from fewstep.train.causal_records import read_texts
 from fewstep.train.trajectories import TrajectoryStore
 
 SMALL = "--steps 2 --rows 2 --row-length 1024 --dev 2"
@@ -133,6 +135,47 @@ def test_the_recipes_go_from_a_checkpoint_to_students_once(
         monkeypatch.setattr(module, "train", fail)
     stages()
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+
+
+def test_a_fine_tuned_model_drafts_its_answers_to_any_prompts(
+    smollm: ModuleType, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = importlib.import_module("draft")
+    for name in ("pipeline", "stages", "draft"):
+        monkeypatch.setattr(sys.modules[name], "MAX_ANSWER", 24)
+    runs = tmp_path / "runs"
+    run(smollm, f"import --runs {runs} --source {source} --mask-token <mask>")
+    run(smollm, f"data --runs {runs} --examples 20 --workers 1")
+    run(smollm, f"ar --runs {runs} --source smollm2 {SMALL} --rank 2 --learning-rate 0.1")
+    run(smollm, f"merge --runs {runs}")
+    loaded, merged = (load_network(runs / name) for name in ("ar", "ar-merged"))
+    assert weights_hash(loaded) == weights_hash(merged) != weights_hash(load_network(runs / "smollm2"))
+    with pytest.raises(FewstepError, match="is no adapter, so there is nothing to merge; train it with --rank"):
+        run(smollm, f"merge --runs {runs} --source smollm2 --name other")
+
+    data = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    rows = [{"messages": messages[:1]}, {"messages": messages}, *({"prompt": f"How many are {i}?"} for i in range(9))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    network = LanguageModel(merged)
+    base, small = f"--runs {runs} --base {runs}/ar-merged --dev-data {data}", f"{SMALL} --rank 2"
+    run(draft, f"texts --runs {runs} --model {runs}/ar-merged --data {data} --prompts 8 --unfinished --batch-size 4")
+    texts, visited = read_texts(runs / "texts", merged)
+    assert (len(texts), visited) == (8, None)
+    first, second = (texts.prompt_ids[texts.prompt_offsets[i] : texts.prompt_offsets[i + 1]].tolist() for i in (0, 1))
+    assert first == second == network.encode(messages[:1])
+    run(draft, f"train {base} {small} --name first --block-size 4")
+    run(draft, f"texts --runs {runs} --model {runs}/first --name visited --data {data} --unfinished")
+    assert read_texts(runs / "visited", merged)[1] is not None
+    run(draft, f"train {base} {small} --name second --begin first --store visited --block-size 8")
+    drafter = load_network(runs / "second")
+    assert drafter.adapter is not None
+    assert drafter.adapter.block_size == 8
+    report = json.loads((runs / "second" / "report.json").read_text())
+    assert report["history"][-1]["tokens_per_forward"] > 0
+    asked: dict[str, Any] = {"max_new_tokens": 24}
+    prompt = "How many are 3?"
+    assert LanguageModel(drafter).generate(prompt, **asked).token_ids == network.generate(prompt, **asked).token_ids
 
 
 def test_the_bundled_shape_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
