@@ -52,7 +52,9 @@ def prompts_in(path: Path, limit: int | None = None) -> list[str | list[Message]
     """What the first rows of a file ask: their prompt, or the messages up to an assistant's last. FewstepError for a
     row without them.
     """
-    return [split_prompt_row(row, f"{path} line {line}")[0] for line, row in islice(numbered_training_rows(path), limit)]
+    return [
+        split_prompt_row(row, f"{path} line {line}")[0] for line, row in islice(numbered_training_rows(path), limit)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

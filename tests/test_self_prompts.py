@@ -40,7 +40,7 @@ def test_whole_prompts_of_some_words_that_repeat_little_are_kept_once() -> None:
         output("how many are there", "length"), output("one and one and one and one and one and one and one and one"),
         output("what is 3 + 4?"),
     ]  # fmt: skip
-    assert list(self_prompts.kept(lm, said)) == ["how much is this?", "what is 3 + 4?"]
+    assert list(self_prompts.kept(lm, said)) == [(0, "how much is this?"), (5, "what is 3 + 4?")]
 
 
 def test_the_command_writes_rows_that_collect_takes_or_says_that_there_are_none(tmp_path: Path) -> None:
@@ -60,3 +60,25 @@ def test_the_command_writes_rows_that_collect_takes_or_says_that_there_are_none(
     assert rows
     assert {tuple(row) for row in rows} == {("id", "prompt")}
     assert len({row["prompt"] for row in rows}) == len(rows)
+
+
+def test_users_go_on_with_conversations(tmp_path: Path) -> None:
+    network = tiny_network("autoregressive", max_positions=512)
+    save_network(network, tmp_path / "chat")
+    said = [{"role": "user", "content": "what is 1+1?"}, {"role": "assistant", "content": "it is 2"}]
+    start = self_prompts.before_a_prompt(LanguageModel(network), said)
+    whole = LanguageModel(network).encode([*said, {"role": "user", "content": "and 2+2?"}])
+    assert whole[: len(start)] == start
+    assert len(start) > len(self_prompts.before_a_prompt(LanguageModel(network)))
+    asked = [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(39)]
+    rows = [{"messages": said}, *asked, {"prompt": "left out", "completion": "by --count"}]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "prompts.jsonl"
+    self_prompts.main(
+        str(tmp_path / "chat"), out, count=40, after=tmp_path / "said.jsonl", max_tokens=200, device="cpu"
+    )
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    known = [said, *([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+                     for row in asked)]  # fmt: skip
+    assert written
+    assert all(row["messages"][:-1] in known and row["messages"][-1]["role"] == "user" for row in written)
