@@ -24,6 +24,7 @@ from fewstep.decode.lookahead import NO_TOKEN, Lookahead, LookaheadState, _gathe
 from fewstep.decode.loop import Loop, decode, run_pass
 from fewstep.decode.medusa import Medusa, _best_paths, _typical
 from fewstep.decode.prompt_lookup import PromptLookup, look_up
+from fewstep.decode.registry import DECODERS
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
@@ -75,11 +76,24 @@ MAKERS: dict[str, Callable[..., Decoder]] = {
     ),
 }
 SAMPLING = ("prompt-lookup", "speculative")
+NOT_HERE = {
+    "autoregressive": "it is what the others are compared with",
+    "block": "it does not guess: see test_decoders.py",
+    "diffusion": "it does not guess: see test_decoders.py",
+    "self-speculative": "its network has a gated adapter: see test_self_speculative.py",
+}
 
 
 @pytest.fixture(params=["jacobi", "jacobi from n-grams", "prompt-lookup", "speculative", "lookahead", "medusa"])
 def make(request: pytest.FixtureRequest, net: Network, draft: Network) -> Callable[..., Decoder]:
     return lambda **more: MAKERS[request.param](net, draft, **more)
+
+
+def test_every_registered_decoder_that_guesses_has_a_maker() -> None:
+    """So a new one is compared with the autoregressive decoder, once it has a maker above, or a reason beside it."""
+    made = {name.split()[0].rstrip(",") for name in MAKERS}
+    assert sorted({*made, *NOT_HERE}) == sorted(DECODERS)
+    assert made.isdisjoint(NOT_HERE)
 
 
 # The same tokens

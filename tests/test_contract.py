@@ -8,23 +8,28 @@ from unittest import mock
 import pytest
 import torch
 from helpers.generators import streamed
-from helpers.networks import decoder_of, disturbed, mixed, network, requests, same
+from helpers.networks import decoder_of, disturbed, mixed, network, requests, same, with_random_adapter
 from torch import Tensor
 
 from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Accepted, Decoder, Shape
 from fewstep.decode.jacobi import Jacobi
+from fewstep.decode.lookahead import Lookahead
 from fewstep.decode.loop import Loop, decode, loop_for, run_pass
+from fewstep.decode.medusa import Medusa
 from fewstep.decode.policies import EvenSplit, Factor, FixedCount, Margin, Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
+from fewstep.decode.registry import DECODERS
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
+from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.loops import Loops
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
+from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network, Scores
 
 SAMPLINGS = [
@@ -53,11 +58,28 @@ def case(name: str) -> tuple[Network, Decoder, list[Request]]:
             return net, PromptLookup(role=net.role), mixed([None], SAMPLINGS)
         case "speculative":
             return net, speculative(net), mixed([None], SAMPLINGS)
-        case _:
+        case "lookahead":
+            return net, Lookahead(role=net.role, window=4, ngram=3), mixed([None], SAMPLINGS[:1])
+        case "medusa":
+            return net, Medusa(role=net.role, heads=MedusaHeads.of(net, 2), window=6), mixed([None], SAMPLINGS[:1])
+        case "self-speculative":
+            net = with_random_adapter(6, base=net)
+            assert net.adapter is not None
+            return net, SelfSpeculative(role=net.role, adapter=net.adapter, window=4), mixed([None], SAMPLINGS)
+        case "autoregressive":
             return net, decoder_of(net), mixed([None], SAMPLINGS)
+    raise KeyError(name)
 
 
-CASES = ["block", "diffusion", "autoregressive", "jacobi", "prompt-lookup", "speculative"]
+CASES = [
+    *("block", "diffusion", "autoregressive", "jacobi", "prompt-lookup", "speculative"),
+    *("lookahead", "medusa", "self-speculative"),
+]
+
+
+def test_every_registered_decoder_has_a_case() -> None:
+    """So a new one is tested for all that this file says of them, once it has a case above."""
+    assert sorted(CASES) == sorted(DECODERS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -212,8 +234,8 @@ def test_a_cancelled_request_leaves_the_others_alone_and_its_slot_to_the_next(na
 @pytest.mark.parametrize("num_rounds", [1, 2, 4])
 def test_a_cancelled_request_has_the_final_tokens_before_its_first_open_position(name: str, num_rounds: int) -> None:
     net, decoder, asked = case(name)
-    loop = Loop(net, decoder, num_slots=8, length=max(positions_needed(decoder, request) for request in asked))
     asked = [replace(request, early_stop=True, max_new_tokens=30) for request in asked]
+    loop = Loop(net, decoder, num_slots=8, length=max(positions_needed(decoder, request) for request in asked))
     told: dict[int, dict[int, int]] = {loop.submit(request): {} for request in asked if request.canvas is None}
     for _ in range(num_rounds):
         completed = dict(loop.step())

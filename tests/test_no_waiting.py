@@ -17,6 +17,7 @@ from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import DRAWINGS, Accepted, Decoder, Shape
 from fewstep.decode.loop import Loop, run_pass
 from fewstep.decode.policies import DreamSchedule, EntropyBelow, Factor, FixedCount, Margin
+from fewstep.decode.registry import DECODERS
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.speculative import Speculative
 from fewstep.decode.state import State
@@ -101,6 +102,10 @@ def faked(cache: KVCache, mode: FakeTensorMode) -> KVCache:
         if isinstance(value, Tensor):
             setattr(fake, name, mode.from_tensor(value.clone()))
     return fake
+
+
+def test_every_registered_decoder_has_a_case() -> None:
+    assert {name.partition(",")[0] for name in CASES} == set(DECODERS)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -53,11 +53,10 @@ def block_draft_of(target: Network, **options: Any) -> Network:
     return draft
 
 
-def with_random_adapter(block_size: int, seed: int = 0) -> Network:
-    """A causal network with a random gated adapter, whose guesses are nearly all wrong."""
-    network = add_gated_lora(
-        tiny_network("autoregressive", head_scale=20), LoRASettings(rank=4, alpha=4), block_size=block_size
-    )
+def with_random_adapter(block_size: int, seed: int = 0, *, base: Network | None = None) -> Network:
+    """A causal network with a random gated adapter, whose guesses are nearly all wrong; `base` is changed in place."""
+    base = base or tiny_network("autoregressive", head_scale=20)
+    network = add_gated_lora(base, LoRASettings(rank=4, alpha=4), block_size=block_size)
     assert network.adapter is not None
     torch.manual_seed(seed)
     for name, parameter in network.adapter.named_parameters():
