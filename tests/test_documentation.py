@@ -6,10 +6,12 @@ command then does is left out. Blocks behind the comment RUN are run.
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,11 +20,13 @@ import typer
 from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.main import app, main
 from fewstep.cli.training import app as training
+from fewstep.decode.registry import DECODERS, POLICIES
 from fewstep.engine.settings import GenerationSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "fewstep"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+MAP = "architecture.md"
 RUN = "<!-- run by tests -->"
 
 
@@ -130,7 +134,31 @@ def test_programs_of_the_documentation_run_one_after_another(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "documentation"}
     for block in PROGRAMS:
-        exec(compile(block.text, block.page, "exec"), names)
+        if block.page != MAP:
+            exec(compile(block.text, block.page, "exec"), names)
+
+
+def test_programs_of_the_map_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs by itself. One whose first line names a file of the package is that file for those after it, and the
+    line of a registry that stands there too is added to it.
+    """
+    monkeypatch.chdir(tmp_path)
+    registries: dict[str, dict[str, Any]] = {"DECODERS": DECODERS, "POLICIES": POLICIES}
+    files = 0
+    for block in PROGRAMS:
+        if block.page != MAP:
+            continue
+        first_line = block.text.partition("\n")[0]
+        file = re.match(r"# src/(fewstep/\w+/\w+)\.py", first_line)
+        module = ModuleType("program" if file is None else file[1].replace("/", "."))
+        exec(compile(block.text, block.page, "exec"), vars(module))
+        if file is not None:
+            files += 1
+            assert not (PACKAGE.parent / f"{file[1]}.py").exists()
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        for registry, name, place in re.findall(r'in (\w+): "([\w-]+)": "([\w.:]+)"', first_line):
+            monkeypatch.setitem(registries[registry], name, place)
+    assert files >= 3
 
 
 @pytest.mark.parametrize("words", RECIPES, ids=lambda words: "".join(words)[:40])

@@ -1,4 +1,7 @@
-"""`fewstep generate --show-iterations`: what Jacobi decoding guesses, pass by pass, and how it settles."""
+"""`fewstep generate --show-iterations`: what Jacobi decoding guesses, pass by pass, and how it settles.
+
+Axes: N = positions of a window, P = its states.
+"""
 
 import sys
 from collections.abc import Sequence

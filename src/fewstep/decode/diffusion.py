@@ -2,6 +2,8 @@
 
 Every step forwards the whole context and canvas. Blocks are a schedule only: the leftmost unfinished one is decoded
 first.
+
+Axes: as in `state`, and Q = rows of a forward.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Lookahead decoding: gather n-grams from parallel Jacobi rows, and verify those that fit. arXiv 2402.02057.
 
-Axes: R = requests, W = columns of the lookahead branch, N = length of an n-gram, M = N - 1, G = n-grams verified, P =
-n-grams in the pool, T = guesses of the tree.
+Axes: R = requests, W = columns of the lookahead branch, N = length of an n-gram, M = N - 1, C = cells of the branch
+(M W), G = n-grams verified, P = n-grams in the pool, T = guesses of the tree.
 
 Level m, column w of the lookahead branch guesses the token `m + w` past the front, as it was m Jacobi iterations after
 level 0. A row sees the level-0 guesses up to its column and then its own column's later levels. The row of the last

@@ -1,7 +1,7 @@
 """The loop that runs a decoder for many requests: slots that are refilled, rounds of passes, hidden rows recorded.
 
 Axes: R = slots, r = some of them, L = positions, S = positions scored in a step, G = canvas positions, D = hidden
-width.
+width, X = integers of a slot that the host reads.
 
 A round gives every live request one step. Small batches take it together; large ones in groups, one per plan shape,
 each with the requests that need it. After a round the host reads a few integers per slot, and nothing per token.

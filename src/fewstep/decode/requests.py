@@ -1,4 +1,7 @@
-"""What a decoder is asked for (requests), and what it returns (outputs, events)."""
+"""What a decoder is asked for (requests), and what it returns (outputs, events).
+
+Axes: G = canvas positions, D = hidden width, K = stored top tokens.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -59,7 +62,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Event:
-    """A token that a step finalised. `position` counts from the end of the context, `step` from 1.
+    """A token that became final. `position` counts from the end of the context; `step` is the number of the pass, from
+    1.
 
     `text` is set by `LanguageModel`.
     """
@@ -94,7 +98,7 @@ class Output:
     was live, and those of a block-causal draft, which may be as large; `num_draft_forwards`: those of a causal draft.
     `seconds`: from submission to completion. `text` is set by `LanguageModel`.
 
-    `canvas_ids_G`, `step_G` (the step, from 1, that finalised the position; 0 = given, -1 = still open when the
+    `canvas_ids_G`, `step_G` (the pass, from 1, that finalised the position; 0 = given, -1 = still open when the
     request stopped, with a mask token or a guess in it) and `confidence_G` rebuild every intermediate state.
     `hidden_GD`: the row after the final norm that each finalised token was drawn from; `top_k`: its distribution. Both
     only if recorded, and meaningful where `step_G` > 0.

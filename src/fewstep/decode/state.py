@@ -10,7 +10,8 @@ forward fuses the prefill with a first step, the forward after a finished block 
 first step, and autoregressive decoding is the case whose blocks are single tokens. An uncached decoder forwards
 everything and has nothing pending.
 
-Open positions hold what a decoder finds useful: a mask token, or a guess that the next pass verifies.
+Open positions hold what a decoder finds useful: a mask token, a guess that the next pass verifies, or a placeholder
+where its guesses stand elsewhere.
 
 All fields are tensors of fixed shapes on the device, the requests first; a decoder that remembers more adds its own in
 a subclass.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 NEVER = -1
-"""A stop token of a request that does not stop early; the step of a position that is not final yet."""
+"""A stop token of a request that does not stop early; the pass of a position that is not final yet."""
 
 
 class Rows:
@@ -89,7 +90,7 @@ class State(Rows):
 
     tokens_RL: Tensor
     final_RL: Tensor  # context, finalised and padding positions; the others are open
-    step_RL: Tensor  # the request's step, from 1, that finalised the position; 0 = given, NEVER = open
+    step_RL: Tensor  # the request's pass, from 1, that finalised the position; 0 = given, NEVER = open
     confidence_RL: Tensor  # untempered probability of the token when it was finalised; 1 = given
     context_length_R: Tensor
     decode_end_R: (
@@ -99,7 +100,7 @@ class State(Rows):
     front_R: Tensor
     cached_R: Tensor
     done_R: Tensor
-    num_forwards_R: Tensor  # also the number of the request's last step
+    num_forwards_R: Tensor  # also the number of the request's last pass
     num_draft_forwards_R: Tensor
     settings: Settings
     previous: Previous | None = None  # kept for a policy that reads it

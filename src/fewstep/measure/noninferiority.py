@@ -3,6 +3,8 @@
 The loss of a problem is 1 where only the reference is right, -1 where only the student is, otherwise 0; its mean is the
 reference's accuracy minus the student's. Problems count as drawn independently from one population. Nothing here is an
 approximation for large n: the probability of a wrong certificate is at most the level for every n and every population.
+
+Axes: A = numbers of problems that only the reference solves, B = those that only the student solves.
 """
 
 import math

@@ -6,7 +6,8 @@ and its layers replaced by ones that record their arguments: which mask its own 
 masks, positions and cache that we pass arrive there, whether rows are influenced by rows that they do not see, and what
 happens to logits after the head. A class for which one of these cannot be determined is refused.
 
-Axes: R = requests, Q = rows of a forward, K = keys, S = scored rows, D = hidden width, V = vocabulary.
+Axes: R = requests, Q = rows of a forward, K = keys, S = scored rows, D = hidden width, F = rotary frequencies,
+V = vocabulary.
 """
 
 import inspect

@@ -1,4 +1,7 @@
-"""The attention that training uses: one packed layout, dense under SDPA on a CPU, FlexAttention on a GPU."""
+"""The attention that training uses: one packed layout, dense under SDPA on a CPU, FlexAttention on a GPU.
+
+Axes: R = packed rows, T = positions of a row.
+"""
 
 from typing import Any
 

@@ -5,6 +5,8 @@ The shards are those of `records`. A record of a Jacobi trajectory is a prompt, 
 states of each window of it: its tokens before the first pass and after each, the last being the fixed point. A record
 of a text is a prompt and the answer, and, where the texts were decoded with a gated adapter, the places at which its
 drafts began.
+
+Axes: as in `decode.jacobi_windows`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

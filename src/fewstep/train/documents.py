@@ -1,7 +1,7 @@
 """Documents of a batch as packed rows: where their tokens lie, what is masked of them, which rows score them.
 
-Axes: N = documents of a batch, G = segments, C = canvases, U = states (of blocks or canvases), R = packed rows,
-T = positions, S = scored positions, V = vocabulary.
+Axes: N = documents of a batch, G = segments, C = canvases, U = states (of blocks or canvases), B = positions of a
+block, R = packed rows, T = positions, S = scored positions, V = vocabulary.
 
 A diffusion document is `[context | noisy response]`, perhaps with further noisy responses, and for the block-causal
 role `[context | noisy response | clean response]`, so that one forward trains all blocks (see `models.masks.Layout`).

@@ -1,6 +1,7 @@
 """The draft objective: a gated adapter learns to write, in one pass, what its causal base would write token by token.
 
-Axes as in `documents.py`; U = drafts of a batch, B = masks of a draft, N = documents.
+Axes as in `documents.py`; U = drafts of a batch, B = masks of a draft, P = places of a text, K = drafts of a
+document.
 
 A document is `[prompt | text | drafts]`. The text is the base's own, and its rows run on the base alone. A draft is a
 block of B masks that begins anywhere in the text: it sees the clean rows before its start and itself, and with shifted

@@ -1,4 +1,7 @@
-"""Weights, optimizer, schedule and moving average of a run, and one optimizer step."""
+"""Weights, optimizer, schedule and moving average of a run, and one optimizer step.
+
+Axes: R = packed rows, T = positions of a row, S = scored positions, K = Medusa heads, V = vocabulary, D = hidden width.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
 """A second round: the teacher labels the states that the student itself visits (on-policy distillation, arXiv
 2306.13649).
 
-Axes: N = states, L = positions (context, then canvas, then padding), S = scored positions of a state, G = canvas
-positions, K = stored tokens, D = hidden width.
+Axes: M = outputs, N = states, L = positions (context, then canvas, then padding), S = scored positions of a state,
+G = canvas positions, K = stored tokens, D = hidden width.
 
 The student decodes as it will be used. For each of its passes, the teacher scores the state before the pass, as it sees
 one: the context, earlier blocks final, the block as it stood, everything after it masked up to the teacher's canvas.

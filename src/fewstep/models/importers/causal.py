@@ -1,4 +1,7 @@
-"""Plain causal folders: Llama (SmolLM among them), Qwen2, Qwen3; and the forward of all that use their names."""
+"""Plain causal folders: Llama (SmolLM among them), Qwen2, Qwen3; and the forward of all that use their names.
+
+Axes as in `plain`.
+"""
 
 from typing import Any
 

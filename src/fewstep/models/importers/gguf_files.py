@@ -2,6 +2,8 @@
 
 llama.cpp keeps the layouts of the original networks but for one thing: in the architecture `llama` it turns the pairs
 (2f, 2f + 1) of a head instead of (f, f + E/2), and permutes the rows of the query and key weights accordingly.
+
+Axes as in `plain`.
 """
 
 import re

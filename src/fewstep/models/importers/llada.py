@@ -1,4 +1,7 @@
-"""LLaDA, arXiv 2502.09992: a Llama with full attention under names of its own; row t scores token t."""
+"""LLaDA, arXiv 2502.09992: a Llama with full attention under names of its own; row t scores token t.
+
+Axes as in `plain`.
+"""
 
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
