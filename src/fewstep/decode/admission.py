@@ -1,9 +1,12 @@
-"""Whether a network and a decoder can answer a request, and how many positions it takes up; on the host."""
+"""Whether a network and a decoder can answer a request, and what a slot for it takes up; on the host."""
+
+from math import prod
 
 from fewstep.decode.decoder import Decoder, whole_blocks
 from fewstep.decode.requests import Canvas, Request
-from fewstep.decode.steps import check_settings
+from fewstep.decode.steps import begin, check_settings
 from fewstep.errors import FewstepError
+from fewstep.models.cache import bytes_per_position
 from fewstep.models.network import Network
 
 
@@ -15,6 +18,26 @@ def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None =
     start = decoder.role.first_block_start(len(request.prompt_ids))
     blocks = whole_blocks(len(request.prompt_ids) + len(canvas.tokens) - start, decoder.block_size)
     return start + blocks + decoder.traits.pass_length - decoder.block_size
+
+
+def bytes_of_slot(network: Network, decoder: Decoder, length: int) -> int:
+    """What a slot of so many positions takes up: keys and values of the networks that have a cache, and its state."""
+    num_stop_tokens = len(network.stop_token_ids)
+    nobody = begin(decoder, [], [], length, pad_token_id=network.pad_token_id, num_stop_tokens=num_stop_tokens)
+    state = sum(prod(field.shape[1:]) * field.element_size() for field in nobody.tensors().values())
+    networks = (network, *decoder.traits.companions.values()) if decoder.traits.cached else ()
+    cached = sum(bytes_per_position(each.module.config, each.dtype) for each in networks)
+    return state + cached * (length + 1)
+
+
+def check_role(network: Network, decoder: Decoder) -> None:
+    """FewstepError if the network's role cannot run the decoder."""
+    roles = decoder.traits.roles
+    if network.role.name not in roles:
+        raise FewstepError(
+            f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
+            f"it needs {' or '.join(roles)}"
+        )
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.decode.admission import check_request, positions_needed
+from fewstep.decode.admission import check_request, check_role, positions_needed
 from fewstep.decode.decoder import (
     DRAWINGS,
     Accepted,
@@ -77,7 +77,8 @@ class Loop:
     """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
 
     `length`: the most positions a request may need (`positions_needed`). FewstepError if the network's role cannot run
-    the decoder.
+    the decoder. `num_passes` counts passes of all networks so far, `num_prefilled` the positions that were pending in
+    requests that began, `num_reused` those that were in the cache already.
     """
 
     def __init__(
@@ -94,11 +95,7 @@ class Loop:
         traits = decoder.traits
         if num_slots < 1:
             raise FewstepError(f"batch_size must be at least 1, got {num_slots}")
-        if network.role.name not in traits.roles:
-            raise FewstepError(
-                f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
-                f"it needs {' or '.join(traits.roles)}"
-            )
+        check_role(network, decoder)
         if record is not None and traits.guided:
             raise FewstepError(
                 "with cfg_scale no single hidden row gives a token's distribution, so none is recorded; leave it out"
@@ -132,6 +129,7 @@ class Loop:
         self._steps_before_R = self.state.num_forwards_R  # of every slot, before the last round
         self._free = list(range(num_slots))[::-1]
         self._num_submitted = 0
+        self.num_passes = self.num_prefilled = self.num_reused = 0
         # The host's copy of what decides the passes of a round.
         self._pending_R = torch.full((num_slots,), -1)
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
@@ -267,6 +265,7 @@ class Loop:
         slots_r = torch.tensor(slots)
         self._pending_R[slots_r] = rows.pending_R
         self._front_R[slots_r] = rows.front_R
+        self.num_prefilled += int(rows.pending_R.sum())
         for slot, ticket in zip(slots, tickets, strict=True):
             self._length_R[slot] = positions_needed(self.decoder, ticket.request, ticket.canvas)
             self._drawing_R[slot] = DRAWINGS.index(drawing_of(ticket.request))
@@ -299,6 +298,7 @@ class Loop:
         drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
             shape = replace(shape, rows=len(slots_r), cache_length=cache_length, drawing=drawing)
+            self.num_passes += 1
             accepted, scores = self._run_pass(self._networks, self.decoder, state, caches, shape)
             if self._hidden_RLD is not None:
                 self._keep_hidden(subset_r, accepted, scores)

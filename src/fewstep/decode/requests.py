@@ -119,4 +119,5 @@ class Output:
 
     @property
     def tokens_per_forward(self) -> float:
-        return self.num_tokens / self.num_forwards
+        """0 for a request that was given up before its first pass."""
+        return self.num_tokens / self.num_forwards if self.num_forwards else 0.0

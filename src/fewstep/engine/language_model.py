@@ -8,9 +8,9 @@ from typing import Any, Protocol, overload
 
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, answer, rounds
-from fewstep.decode.loop import Listener
+from fewstep.decode.loop import Listener, Loop
 from fewstep.decode.requests import Event, Output, Record, Request
-from fewstep.engine.choice import Choice
+from fewstep.engine.choice import Choice, EngineSetting
 from fewstep.engine.loops import Loops
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
@@ -106,6 +106,13 @@ class LanguageModel:
         so. FewstepError if its generator runs no decoder.
         """
         return self._loops.choice(GenerationSettings.of(**settings))
+
+    def loop(self, decoder: Decoder, engine: EngineSetting = "auto", **options: Any) -> Loop:
+        """A loop of its own for requests to come, which runs this decoder by the engine; `options` as for `Loop`.
+
+        FewstepError as `decoder`.
+        """
+        return self._loops.with_slots(decoder, engine, **options)
 
     @property
     def _loops(self) -> Loops:

@@ -6,7 +6,7 @@ from typing import Any
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Loop, RunPass, loop_for
 from fewstep.decode.requests import Record, Request
-from fewstep.engine.choice import Choice, Engines
+from fewstep.engine.choice import Choice, Engines, EngineSetting
 from fewstep.engine.settings import GenerationSettings
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
@@ -41,6 +41,11 @@ class Loops:
     def choice(self, settings: GenerationSettings) -> Choice:
         """How passes are run with these settings, where nothing is recorded."""
         return self._engines.choice(self.decoder(settings), settings.engine)
+
+    def with_slots(self, decoder: Decoder, engine: EngineSetting, **options: Any) -> Loop:
+        """A loop for requests to come; `options` as for `Loop`."""
+        choice = self._engines.choice(decoder, engine)
+        return Loop(choice.network, decoder, run_pass=choice.run_pass, **options)
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""

@@ -12,6 +12,18 @@ from transformers import Cache, PreTrainedConfig
 from fewstep.models.roles import INVISIBLE
 
 
+def _heads(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many key/value heads a layer has, and how wide each is."""
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_width
+
+
+def bytes_per_position(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of a position take up in all layers."""
+    num_heads, head_width = _heads(config)
+    return 2 * config.num_hidden_layers * num_heads * head_width * dtype.itemsize
+
+
 class KVCache(Cache):
     """Keys and values of R requests, allocated once; slot p holds position p, the last slot is scratch.
 
@@ -26,8 +38,7 @@ class KVCache(Cache):
         super().__init__(layers=[])
         self.num_slots = length + 1
         self.scratch = length
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        num_heads, head_width = _heads(config)
         shape = (config.num_hidden_layers, num_requests, num_heads, self.num_slots, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

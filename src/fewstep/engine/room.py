@@ -1,0 +1,86 @@
+"""How much memory the slots of a service may take, and how long they are."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fewstep.decode.admission import bytes_of_slot
+from fewstep.decode.decoder import Decoder, whole_blocks
+from fewstep.decode.loop import CACHE_LENGTH_BUCKET
+from fewstep.engine.refusals import TooLargeError
+from fewstep.models.network import Network
+
+SHORTEST_SLOT = 256
+"""Slots are this long, or twice, four times ... as long; with a scratch slot."""
+
+DEFAULT_SHARE = 0.5
+"""Of the memory that is free when a service begins, its slots take up at most this much unless it is told."""
+
+_UNKNOWN_MEMORY = 1 << 32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nothing uses on the device, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # a system that does not tell
+        return _UNKNOWN_MEMORY
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory limit of all slots, in bytes. `strict`: slots of one length are always `num_slots` together."""
+
+    limit: int
+    num_slots: int
+    strict: bool = False
+
+    def length_for(self, network: Network, decoder: Decoder, positions: int) -> int:
+        """The length of slots for requests of so many positions: one of few, or the shortest possible near the limit.
+
+        TooLargeError if the limit could never hold such a slot, with what it could hold.
+        """
+        length = self._bucket(network, decoder, positions)
+        if self.slots_within(network, decoder, length, self.limit):
+            return length
+        length = _shortest(positions)
+        if self.slots_within(network, decoder, length, self.limit):
+            return length
+        raise self._too_large(network, decoder, positions)
+
+    def slots_within(self, network: Network, decoder: Decoder, length: int, num_bytes: int) -> int:
+        """How many slots of this length so many bytes hold, at most `num_slots`."""
+        fits = min(self.num_slots, num_bytes // bytes_of_slot(network, decoder, length))
+        return fits if fits == self.num_slots or not self.strict else 0
+
+    def _bucket(self, network: Network, decoder: Decoder, positions: int) -> int:
+        longest = _shortest(network.max_positions + decoder.traits.pass_length + decoder.block_size)
+        length = SHORTEST_SLOT
+        while length - 1 < positions:
+            length *= 2
+        return max(min(length - 1, longest), _shortest(positions))
+
+    def _too_large(self, network: Network, decoder: Decoder, positions: int) -> TooLargeError:
+        together = self.num_slots if self.strict else 1
+        short, longer = (bytes_of_slot(network, decoder, _shortest(one)) * together for one in (1, 1025))
+        per_position = (longer - short) / (_shortest(1025) - _shortest(1))
+        holds = _shortest(1) + int((self.limit - short) // per_position) + 1
+        holds = max(0, holds // CACHE_LENGTH_BUCKET * CACHE_LENGTH_BUCKET - 1)
+        at_most = holds + 1 - decoder.traits.pass_length
+        advice = (
+            f"shorten the prompt or ask for fewer tokens, for at most {at_most} together"
+            if at_most > 1
+            else "give the service more memory"
+        )
+        return TooLargeError(
+            f"the request takes up {positions} positions of {network.name}, and the {self.limit / 1e6:.3g} MB that "
+            f"slots may take hold {holds}{' in each of ' + str(together) + ' slots' if together > 1 else ''}; {advice}"
+        )
+
+
+def _shortest(positions: int) -> int:
+    """The length of the shortest slot for so many positions, as the loop rounds it."""
+    return whole_blocks(positions + 1, CACHE_LENGTH_BUCKET) - 1

@@ -1,0 +1,342 @@
+"""Which request decodes when: groups of requests that can share passes, their loops and slots, under one memory limit.
+
+Everything here runs in one thread and knows neither threads nor asyncio: `round` is called again and again, and returns
+the news. Requests of one model and decoder, whatever their other settings, are a *group*; a group has a loop for each
+length of slots that its requests need.
+
+Fairness: requests get slots in the order in which they came, unless the slots that one waits for are of no use to a
+later one. Who waits for memory is overtaken by nobody. Loops take turns, one round each.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from fewstep.decode.admission import bytes_of_slot
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.loop import Loop
+from fewstep.decode.own_policies import same_kind
+from fewstep.decode.requests import Event, Output
+from fewstep.engine.choice import EngineSetting
+from fewstep.engine.jobs import Job, News
+from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.refusals import PassFailedError, TimeLimitError
+from fewstep.engine.room import Room
+from fewstep.engine.statistics import GroupStatistics, Recorder
+from fewstep.errors import FewstepError
+from fewstep.models.network import Network
+
+MOST_LOOPS = 16
+"""Loops that nobody uses are given up from this many on: settings of a decoder can be of any number."""
+
+
+@dataclass(eq=False)
+class Seats:
+    """A loop, and whose requests are in it by the loop's numbers."""
+
+    loop: Loop
+    num_bytes: int
+    jobs: dict[int, Job] = field(default_factory=dict)
+    last_used_s: float = 0.0
+    counted: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def num_free(self) -> int:
+        return self.loop.num_slots - len(self.jobs)
+
+
+@dataclass(eq=False)
+class Group:
+    """Requests that can share passes, with their loops; `most_slots` falls when memory runs out in a pass."""
+
+    model: LanguageModel
+    model_name: str
+    decoder: Decoder
+    engine: EngineSetting
+    network: Network
+    most_slots: int
+    seats: list[Seats] = field(default_factory=list)
+
+    def takes(self, job: Job) -> bool:
+        if (self.model, self.engine, self.network) != (job.model, job.engine, job.network):
+            return False
+        return can_share_passes(self.decoder, job.decoder)
+
+
+def can_share_passes(one: Decoder, other: Decoder) -> bool:
+    """Whether they differ at most in the numbers of their policies, which requests bring themselves."""
+    if type(one) is not type(other) or not same_kind(one.policy, other.policy):
+        return False
+    has_policy = any(each.name == "policy" for each in fields(one))  # type: ignore[arg-type]
+    return one == (replace(other, policy=one.policy) if has_policy else other)  # type: ignore[type-var]
+
+
+class Scheduler:
+    """Runs jobs to their end. What it is told and what it tells is in the order of the calls."""
+
+    def __init__(self, room: Room, recorder: Recorder) -> None:
+        self._room = room
+        self._recorder = recorder
+        self._groups: list[Group] = []
+        self._queue: dict[int, Job] = {}  # by number, in the order of submission
+        self._where: dict[int, tuple[Seats, int]] = {}
+        self._turns: deque[Seats] = deque()
+        self._may_admit = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._where)
+
+    @property
+    def next_deadline_s(self) -> float:
+        """When the first time limit ends; infinity if there is none."""
+        return min((job.deadline_s for job in self._jobs()), default=float("inf"))
+
+    def submit(self, job: Job) -> None:
+        """Queue a job."""
+        self._queue[job.number] = job
+        self._may_admit = True
+        self._recorder.ended("submitted")
+
+    def cancel(self, number: int) -> list[News]:
+        """Give a job up, wherever it is; one that is not there has ended already."""
+        job = self._job(number)
+        return [] if job is None else [News(number=number, output=self._withdraw(job, "cancelled"))]
+
+    def round(self) -> list[News]:
+        """End what is over its time, give free slots to those that wait, and let one loop do a round."""
+        return [*self._expire(), *self._admit(), *self._turn()]
+
+    def statistics(self) -> None:
+        """Tell the recorder what is where."""
+        waiting = list(self._queue.values())
+        self._recorder.groups = [
+            GroupStatistics(
+                model=group.model_name,
+                decoder=group.decoder.name,
+                queued=sum(map(group.takes, waiting)),
+                running=sum(len(seats.jobs) for seats in group.seats),
+                slots=sum(seats.loop.num_slots for seats in group.seats),
+                cache_bytes=sum(seats.num_bytes for seats in group.seats),
+            )
+            for group in self._groups
+        ]
+
+    # Ends before the end
+
+    def _jobs(self) -> Iterator[Job]:
+        yield from self._queue.values()
+        yield from (seats.jobs[number] for seats, number in self._where.values())
+
+    def _job(self, number: int) -> Job | None:
+        if number in self._where:
+            seats, inside = self._where[number]
+            return seats.jobs[inside]
+        return self._queue.get(number)
+
+    def _expire(self) -> list[News]:
+        now_s = time.monotonic()
+        late = [job for job in self._jobs() if job.deadline_s <= now_s]
+        return [
+            News(number=job.number, error=TimeLimitError(job.time_limit_s or 0.0, self._withdraw(job, "timed_out")))
+            for job in late
+        ]
+
+    def _withdraw(self, job: Job, how: str) -> Output:
+        """Take the job from the queue or its slot; what was final."""
+        self._recorder.ended(how)
+        self._may_admit = True
+        if self._queue.pop(job.number, None) is not None:
+            return job.finished(None, time.monotonic())
+        seats, inside = self._leave(job)
+        return job.finished(seats.loop.cancel(inside), time.monotonic())
+
+    def _leave(self, job: Job) -> tuple[Seats, int]:
+        seats, inside = self._where.pop(job.number)
+        del seats.jobs[inside]
+        if not seats.jobs:
+            self._turns.remove(seats)
+        self._may_admit = True
+        return seats, inside
+
+    # Slots
+
+    def _admit(self) -> list[News]:
+        """Give slots to those that wait."""
+        if not self._may_admit:
+            return []
+        self._may_admit = False
+        news = []
+        for job in list(self._queue.values()):
+            try:
+                seats, must_wait = self._find_seats(job)
+                if seats is not None:
+                    inside = seats.loop.submit(job.request)
+            except FewstepError as error:  # what only the loop can tell of a request
+                del self._queue[job.number]
+                self._recorder.ended("failed")
+                news.append(News(number=job.number, error=error))
+                continue
+            if seats is not None:
+                self._sit(job, seats, inside)
+                news.append(News(number=job.number, begun=True))
+            elif must_wait:
+                break
+        return news
+
+    def _sit(self, job: Job, seats: Seats, inside: int) -> None:
+        del self._queue[job.number]
+        if not seats.jobs:
+            self._turns.append(seats)
+        seats.jobs[inside] = job
+        self._where[job.number] = seats, inside
+        self._recorder.begun(len(job.request.prompt_ids), time.monotonic() - job.submitted_s)
+
+    def _find_seats(self, job: Job) -> tuple[Seats | None, bool]:
+        """A loop with a free slot for the job; if there is none, whether it waits for memory, and all later with it."""
+        group = next((one for one in self._groups if one.takes(job)), None)
+        if group is None:
+            group = Group(
+                job.model, job.model_name, job.decoder, job.engine, job.network, most_slots=self._room.num_slots
+            )
+        length = self._room.length_for(job.network, job.decoder, job.positions)
+        fitting = [
+            seats
+            for seats in group.seats
+            if (seats.loop.length == length if self._room.strict else seats.loop.length >= length)
+        ]
+        free = [seats for seats in fitting if seats.num_free]
+        if free:
+            return min(free, key=lambda seats: seats.loop.length), False
+        opened = self._open(group, length)
+        # Without room for a loop of its own it waits for a slot of another one that fits.
+        return opened, opened is None and not fitting
+
+    def _open(self, group: Group, length: int) -> Seats | None:
+        """A new loop of the group with as many slots of this length as it lacks, or as memory allows; idle loops make
+        room for it.
+        """
+        network, decoder = group.network, group.decoder
+        lacking = group.most_slots - sum(one.loop.num_slots for one in group.seats if one.loop.length == length)
+        while True:
+            fitting = self._room.slots_within(network, decoder, length, self._num_free_bytes())
+            idle = sorted((one for one in self._all_seats() if not one.jobs), key=lambda one: one.last_used_s)
+            if fitting >= lacking or not idle:
+                break
+            self._give_up(idle[0])
+        num_slots = min(lacking, fitting)
+        if num_slots < 1:
+            return None
+        for seats in idle[: max(0, len(list(self._all_seats())) + 1 - MOST_LOOPS)]:
+            self._give_up(seats)
+        loop = self._allocate(group, num_slots, length)
+        seats = Seats(loop, self._bytes(group, length) * loop.num_slots)
+        if group not in self._groups:
+            self._groups = [one for one in self._groups if one.seats or len(self._groups) < MOST_LOOPS]
+            self._groups.append(group)
+        group.seats.append(seats)
+        return seats
+
+    def _allocate(self, group: Group, num_slots: int, length: int) -> Loop:
+        """With fewer slots if the device has no memory for so many. FewstepError if it has none for one."""
+        while True:
+            try:
+                return group.model.loop(group.decoder, group.engine, num_slots=num_slots, length=length)
+            except (RuntimeError, MemoryError) as error:  # what torch raises where memory ends
+                if num_slots == 1 or self._room.strict:
+                    raise PassFailedError(
+                        f"a slot of {length} positions could not be made ({_first_line(error)}); ask for fewer tokens"
+                    ) from error
+                num_slots = group.most_slots = num_slots // 2
+
+    def _num_free_bytes(self) -> int:
+        return self._room.limit - sum(seats.num_bytes for seats in self._all_seats())
+
+    def _bytes(self, group: Group, length: int) -> int:
+        return bytes_of_slot(group.network, group.decoder, length)
+
+    def _all_seats(self) -> Iterator[Seats]:
+        return (seats for group in self._groups for seats in group.seats)
+
+    def _give_up(self, seats: Seats) -> None:
+        """Free the memory of a loop that nobody is in."""
+        group = next(group for group in self._groups if seats in group.seats)
+        group.seats.remove(seats)
+        self._may_admit = True
+
+    # Rounds
+
+    def _turn(self) -> list[News]:
+        """One round of the loop whose turn it is."""
+        if not self._turns:
+            return []
+        seats = self._turns[0]
+        self._turns.rotate(-1)
+        seats.last_used_s = time.monotonic()
+        try:
+            completed = dict(seats.loop.step())
+            events = seats.loop.events()
+        # Whatever a pass raised, its requests are told of it: a thread that ended here would leave all waiting.
+        except Exception as error:
+            return self._fail(seats, error)
+        return self._tell(seats, completed, events)
+
+    def _tell(self, seats: Seats, completed: dict[int, Output], events: Sequence[tuple[int, Event]]) -> list[News]:
+        now_s = time.monotonic()
+        told: dict[int, list[Event]] = {inside: [] for inside in completed}
+        stopped = []
+        for inside, event in events:
+            told.setdefault(inside, []).append(event)
+            if seats.jobs[inside].tell(event, now_s):
+                stopped.append(inside)
+        for inside in dict.fromkeys(stopped):
+            if inside not in completed and (output := seats.loop.cancel(inside)) is not None:
+                completed[inside] = output
+        self._count(seats, len(events))
+        news = []
+        for inside, found in told.items():
+            job, output = seats.jobs[inside], completed.get(inside)
+            if output is not None:
+                self._leave(job)
+                output = job.finished(output, time.monotonic())
+                self._recorder.ended("completed")
+                self._recorder.completed(output, (job.first_token_s or now_s) - job.submitted_s)
+            news.append(News(number=job.number, events=tuple(found), output=output))
+        return news
+
+    def _count(self, seats: Seats, num_tokens: int) -> None:
+        loop = seats.loop
+        now = loop.num_passes, loop.num_prefilled, loop.num_reused
+        passes, prefilled, reused = (after - before for after, before in zip(now, seats.counted, strict=True))
+        seats.counted = now
+        self._recorder.worked(passes=passes, prefilled=prefilled, reused=reused, tokens=num_tokens)
+
+    def _fail(self, seats: Seats, error: Exception) -> list[News]:
+        """The requests of a loop whose pass raised an error get it; the loop and its memory are given up."""
+        group = next(group for group in self._groups if seats in group.seats)
+        advice = "try again"
+        if _is_out_of_memory(error) and group.most_slots > 1 and not self._room.strict:
+            group.most_slots = max(1, seats.loop.num_slots // 2)
+            advice = f"from now on {group.most_slots} requests share a pass; try again"
+        told = PassFailedError(
+            f"a pass of {group.model.network.name} with the {group.decoder.name} decoder failed "
+            f"({_first_line(error)}); {advice}"
+        )
+        told.__cause__ = error
+        failed = list(seats.jobs.values())
+        for job in failed:
+            self._leave(job)
+            self._recorder.ended("failed")
+        self._give_up(seats)
+        return [News(number=job.number, error=told) for job in failed]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "memory" in str(error).lower()
+    )

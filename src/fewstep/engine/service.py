@@ -1,0 +1,477 @@
+"""Many requests at once: an asynchronous face of the scheduler, for a server or any other program with an event loop.
+
+One thread runs the networks; what it tells goes to the event loop, once a round. Prompts are encoded, and settings
+checked, in a second thread, so that the event loop never waits for either.
+"""
+
+import asyncio
+import itertools
+import math
+import queue
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from annotated_types import Gt
+
+from fewstep.decode.admission import check_request, check_role, positions_needed
+from fewstep.decode.requests import Event, Output
+from fewstep.engine.jobs import Job, News
+from fewstep.engine.language_model import LanguageModel, Prompt
+from fewstep.engine.refusals import PassFailedError, QueueFullError, StoppingError
+from fewstep.engine.room import DEFAULT_SHARE, Room, free_memory
+from fewstep.engine.scheduler import Scheduler
+from fewstep.engine.settings import GenerationSettings
+from fewstep.engine.statistics import Recorder, Statistics
+from fewstep.errors import FewstepError, suggestion
+from fewstep.values import Count, check_fields
+
+UNKNOWN_RETRY_S = 1.0
+"""When to try again, where no request has ended yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """Limits of a service. FewstepError for a value that is none.
+
+    `num_slots`: requests that share the passes of one group. `max_queued`: requests that may wait for a slot.
+    `memory_bytes`: what all slots may take up; by default half of what is free on the device. `time_limit_s`: of a
+    request from its submission, unless it brings its own.
+    """
+
+    num_slots: Count = 8
+    max_queued: Count = 256
+    memory_bytes: Annotated[int, Gt(0)] | None = None
+    time_limit_s: Annotated[float, Gt(0)] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new of an answer: tokens that became final, in the order in which they did, each with its text; and what
+    the text of the answer has grown by.
+    """
+
+    events: tuple[Event, ...]
+    delta: str
+
+
+class Handle:
+    """One request of a service: iterate over its updates, or await its output.
+
+    An update holds all that is new since the last one: a slow reader gets fewer and larger ones, and nothing waits for
+    it. `text` only grows; it is that of the final tokens before the first open position. A handle that nobody holds any
+    more, or that `async with` leaves, cancels its request.
+    """
+
+    def __init__(self, job: Job, cancel: Callable[[int], None]) -> None:
+        self.number = job.number
+        self.num_prompt_tokens = len(job.request.prompt_ids)
+        self.text = ""
+        self.final: dict[int, Event] = {}
+        """Every token that is final, by position: those behind an open position too, in the order of their steps."""
+        self._model = job.model
+        self._answer = job.model.answer_text(job.stop)
+        self._mail = Mailbox()
+        self._over = False  # whether all was taken
+        self._abandon = weakref.finalize(self, cancel, job.number)
+        self._abandon.atexit = False
+
+    async def __aenter__(self) -> "Handle":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Update]:
+        return self
+
+    async def __anext__(self) -> Update:
+        """The next update. The error of a request that failed or was not answered in time."""
+        while not self._over:
+            await self._mail.something()
+            events, output = self._mail.take()
+            self._over = self.done
+            update = self._update(events, output)
+            if update.events or update.delta:
+                return update
+        if self._mail.error is not None:
+            raise self._mail.error
+        raise StopAsyncIteration
+
+    async def output(self) -> Output:
+        """The whole answer, with its text; of a cancelled request what was final. The error of one that has none."""
+        await self._mail.end()
+        if self._mail.error is not None:
+            raise self._mail.error
+        assert self._mail.output is not None
+        return self._mail.output
+
+    def cancel(self) -> None:
+        """Give the request up; nothing happens if it has ended."""
+        self._abandon()
+
+    @property
+    def done(self) -> bool:
+        """Whether its output, or its error, is there."""
+        return self._mail.ended
+
+    def forming_text(self, placeholder: str = "_") -> str:
+        """The text of all tokens that are final up to the last one of these, with a placeholder for each open one."""
+        decode = self._model.network.tokenizer.decode
+        parts, run = [], list[int]()
+        for position in range(max(self.final, default=-1) + 1):
+            if position in self.final:
+                run.append(self.final[position].token_id)
+                continue
+            parts += [decode(run, skip_special_tokens=True), placeholder]
+            run = []
+        return "".join([*parts, decode(run, skip_special_tokens=True)])
+
+    def _update(self, events: Sequence[Event], output: Output | None) -> Update:
+        decode = self._model.network.tokenizer.decode
+        events = tuple(replace(event, text=str(decode([event.token_id]))) for event in events)
+        for event in events:
+            self.final[event.position] = event
+            self._answer.add(event.position, event.token_id)
+        text = self._answer.text if output is None else output.text
+        delta = text[len(self.text) :] if text.startswith(self.text) else ""
+        self.text += delta
+        return Update(events, delta)
+
+
+class Mailbox:
+    """What was told of a request and not taken yet; used in the event loop alone."""
+
+    def __init__(self) -> None:
+        self.output: Output | None = None
+        self.error: FewstepError | None = None
+        self._events: list[Event] = []
+        self._changed, self._ended = asyncio.Event(), asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def put(self, news: News) -> None:
+        """More of the answer, or its end."""
+        self._events += news.events
+        self.output, self.error = news.output, news.error
+        if news.ends:
+            self._ended.set()
+        if news.ends or news.events:
+            self._changed.set()
+
+    def take(self) -> tuple[list[Event], Output | None]:
+        """The events since the last call, and the output if it is there."""
+        events, self._events = self._events, []
+        if not self.ended:
+            self._changed.clear()
+        return events, self.output
+
+    async def something(self) -> None:
+        """Until there is something to take, or the end."""
+        await self._changed.wait()
+
+    async def end(self) -> None:
+        """Until the end."""
+        await self._ended.wait()
+
+
+Command = Callable[[Scheduler], list[News] | None]
+"""What the event loop asks the scheduler's thread to do."""
+
+
+class Worker:
+    """The thread in which the scheduler runs. `deliver` is called in it, with the news of a round."""
+
+    def __init__(self, scheduler: Scheduler, deliver: Callable[[list[News]], None], died: Callable[[], None]) -> None:
+        self._scheduler, self._deliver, self._died = scheduler, deliver, died
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="fewstep-service", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def tell(self, command: Command) -> None:
+        """From any thread, at any time."""
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        """End after what was told before; from any thread."""
+        self._inbox.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._once():
+                pass
+        finally:
+            self._died()
+
+    def _once(self) -> bool:
+        """Do what was told, then a round; wait while there is nothing to do. False once it is to stop."""
+        news: list[News] = []
+        for command in self._commands():
+            if command is None:
+                return False
+            news += command(self._scheduler) or []
+        news += self._scheduler.round()
+        self._scheduler.statistics()
+        if news:
+            self._deliver(news)
+        return True
+
+    def _commands(self) -> list[Command | None]:
+        commands: list[Command | None] = []
+        try:
+            if not self._scheduler.busy:
+                commands.append(self._inbox.get())
+            while True:
+                commands.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return commands
+
+
+class Service:
+    """Answers requests as they come, with one or several models whose loops share the memory limit.
+
+    `models`: one, or several by name. `limits`: those of `ServiceSettings`, by keyword. Used in one event loop:
+
+        async with Service(fewstep.load("gsm-student")) as service:
+            handle = await service.submit("What is 2 + 3?", max_new_tokens=64)
+            async for update in handle:
+                print(update.delta, end="")
+            output = await handle.output()
+
+    Leaving `async with` stops it.
+    """
+
+    def __init__(self, models: LanguageModel | Mapping[str, LanguageModel], **limits: Any) -> None:
+        known = list(ServiceSettings.__dataclass_fields__)
+        for name in limits:
+            if name not in known:
+                raise FewstepError(f"unknown limit {name!r} of a service; {suggestion(name, known)}")
+        self.settings = ServiceSettings(**limits)
+        self.models = {models.network.name: models} if isinstance(models, LanguageModel) else dict(models)
+        if not self.models:
+            raise FewstepError("a service needs a model; give at least one")
+        device = next(iter(self.models.values())).network.device
+        memory_bytes = self.settings.memory_bytes or int(free_memory(device) * DEFAULT_SHARE)
+        self._room = Room(memory_bytes, self.settings.num_slots)
+        self._recorder = Recorder(memory_bytes)
+        self._numbers = itertools.count()
+        self._queued: set[int] = set()  # those that are being prepared among them
+        self._mail: dict[int, Mailbox] = {}
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._preparer = ThreadPoolExecutor(1, "fewstep-prepare")
+        self._worker = Worker(Scheduler(self._room, self._recorder), self._post, self._post_end)
+
+    async def __aenter__(self) -> "Service":
+        self._start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    async def submit(
+        self,
+        prompt: Prompt | Sequence[int],
+        *,
+        model: str | None = None,
+        raw: bool = False,
+        canvas: Sequence[int] | None = None,
+        time_limit_s: float | None = None,
+        **settings: Any,
+    ) -> Handle:
+        """Queue a request: a text, messages or token ids, with settings as those of `LanguageModel.generate`.
+
+        `model`: one of several by its name. `canvas`: ids with mask ids to fill, for infilling. `time_limit_s`: of this
+        request.
+
+        FewstepError if it cannot be answered: a `QueueFullError` if too many wait, a `StoppingError` once the service
+        is being stopped, a `TooLargeError` if the memory limit could never hold it.
+        """
+        self._start()
+        self._check_open()
+        submitted_s = time.monotonic()
+        if len(self._queued) >= self.settings.max_queued:
+            self._recorder.ended("refused")
+            raise QueueFullError(len(self._queued), self._retry_after_s())
+        number = next(self._numbers)
+        self._queued.add(number)
+        self._idle.clear()
+
+        def prepare() -> Job:
+            return self._job(
+                prompt,
+                self._model(model),
+                settings,
+                raw=raw,
+                canvas=canvas,
+                number=number,
+                submitted_s=submitted_s,
+                time_limit_s=time_limit_s,
+            )
+
+        try:
+            job = await asyncio.get_running_loop().run_in_executor(self._preparer, prepare)
+            self._check_open()
+        except BaseException as error:
+            if isinstance(error, FewstepError):
+                self._recorder.ended("refused")
+            self._queued.discard(number)
+            self._settle()
+            raise
+        handle = Handle(job, self._cancel)
+        self._mail[number] = handle._mail
+        self._worker.tell(lambda scheduler: scheduler.submit(job))
+        return handle
+
+    def statistics(self) -> Statistics:
+        """What the service has done and does now; from any thread."""
+        return self._recorder.snapshot(len(self._queued))
+
+    async def drain(self, time_limit_s: float | None = None) -> bool:
+        """Take no more requests, and wait until those that are there have ended; False if they did not in time."""
+        self._stopping = True
+        self._settle()
+        try:
+            await asyncio.wait_for(self._idle.wait(), time_limit_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Take no more requests, cancel those that are there, and free all memory. Nothing happens the second time."""
+        self._stopping = True
+        if self._loop is None:
+            return
+        for number in list(self._mail):
+            self._cancel(number)
+        await self.drain()
+        self._worker.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
+        self._preparer.shutdown(wait=False)
+
+    # In the event loop
+
+    def _start(self) -> None:
+        running = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = running
+            self._worker.start()
+        elif self._loop is not running:
+            raise FewstepError("a service belongs to the event loop in which it began; make one for each")
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise StoppingError("the service is being stopped and takes no more requests; try again once it is back")
+
+    def _retry_after_s(self) -> float:
+        """When a place in the queue is likely to be free, in whole seconds."""
+        return float(max(1, math.ceil(self._recorder.seconds_per_end() or UNKNOWN_RETRY_S)))
+
+    def _settle(self) -> None:
+        if not self._mail and not self._queued:
+            self._idle.set()
+
+    def _deliver(self, news: Sequence[News]) -> None:
+        for one in news:
+            if one.begun or one.ends:
+                self._queued.discard(one.number)
+            mailbox = self._mail.get(one.number)
+            if mailbox is None:
+                continue
+            mailbox.put(one)
+            if one.ends:
+                del self._mail[one.number]
+        self._settle()
+
+    def _deliver_end(self) -> None:
+        """The worker has ended; nobody may wait for it any longer."""
+        self._stopping = True
+        lost = PassFailedError("the service ended before the request was answered; start it again")
+        self._deliver([News(number=number, error=lost) for number in list(self._mail)])
+
+    # From any thread
+
+    def _cancel(self, number: int) -> None:
+        if number in self._mail:
+            self._worker.tell(lambda scheduler: scheduler.cancel(number))
+
+    def _post(self, news: Sequence[News]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, news)
+        except RuntimeError:  # the event loop was closed, and nobody can be told any more
+            self._worker.stop()
+
+    def _post_end(self) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver_end)
+
+    # In the preparer
+
+    def _model(self, name: str | None) -> str:
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models))
+        if name not in self.models:
+            raise FewstepError(f"unknown model {name!r}; {suggestion(name or '', self.models)}")
+        return name
+
+    def _job(
+        self,
+        prompt: Prompt | Sequence[int],
+        model_name: str,
+        settings: Mapping[str, Any],
+        *,
+        raw: bool,
+        canvas: Sequence[int] | None,
+        time_limit_s: float | None,
+        **known: Any,
+    ) -> Job:
+        """The request, checked. FewstepError if it cannot be answered."""
+        limits = ServiceSettings(time_limit_s=time_limit_s)
+        model = self.models[model_name]
+        chosen = GenerationSettings.of(**settings)
+        decoder = model.decoder(**settings)
+        request = replace(
+            chosen.request(_ids(model, prompt, raw=raw), canvas=None if canvas is None else list(canvas)),
+            policy=decoder.policy,
+        )
+        network = model.choice(**settings).network
+        check_role(network, decoder)
+        positions = positions_needed(decoder, request, check_request(network, decoder, request))
+        self._room.length_for(network, decoder, positions)
+        return Job(
+            model=model,
+            model_name=model_name,
+            decoder=decoder,
+            engine=chosen.engine,
+            network=network,
+            request=request,
+            positions=positions,
+            time_limit_s=limits.time_limit_s or self.settings.time_limit_s,
+            stop=chosen.stop,
+            **known,
+        )
+
+
+def _ids(model: LanguageModel, prompt: Any, *, raw: bool) -> list[int]:
+    """Token ids are taken as they are; all else is encoded."""
+    is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    if is_ids and all(isinstance(one, int) and not isinstance(one, bool) for one in prompt):
+        return list(prompt)
+    return model.encode(prompt, raw=raw)
