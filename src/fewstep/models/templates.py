@@ -3,7 +3,7 @@
 The environment has what transformers' own has (`tojson`, `raise_exception`, `strftime_now`, `{% generation %}`,
 `{% break %}`), so that a template renders the same text. What is added to a template when it is compiled:
 
-- each iteration of a loop, call and filter looks at the clock;
+- each iteration of a loop, call, operation and filter looks at the clock;
 - everything that makes a value larger (`*`, `+`, `~`, literals, filters, methods of strings) is checked, before it is
   done where that alone would fill the memory.
 """
@@ -26,6 +26,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
@@ -91,7 +92,7 @@ def _reason(error: Exception) -> str:
 def _compiled(source: str) -> Any:
     if len(source) > LARGEST_SOURCE:
         raise _LimitError(f"it has {len(source)} characters, more than {LARGEST_SOURCE}")
-    return _environment().from_string(source)
+    return _ENVIRONMENT.from_string(source)
 
 
 # What a template sees
@@ -173,12 +174,6 @@ def _tojson(
 # Limits
 
 
-def _tick() -> None:
-    budget = _BUDGET.get()
-    if budget is not None and time.monotonic() > budget.deadline:
-        raise _LimitError(f"it takes more than {SECONDS:g} seconds")
-
-
 def _size(value: Any) -> int:
     """Characters of a text, or items of a container with all that is in it. _LimitError above LARGEST."""
     if isinstance(value, str | bytes):
@@ -207,9 +202,11 @@ def _bounded(size: int) -> int:
 
 
 def _checked(value: Any) -> Any:
-    """A value just made, as it is."""
+    """A value just made, as it is. _LimitError if it is too large, all of them together are, or the time is over."""
     _size(value)
     budget = _BUDGET.get()
+    if budget is not None and time.monotonic() > budget.deadline:
+        raise _LimitError(f"it takes more than {SECONDS:g} seconds")
     if budget is not None and isinstance(value, str | bytes | list | tuple | dict | set):
         budget.num_bytes -= len(value) * (1 if isinstance(value, str | bytes) else 8)
         if budget.num_bytes < 0:
@@ -225,16 +222,9 @@ def _checked_filter(_: Context, value: Any) -> Any:
     return _checked(value)
 
 
-@pass_context
-def _tick_filter(_: Context, value: Any) -> Any:
-    _tick()
-    return value
-
-
 def _concat(parts: Iterable[str]) -> str:
     texts, size = [], 0
     for part in parts:
-        _tick()
         size = _bounded(size + len(part))
         texts.append(part)
     return "".join(texts)
@@ -251,7 +241,6 @@ _LARGEST_ARGUMENT = 100_000
 
 def _check_growth(name: str, value: Any, arguments: list[Any]) -> None:
     """_LimitError for a call whose result would be too large to be made and then measured."""
-    _tick()
     size = max(1, _size(value))
     if name in _SLOW and size > _LARGEST_OF_SLOW:
         raise _LimitError(f"it gives {name} more than {_LARGEST_OF_SLOW} characters or items")
@@ -304,7 +293,6 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _tick()
         if operator == "+":
             _bounded(_size(left) + _size(right))
         elif operator == "*":
@@ -324,8 +312,6 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str | bytes | int):
             args = tuple(map(_listed, args))
             _check_growth(getattr(__obj, "__name__", ""), owner, [*args, *kwargs.values()])
-        else:
-            _tick()
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -340,45 +326,34 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
         return limited
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        template = super()._parse(source, name, filename)
-        _add_checks(template)
-        return template
+        return _Checks().visit(super()._parse(source, name, filename))
 
 
-def _add_checks(template: nodes.Template) -> None:
-    for node in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
-            line = node.lineno
-            node.body = [nodes.ExprStmt(_filtered(nodes.Const(None), "_tick", line)).set_lineno(line), *node.body]
-            if isinstance(node, nodes.For) and node.test is not None:
-                clock = _filtered(nodes.Const(True), "_tick", line)
-                node.test = nodes.And(clock, node.test).set_lineno(line)
-    _check_values(template)
+class _Checks(NodeTransformer):
+    """Adds to a template that its iterations and macros look at the clock, and that what `~` and literals make is
+    measured: both are done by `_checked`.
+    """
+
+    def _ticking(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        clock = nodes.ExprStmt(_filtered(nodes.Const(None)))
+        node.body.insert(0, clock.set_lineno(node.lineno))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(_filtered(nodes.Const(True)), node.test).set_lineno(node.lineno)
+        return self.generic_visit(node)
+
+    visit_For = visit_Macro = visit_CallBlock = _ticking
+
+    def _measured(self, node: nodes.Expr) -> nodes.Node:
+        return _filtered(self.generic_visit(node))
+
+    visit_List = visit_Dict = visit_Concat = _measured
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._measured(node) if node.ctx == "load" else self.generic_visit(node)
 
 
-def _check_values(node: nodes.Node) -> None:
-    """Measure every value that a literal or `~` makes."""
-    for field in node.fields:
-        child = getattr(node, field)
-        if isinstance(child, list):
-            setattr(node, field, [_with_check(item) for item in child])
-        else:
-            setattr(node, field, _with_check(child))
-
-
-def _with_check(child: Any) -> Any:
-    if not isinstance(child, nodes.Node):
-        return child
-    _check_values(child)
-    makes = isinstance(child, nodes.List | nodes.Dict | nodes.Concat)
-    makes |= isinstance(child, nodes.Tuple) and child.ctx == "load"
-    return _filtered(child, "_checked", child.lineno) if makes else child
-
-
-def _filtered(node: Any, name: str, line: int) -> nodes.Filter:
-    checked = nodes.Filter(node, name, [], [], None, None)
-    checked.set_lineno(line)
-    return checked
+def _filtered(node: Any) -> nodes.Filter:
+    return nodes.Filter(node, "_checked", [], [], None, None, lineno=node.lineno)
 
 
 def _environment() -> _LimitedEnvironment:
@@ -387,7 +362,7 @@ def _environment() -> _LimitedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.filters = {name: _limited_filter(name, function) for name, function in environment.filters.items()}
-    environment.filters |= {"_tick": _tick_filter, "_checked": _checked_filter}
+    environment.filters["_checked"] = _checked_filter
     environment.globals |= {
         "raise_exception": _raise,
         "strftime_now": lambda form: datetime.now().strftime(form),
@@ -396,3 +371,7 @@ def _environment() -> _LimitedEnvironment:
     }
     del environment.globals["lipsum"]  # words at random, which no prompt needs
     return environment
+
+
+_ENVIRONMENT = _environment()
+"""Of all templates: none can change it."""
