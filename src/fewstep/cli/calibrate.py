@@ -234,15 +234,15 @@ def _write(model: str, promise: "Calibration", output: Path | None, *, overwrite
     from fewstep.json_files import write_json_whole
     from fewstep.models.calibration import calibrated_config, copy_calibrated
     from fewstep.models.checkpoint_files import CONFIG
-    from fewstep.models.load import open_checkpoint
+    from fewstep.models.load import holding, open_checkpoint
 
-    checkpoint = open_checkpoint(model)
-    config = checkpoint.holding(CONFIG) / CONFIG
+    folders = open_checkpoint(model)
+    config = holding(folders, CONFIG) / CONFIG
     if output is not None:
         with write_folder_whole(output, overwrite=overwrite) as folder:
-            copy_calibrated(checkpoint.folder, config, folder, promise)
+            copy_calibrated(folders[0], config, folder, promise)
     elif in_place:
-        write_json_whole(checkpoint.folder / CONFIG, calibrated_config(config, promise))
+        write_json_whole(folders[0] / CONFIG, calibrated_config(config, promise))
 
 
 def _print_trials(trials: "list[Trial]") -> None:

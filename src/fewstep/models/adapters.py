@@ -87,7 +87,8 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
         model: Any = PeftModel.from_pretrained(base, folder, config=config)
         needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         known = set(get_peft_model_state_dict(model, save_embedding_layers=True)) | needed
-        different = sorted((needed - set(shapes)) | (set(shapes) - known - _embeddings_of(base)))
+        known |= {f"base_model.model.{name}.weight" for name in _embeddings(base)}  # as they are, since resized
+        different = sorted((needed - set(shapes)) | (set(shapes) - known))
         if different:
             raise FewstepError(
                 f"{weights} does not fit its {ADAPTER_CONFIG}: missing or left over, first {different[0]}"
@@ -169,21 +170,17 @@ def _replace_patterns(settings: dict[str, Any], modules: list[str], path: Path) 
 # Embeddings
 
 
-def _name_of(base: nn.Module, module: nn.Module | None) -> str | None:
-    return next((name for name, inside in base.named_modules() if inside is module), None)
-
-
-def _embeddings_of(base: PreTrainedModel) -> set[str]:
-    """Names under which PEFT stores embeddings of the base as they are, because they were resized."""
-    names = (_name_of(base, base.get_input_embeddings()), _name_of(base, base.get_output_embeddings()))
-    return {f"base_model.model.{name}.weight" for name in names if name}
+def _embeddings(base: PreTrainedModel) -> list[str]:
+    """The names of the modules that embed tokens and score them."""
+    parts = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [name for part in parts for name, inside in base.named_modules() if inside is part]
 
 
 def _fit_embeddings(base: PreTrainedModel, shapes: dict[str, tuple[int, ...]], weights: Path) -> None:
-    given = _name_of(base, base.get_input_embeddings()), _name_of(base, base.get_output_embeddings())
+    names = _embeddings(base)
     rows, changed = set(), False
     for key, shape in shapes.items():
-        for name in filter(None, given):
+        for name in names:
             if f".{name}." not in key or "trainable_tokens" in key:
                 continue
             part = key.rpartition(f".{name}.")[2]

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,51 +52,48 @@ from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Folders that make one model: a plain one, or an adapter's and its `base`'s."""
-
-    folder: Path
-    base: "Checkpoint | None" = None
-
-    def holding(self, *names: str) -> Path:
-        """The folder nearest to the adapter with one of these files, the last base's if none has."""
-        here = self.base is None or any((self.folder / name).exists() for name in names)
-        return self.folder if here or self.base is None else self.base.holding(*names)
+Folders = tuple[Path, ...]
+"""What makes one model: the folder of a plain one, or that of an adapter and those of its base."""
 
 
-def open_checkpoint(name: str | Path) -> Checkpoint:
+def holding(folders: Folders, *names: str) -> Path:
+    """The folder nearest to the adapter with one of these files, the last base's if none has."""
+    *adapters, base = folders
+    return next((folder for folder in adapters if any((folder / name).exists() for name in names)), base)
+
+
+def open_checkpoint(name: str | Path) -> Folders:
     """The folders of a bundled name, a folder (plain or PEFT adapter) or a hub id, which is fetched.
 
     FewstepError if one is not there, or holds no model.
     """
-    return _opened(resolve(name), ())
+    folders = [resolve(name)]
+    while True:
+        folder = folders[-1]
+        check_files(folder)
+        if not (folder / ADAPTER_CONFIG).exists():
+            if not (folder / CONFIG).exists():
+                raise FewstepError(f"{folder} holds no config.json; a model folder needs one beside its safetensors")
+            return tuple(folders)
+        base = base_name(folder)
+        try:
+            beside = Path(os.path.realpath(folder / base))
+            folders.append(beside if beside.is_dir() else resolve(base))
+        except (FewstepError, OSError, ValueError) as error:
+            raise FewstepError(
+                f"{folder / ADAPTER_CONFIG} names the base {base[:100]!r}, which is not there ({error}); "
+                "set base_model_name_or_path to its folder or hub id"
+            ) from error
+        *adapters, last = map(os.path.realpath, folders)
+        if last in adapters:
+            raise FewstepError(
+                f"{folder / ADAPTER_CONFIG} names the adapter itself as its base; name the model it is for"
+            )
 
 
 def resolve(name: str | Path) -> Path:
     """The folder of a bundled name, a path or a hub id, which is fetched. FewstepError if there is none."""
     return local_folder(name) or hub_folder(str(name))
-
-
-def _opened(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
-    check_files(folder)
-    if not (folder / ADAPTER_CONFIG).exists():
-        if not (folder / CONFIG).exists():
-            raise FewstepError(f"{folder} holds no config.json; a model folder needs one beside its safetensors")
-        return Checkpoint(folder=folder)
-    name = base_name(folder)
-    try:
-        beside = Path(os.path.realpath(folder / name))
-        base = beside if beside.is_dir() else resolve(name)
-    except (FewstepError, OSError, ValueError) as error:
-        raise FewstepError(
-            f"{folder / ADAPTER_CONFIG} names the base {name[:100]!r}, which is not there ({error}); "
-            "set base_model_name_or_path to its folder or hub id"
-        ) from error
-    adapters = (*adapters, Path(os.path.realpath(folder)))
-    if Path(os.path.realpath(base)) in adapters:
-        raise FewstepError(f"{folder / ADAPTER_CONFIG} names the adapter itself as its base; name the model it is for")
-    return Checkpoint(folder=folder, base=_opened(base, adapters))
 
 
 def load_network(
@@ -118,41 +115,40 @@ def load_network(
         raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     target = _device(device)
     weights_dtype = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
-    checkpoint = open_checkpoint(name)
+    folders = open_checkpoint(name)
     transformers_logging.disable_progress_bar()
-    config_folder = checkpoint.holding(CONFIG)
+    config_folder = holding(folders, CONFIG)
     config = read_config(config_folder)
     try:
         spec = Role.from_config(config)
     except FewstepError as error:
         raise FewstepError(f"{config_folder / CONFIG}: {error}") from error
-    tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
+    tokenizer = load_tokenizer(holding(folders, *VOCABULARIES))
     gated = getattr(config, GATED, None)
-    weights = checkpoint
-    if gated is not None:
-        weights = _base_of_gated(checkpoint, spec, role)
+    weights = folders if gated is None else _base_of_gated(folders, spec, role)
     module = _load_module(weights, weights_dtype, target)
-    set_end_tokens(module, end_tokens_of(checkpoint, tokenizer))
+    set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     if role is not None:
         spec = spec.playing(role)
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     network = Network(module, spec, tokenizer, name=str(name))
     if role is None and block_size is None:
-        network.calibration = calibration_in(checkpoint.folder, spec)
-    return network if gated is None else with_gated_adapter(network, checkpoint.folder, gated)
+        network.calibration = calibration_in(folders[0], spec)
+    return network if gated is None else with_gated_adapter(network, folders[0], gated)
 
 
-def _base_of_gated(checkpoint: Checkpoint, spec: Role, role: RoleName | None) -> Checkpoint:
+def _base_of_gated(folders: Folders, spec: Role, role: RoleName | None) -> Folders:
     """The base of a gated adapter. FewstepError for another role than the base's, or without a base."""
-    if checkpoint.base is None:
-        raise FewstepError(f"{checkpoint.folder / CONFIG} describes a gated adapter, and there is no {ADAPTER_CONFIG}")
+    folder, *base = folders
+    if not base:
+        raise FewstepError(f"{folder / CONFIG} describes a gated adapter, and there is no {ADAPTER_CONFIG}")
     if spec.name != "autoregressive" or role not in (None, "autoregressive"):
         raise FewstepError(
-            f"the gated adapter {checkpoint.folder} drafts for a causal network, which has the role autoregressive; "
+            f"the gated adapter {folder} drafts for a causal network, which has the role autoregressive; "
             f"it cannot play {role or spec.name}"
         )
-    return checkpoint.base
+    return tuple(base)
 
 
 def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
@@ -178,10 +174,10 @@ def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
 def _hash_as_trained(base: Network, folder: Path) -> str:
     """The hash of the base's weights before they were rounded to float16, if they are those that the adapter names."""
     found = weights_hash(base)
-    named = open_checkpoint(folder).base if base.dtype == torch.float16 else None
-    if named is None or weights_hash(load_network(named.folder, dtype="float16", device="cpu")) != found:
+    named = open_checkpoint(folder)[1:2] if base.dtype == torch.float16 else ()
+    if not named or weights_hash(load_network(named[0], dtype="float16", device="cpu")) != found:
         return found
-    return weights_hash(load_network(named.folder, dtype="float32", device="cpu"))
+    return weights_hash(load_network(named[0], dtype="float32", device="cpu"))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -218,17 +214,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
 
 
-def end_tokens_of(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and what an adapter and its base name."""
-    return [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *_end_tokens(checkpoint)]
-
-
-def _end_tokens(checkpoint: Checkpoint) -> list[int]:
-    """What an adapter and its base name."""
-    of_base = [] if checkpoint.base is None else _end_tokens(checkpoint.base)
-    return [*of_base, *end_tokens_named(checkpoint.folder)]
-
-
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,18 +229,17 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    folder = checkpoint.folder
-    if checkpoint.base is not None:
+def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    folder, *base = folders
+    if base:
         if (folder / CONFIG).exists() and read_object(folder / CONFIG).get(GATED) is not None:
             raise FewstepError(
                 f"{folder} is a gated adapter, which cannot be the base of another: its gate would be lost"
             )
         # Merged in float32 in host memory and then cast, so that the merged weights are rounded once.
-        return merge(folder, _load_module(checkpoint.base, torch.float32, torch.device("cpu"))).to(device, dtype)
+        return merge(folder, _load_module(tuple(base), torch.float32, torch.device("cpu"))).to(device, dtype)
     config = read_config(folder)
-    _check_memory(folder, dtype, device)
-    _check_sizes(folder, config)
+    _check_sizes(folder, config, dtype, device)
     check_generation_config(folder)
     with reading(f"the network in {folder} ({CONFIG} and weights)"):
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -278,14 +262,21 @@ def _load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         return module.to(device)
 
 
-def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
-    """FewstepError if the config describes a network of quite different sizes from those of the weights.
+def _check_sizes(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """FewstepError if the weights of a folder, in `dtype`, exceed the free memory of the device, or if the config
+    describes a network of quite different sizes from theirs, or one that cannot run.
 
     Such a network would be built before its weights are found not to fit, however many layers it has.
     """
     places = read_places(folder)
-    num_layers = getattr(config, "num_hidden_layers", 0)
-    stored = sum(math.prod(place.shape) for place in places)
+    stored, num_layers = sum(math.prod(place.shape) for place in places), getattr(config, "num_hidden_layers", 0)
+    needed, free = stored * dtype.itemsize, free_memory(device)
+    if free is not None and needed > free:
+        advice = "choose another device" if dtype.itemsize <= 2 else "choose dtype bfloat16 or another device"
+        raise FewstepError(
+            f"{folder} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, "
+            f"and {device} has {free / 1e9:.1f} GB free; {advice}, or free some memory"
+        )
     with reading(folder / CONFIG):
         is_larger = len(places) < num_layers
         if not is_larger:
@@ -298,29 +289,11 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
                 f"{num_layers} layers; its files hold {len(places)} tensors with {stored} numbers"
             )
     doubt = f"either the file is damaged, or fewstep cannot run a {type(module).__name__}"
-    with reading(folder / CONFIG, advice=doubt):
-        _try_forward(module)
-
-
-def _try_forward(module: PreTrainedModel) -> None:
-    """One forward without memory or numbers, which finds settings that cannot run before weights are read."""
-    tokens_RQ = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    mask = torch.zeros(1, 1, 2, 2, device="meta")
-    with torch.no_grad():
-        hidden = module.base_model(input_ids=tokens_RQ, attention_mask=mask, position_ids=tokens_RQ, use_cache=False)
+    tokens, mask = torch.zeros(1, 2, dtype=torch.long, device="meta"), torch.zeros(1, 1, 2, 2, device="meta")
+    with reading(folder / CONFIG, advice=doubt), torch.no_grad():
+        # Without memory or numbers.
+        hidden = module.base_model(input_ids=tokens, attention_mask=mask, position_ids=tokens, use_cache=False)
         module.get_output_embeddings()(hidden.last_hidden_state)
-
-
-def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """FewstepError if the weights of a folder, in `dtype`, exceed the free memory of the device."""
-    needed = sum(math.prod(place.shape) for place in read_places(folder)) * dtype.itemsize
-    free = free_memory(device)
-    if free is not None and needed > free:
-        advice = "choose another device" if dtype.itemsize <= 2 else "choose dtype bfloat16 or another device"
-        raise FewstepError(
-            f"{folder} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, "
-            f"and {device} has {free / 1e9:.1f} GB free; {advice}, or free some memory"
-        )
 
 
 _MEMORY = Path("/proc/meminfo")

@@ -243,7 +243,10 @@ class Network:
             return self._guided(plan, plan.guidance)
         hidden_RQD = self.hidden(plan, cache)
         if self.role.right_shift_logits and self.role.name != "autoregressive":
-            hidden_RSD = _rows_before(hidden_RQD, plan)
+            # Position 0 is given, so what would score it is never read. In a cached forward the row before a block is
+            # present only while the context or the previous block is pending. No later pass needs it: the position that
+            # it scores is settled, and so final from that pass on.
+            hidden_RSD = _rows(hidden_RQD, (plan.scored_RS - 1).clamp(min=0))
             return Scores(self.head(hidden_RSD), hidden_RSD, _settled(plan))
         hidden_RSD = _rows(hidden_RQD, plan.scored_RS)
         return Scores(self.head(hidden_RSD), hidden_RSD)
@@ -296,16 +299,6 @@ def _with_guidance(plan: Plan, guidance: Guidance) -> Plan:
 
 def _rows(hidden_RQD: Tensor, rows_RS: Tensor) -> Tensor:
     return hidden_RQD.gather(1, rows_RS[:, :, None].expand(-1, -1, hidden_RQD.shape[-1]))
-
-
-def _rows_before(hidden_RQD: Tensor, plan: Plan) -> Tensor:
-    """The rows one position before the scored ones, [R, S, D].
-
-    Position 0 is given, so what would score it is never read. In a cached forward the row before a block is present
-    only while the context or the previous block is pending. No later pass needs it: the position that it scores is
-    settled, and so final from that pass on.
-    """
-    return _rows(hidden_RQD, (plan.scored_RS - 1).clamp(min=0))
 
 
 def _settled(plan: Plan) -> Tensor:

@@ -5,8 +5,7 @@ from pathlib import Path
 from fewstep.errors import FewstepError
 from fewstep.models.checkpoint_files import CONFIG, GATED, VOCABULARIES
 from fewstep.models.load import (
-    Checkpoint,
-    end_tokens_of,
+    holding,
     load_network,
     load_tokenizer,
     open_checkpoint,
@@ -17,7 +16,7 @@ from fewstep.models.load import (
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.models.shared import beside_adapter, learning_kept
-from fewstep.models.vocabulary import set_end_tokens
+from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 
 
 def with_adapter(network: Network, name: str | Path) -> Network:
@@ -27,10 +26,10 @@ def with_adapter(network: Network, name: str | Path) -> Network:
     Role and tokenizer are the adapter's. FewstepError if `name` is no adapter, or one of a model with other weights.
     """
     base = network.base or network
-    checkpoint = open_checkpoint(name)
-    if checkpoint.base is None:
+    folders = open_checkpoint(name)
+    if len(folders) == 1:
         raise FewstepError(f"{name} is no adapter but a model of its own; load it")
-    config = read_config(checkpoint.holding(CONFIG))
+    config = read_config(holding(folders, CONFIG))
     gated = getattr(config, GATED, None)
     if gated is not None:
         if base.role.name != "autoregressive":
@@ -38,23 +37,22 @@ def with_adapter(network: Network, name: str | Path) -> Network:
                 f"the gated adapter {name} drafts for a causal network, and {base.name} has the role {base.role.name}"
             )
         with learning_kept(base.module):
-            return with_gated_adapter(base, checkpoint.folder, gated)
-    _check_base(base, checkpoint, str(name))
+            return with_gated_adapter(base, folders[0], gated)
+    _check_base(base, folders[1], str(name))
     with learning_kept(base.module):
-        module = beside_adapter(base.module, checkpoint.folder)
-    tokenizer = load_tokenizer(checkpoint.holding(*VOCABULARIES))
-    set_end_tokens(module, end_tokens_of(checkpoint, tokenizer))
+        module = beside_adapter(base.module, folders[0])
+    tokenizer = load_tokenizer(holding(folders, *VOCABULARIES))
+    set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     adapted = Network(module, Role.from_config(config), tokenizer, name=str(name))
     adapted.base = base
     return adapted
 
 
-def _check_base(base: Network, checkpoint: Checkpoint, name: str) -> None:
-    """FewstepError unless the base of the adapter has the weights of this network."""
-    assert checkpoint.base is not None
-    belongs_to = load_network(checkpoint.base.folder, dtype=str(base.dtype).removeprefix("torch."), device="cpu")
+def _check_base(base: Network, named: Path, name: str) -> None:
+    """FewstepError unless the base that the adapter names has the weights of this network."""
+    belongs_to = load_network(named, dtype=str(base.dtype).removeprefix("torch."), device="cpu")
     if weights_hash(belongs_to) != weights_hash(base):
         raise FewstepError(
-            f"the adapter {name} belongs to {checkpoint.base.folder}, and {base.name} has other weights; load that "
+            f"the adapter {name} belongs to {named}, and {base.name} has other weights; load that "
             "model, and give it the adapter"
         )

@@ -11,13 +11,14 @@ from fewstep.models.checkpoint_files import CONFIG, GENERATION_CONFIG, read_obje
 from fewstep.values import shown
 
 
-def end_tokens_named(folder: Path) -> list[int]:
-    """Ids that generation_config.json and config.json of a folder name as `eos_token_id`.
+def end_tokens_named(*folders: Path) -> list[int]:
+    """Ids that generation_config.json and config.json of these folders name as `eos_token_id`.
 
     FewstepError, naming the file, if it is damaged or such an id is no integer.
     """
     return [
         one
+        for folder in folders
         for file in (folder / GENERATION_CONFIG, folder / CONFIG)
         if file.exists()
         for one in token_ids(read_object(file).get("eos_token_id"), f"{file}: eos_token_id")
@@ -33,9 +34,12 @@ def token_ids(value: Any, what: str) -> list[int]:
     return list(ids)
 
 
-def set_end_tokens(module: PreTrainedModel, ids: Iterable[int]) -> None:
-    """Keep the ids in the settings that are saved with the weights, where stock transformers looks for them too."""
-    unique = list(dict.fromkeys(ids))
+def set_end_tokens(module: PreTrainedModel, ids: Iterable[int | None]) -> None:
+    """Keep the ids in the settings that are saved with the weights, where stock transformers looks for them too.
+
+    None is that of a tokenizer without one.
+    """
+    unique = list(dict.fromkeys(one for one in ids if one is not None))
     value = None if not unique else unique[0] if len(unique) == 1 else unique
     module.config.eos_token_id = value
     if module.generation_config is not None:
