@@ -210,6 +210,11 @@ def test_a_class_or_setting_that_is_not_known_is_measured(name: str) -> None:
     assert not architectures.is_plain(stock_module(*UNUSUAL[name]))
 
 
+def test_a_plain_llama_whose_sizes_do_not_fit_each_other_is_refused() -> None:
+    with pytest.raises(FewstepError, match="a LlamaForCausalLM, which fewstep cannot run"):
+        network_of(stock_module("llama", {"num_key_value_heads": 3}))
+
+
 @pytest.mark.parametrize("part", ["layers.0.mlp.up_proj", "layers.0.self_attn.v_proj", "norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_plain_llama_with_numbers_that_are_none_is_refused(part: str, value: float) -> None:

@@ -5,7 +5,7 @@ they are computed from its final tokens, and that commit shares the forward of t
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -34,8 +34,10 @@ class Block(Finalising):
 
     role: Role
     policy: Policy = CONFIDENT
+    block_size: int = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", self.role.block_size)
         object.__setattr__(self, "policy", as_policy(self.policy))
         if self.policy.paced:
             raise FewstepError("the block decoder takes no step schedule; set a threshold or use the diffusion decoder")
@@ -47,10 +49,6 @@ class Block(Finalising):
         if block_size is not None and role.name == "block_causal":
             role = replace(role, block_size=block_size)
         return cls(role=role, policy=policy.made(resources, default="threshold"))
-
-    @property
-    def block_size(self) -> int:
-        return self.role.block_size
 
     @cached_property
     def traits(self) -> Traits:

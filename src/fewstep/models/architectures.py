@@ -70,11 +70,13 @@ def examine(module: PreTrainedModel, name: str) -> Architecture:
 
     FewstepError if it cannot be run, or if that cannot be determined.
     """
+    if is_plain(module):
+        return PLAIN
     kind = type(module).__name__
     try:
         _check_parts(module)
         long_rope = _settle_rotary(module.base_model)
-        measured = PLAIN if is_plain(module) else _measured(module)
+        measured = _measured(module)
     except _UnfitError as unfit:
         raise FewstepError(f"{name} is a {kind}, which fewstep cannot run: {unfit}; {_SOUND}") from None
     if long_rope is None:
@@ -85,9 +87,10 @@ def examine(module: PreTrainedModel, name: str) -> Architecture:
 
 PLAIN = Architecture()
 _LLAMA = LlamaConfig().to_dict()
-_FREE = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
-_FREE |= {"num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-_FREE |= {"tie_word_embeddings", "architectures", "dtype", "_name_or_path", "is_causal", *CONFIG_KEYS}
+_SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+_SIZES |= {"num_key_value_heads", "max_position_embeddings"}
+_FREE = _SIZES | {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "architectures", "dtype"}
+_FREE |= {"_name_or_path", "is_causal", *CONFIG_KEYS}
 """Settings in which plain Llamas differ: sizes, tokens, what is no setting of the network, and our own."""
 
 
@@ -96,16 +99,20 @@ def is_plain(module: PreTrainedModel) -> bool:
     hold sound numbers: then all that is measured of a class is known to be `PLAIN`.
     """
     settings = module.config.to_dict()
-    if type(module) is not LlamaForCausalLM or any(
-        settings[name] != _LLAMA.get(name) for name in settings.keys() - _FREE
-    ):
+    as_usual = type(module) is LlamaForCausalLM and all(
+        settings[name] == _LLAMA.get(name) for name in settings.keys() - _FREE
+    )
+    if not as_usual or not all(isinstance(settings[name], int) and settings[name] > 0 for name in _SIZES):
         return False
     base = module.base_model
     positions_1Q = torch.arange(3, device=base.device)[None]
-    with torch.no_grad():
-        rows_1QD = _rows(base, 1, 3)
-        rows_1QD = base.layers[0](rows_1QD, position_embeddings=base.rotary_emb(rows_1QD, positions_1Q))
-        return bool(base.norm(rows_1QD).isfinite().all())
+    try:
+        with torch.no_grad():
+            rows_1QD = _rows(base, 1, 3)
+            rows_1QD = base.layers[0](rows_1QD, position_embeddings=base.rotary_emb(rows_1QD, positions_1Q))
+            return bool(base.norm(rows_1QD).isfinite().all())
+    except RuntimeError:  # sizes that do not fit each other, of which measuring tells
+        return False
 
 
 class _UnfitError(Exception):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,7 +43,6 @@ from fewstep.models.checkpoint_files import (
     read_object,
     reading,
 )
-from fewstep.models.importers.convert import check_imported
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import local_folder
 from fewstep.models.network import Network
@@ -188,7 +188,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     path = folder / CONFIG
     settings = read_object(path)
-    check_imported(settings, str(folder))
+    model_type = settings.get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        from fewstep.models.importers.convert import not_in_transformers
+
+        raise not_in_transformers(model_type, str(folder))
     if settings.get("quantization_config"):
         raise FewstepError(f"{path} says that the weights are quantised (quantization_config); load the original")
     with reading(path):

@@ -15,10 +15,10 @@ def bundled_names() -> list[str]:
 
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a bundled name or a path; None for what can only be a hub id. FewstepError for all else."""
-    if str(name) in bundled_names():
-        return BUNDLED / str(name)
     path = Path(name)
     try:
+        if path.name == str(name) and (BUNDLED / path / "config.json").is_file():
+            return BUNDLED / path
         if path.is_dir():
             return path
         is_file = path.is_file()

@@ -167,7 +167,7 @@ class Network:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Every token that ends an answer: `eos_token_id`, then those of the module's settings that the head has."""
         named = token_ids((self.module.generation_config or self.module.config).eos_token_id, "eos_token_id")
-        ends = dict.fromkeys([self.eos_token_id, *(one for one in named if 0 <= one < self.vocab_size)])
+        ends = dict.fromkeys([self.tokenizer.eos_token_id, *(one for one in named if 0 <= one < self.vocab_size)])
         return tuple(one for one in ends if one != self.role.mask_token_id)
 
     @property

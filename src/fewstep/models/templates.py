@@ -92,7 +92,7 @@ def _reason(error: Exception) -> str:
 def _compiled(source: str) -> Any:
     if len(source) > LARGEST_SOURCE:
         raise _LimitError(f"it has {len(source)} characters, more than {LARGEST_SOURCE}")
-    return _ENVIRONMENT.from_string(source)
+    return _ENVIRONMENT.from_string(_Checks().visit(_ENVIRONMENT.parse(source)))
 
 
 # What a template sees
@@ -324,9 +324,6 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
             return safe(*args, **kwargs)
 
         return limited
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Checks().visit(super()._parse(source, name, filename))
 
 
 class _Checks(NodeTransformer):

@@ -34,7 +34,8 @@ def encode_prompt(
         if raw or not tokenizer.chat_template:
             return _encode_text(tokenizer, prompt, {tokenizer.eos_token_id, *stop_token_ids})
         prompt = [{"role": "user", "content": prompt}]
-    _check_messages(prompt)
+    else:
+        _check_messages(prompt)
     if not tokenizer.chat_template:
         raise FewstepError("this model has no chat template for messages; give the prompt as text")
     return encode_plain(tokenizer, render(tokenizer, prompt))
@@ -98,9 +99,10 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     spell rare characters in tokens of a byte ("byte fallback") would give up all bytes that stand together.
     """
     with reading("the tokens of the answer", advice="the model's tokenizer is damaged"):
-        return tokenizer.decode(
-            _well_formed(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        byte_of = _bytes_spelt(tokenizer)
+        if not byte_of.keys().isdisjoint(ids):
+            ids = _well_formed(tokenizer, ids, byte_of)
+        return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class GrowingText:
@@ -180,11 +182,8 @@ def num_ids_to_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop
     return bisect_left(range(len(ids)), True, key=complete)
 
 
-def _well_formed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+def _well_formed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], byte_of: dict[int, int]) -> list[int]:
     """The ids with bytes that are no UTF-8 replaced by those of the replacement character."""
-    byte_of = _bytes_spelt(tokenizer)
-    if byte_of.keys().isdisjoint(ids):
-        return list(ids)
     id_of = {byte: one for one, byte in byte_of.items()}
     special = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
     fixed: list[int] = []

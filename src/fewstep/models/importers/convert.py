@@ -49,21 +49,18 @@ from fewstep.models.vocabulary import end_tokens_named
 FAMILIES = {family.model_type: family for family in (DREAM, LLADA, SDAR, *causal.FAMILIES)}
 
 
-def check_imported(config: Config, name: str) -> None:
-    """FewstepError if a checkpoint's family is not in transformers, so that it has to be imported before it is loaded.
+def not_in_transformers(model_type: str, name: str) -> FewstepError:
+    """The error for a checkpoint whose family is not in transformers: it has to be imported before it is loaded.
 
     Code that a checkpoint brings is never run.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
-        return
     by_name = {family.lower(): family for family in FAMILIES if family not in CONFIG_MAPPING}
     if model_type.lower() in by_name:
-        raise FewstepError(
+        return FewstepError(
             f"{name} is a {by_name[model_type.lower()]} checkpoint as it is published, whose code is not in "
             f"transformers; run `fewstep import {name} NEW_FOLDER` and use the new folder"
         )
-    raise FewstepError(
+    return FewstepError(
         f"{name} is of the family {model_type!r}, whose code is not in transformers, and fewstep runs no code of a "
         f"checkpoint; `fewstep import` reads {', '.join(by_name.values())} besides the families of transformers"
     )
