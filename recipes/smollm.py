@@ -96,10 +96,10 @@ def merge(
     if is_there(runs / name):
         return
     folder = runs / source
-    base = open_checkpoint(folder).base
-    if base is None:
+    _, *bases = open_checkpoint(folder)
+    if not bases:
         raise FewstepError(f"{folder} is no adapter, so there is nothing to merge; train it with --rank")
-    network = load_network(base.folder, dtype="float32", device="cpu")
+    network = load_network(bases[0], dtype="float32", device="cpu")
     described, adapter = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER_WEIGHTS)
     scale = described["lora_alpha"] / described["r"]
     weights = dict(network.module.named_parameters())
