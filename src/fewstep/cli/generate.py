@@ -115,7 +115,7 @@ def _read_prompt(prompt: str | None) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").rstrip("\n")
 
 
-def _read_prompts(path: Path) -> list[tuple[Any, Any]]:
+def read_prompts(path: Path) -> list[tuple[Any, Any]]:
     """Id and prompt of each row, in the order of the file; a prompt without an id has the number of its line."""
     from fewstep.json_files import numbered_rows
     from fewstep.models.rows import id_key, row_id, split_prompt_row
@@ -173,7 +173,7 @@ def _complete_file(
     """Answer every prompt of a file. At batch size 1 each is submitted alone, so that its `seconds` do not count the
     wait for the others.
     """
-    named = _read_prompts(source)
+    named = read_prompts(source)
     from fewstep.engine.answers import answer_all, check_prompts
     from fewstep.engine.made_by import answers_made_by
     from fewstep.kept import kept_results

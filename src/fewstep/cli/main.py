@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import fewstep
+from fewstep.cli.bench import bench
 from fewstep.cli.calibrate import calibrate
 from fewstep.cli.collect import collect
 from fewstep.cli.compare import compare
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "collect": collect,
     "eval": evaluate,
     "compare": compare,
+    "bench": bench,
     "calibrate": calibrate,
     "import": import_,
     "merge": merge,

@@ -14,7 +14,7 @@ The policy's `order` says what "certain" means: see `certainty`. At a `temperatu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -243,6 +243,46 @@ class FixedCount:
 
     def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
         return _best(_number(self, numbers_RN), certainty_RB, masked_RB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """Of a block with n masks left the `counts[n - 1]` most certain: for measurements, as fast as a known model goes.
+
+    Blocks have at most as many positions as there are counts. See `scheduled`.
+    """
+
+    counts: tuple[Count, ...]
+    order: ClassVar[Order] = "low_confidence"
+    paced: ClassVar[bool] = False
+    temperature: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self.counts
+
+    def __call__(self, certainty_RB: Tensor, masked_RB: Tensor, numbers_RN: Tensor | None = None) -> Tensor:
+        if numbers_RN is None:
+            numbers_RN = torch.tensor([self.counts], device=masked_RB.device).expand(len(masked_RB), -1)
+        left_R1 = masked_RB.sum(-1, keepdim=True)
+        return _best(numbers_RN.gather(1, (left_R1 - 1).clamp(min=0)), certainty_RB, masked_RB)
+
+
+def scheduled(tokens_of_passes: Sequence[int]) -> Scheduled:
+    """The policy that finalises as many tokens in each pass of a block as are given, which are all of the block's.
+
+    A block that begins with fewer masks joins the schedule at the next number of masks left that occurs in it.
+    """
+    return Scheduled(counts=tuple(count for most in reversed(tokens_of_passes) for count in range(1, most + 1)))
+
+
+def evenly(block_size: int, most: int) -> list[int]:
+    """As few passes of at most `most` tokens as finalise a block, split evenly, the remainder to the first."""
+    num_passes = -(-block_size // most)
+    return [block_size // num_passes + (index < block_size % num_passes) for index in range(num_passes)]
 
 
 @dataclass(frozen=True, kw_only=True)

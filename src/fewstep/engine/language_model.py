@@ -114,6 +114,22 @@ class LanguageModel:
         """
         return self._loops.with_slots(decoder, engine, **options)
 
+    def generator(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 32,
+        listeners: Sequence[Listener] = (),
+        kept: Generator | None = None,
+        **settings: Any,
+    ) -> Generator:
+        """What answers these requests, and others no longer than they are, with these settings; for those who drive it
+        round by round. `kept`: an idle one, which is returned if it fits.
+        """
+        chosen = GenerationSettings.of(**settings)
+        options: dict[str, Any] = {"batch_size": batch_size, "record": None, "listeners": listeners, "kept": kept}
+        return self._generator_for(chosen, requests, **options)
+
     @property
     def _loops(self) -> Loops:
         if not isinstance(self._generator_for, Loops):

@@ -111,10 +111,7 @@ def load_network(
     (an adapter is merged in host memory first); a folder that does not fit is refused before any is read. What an
     adapter's folder does not hold (config.json with the role, the tokenizer) is its base's.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
-    target = _device(device)
-    weights_dtype = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    weights_dtype, target = place_named(dtype, device)
     folders = open_checkpoint(name)
     transformers_logging.disable_progress_bar()
     config_folder = holding(folders, CONFIG)
@@ -218,9 +215,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
 
 
-def _device(device: str) -> torch.device:
+def place_named(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
+    """Numbers and device by name; "auto" is bfloat16 on a GPU, float32 on a CPU, and the GPU if there is one.
+
+    FewstepError for a name that is unknown, or a device that is not there.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise FewstepError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -230,7 +233,7 @@ def _device(device: str) -> torch.device:
         raise FewstepError(f"the device {device!r} is not supported: decoding and training run on cpu and cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise FewstepError("no CUDA device is available; use --device cpu")
-    return target
+    return DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32), target
 
 
 def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

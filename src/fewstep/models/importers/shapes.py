@@ -1,4 +1,4 @@
-"""Folders of named shapes with random weights: tests, and speed work without a download."""
+"""Named shapes with random weights, as folders or in memory: tests, and speed work without a download."""
 
 import functools
 import zlib
@@ -9,13 +9,17 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, suggestion
 from fewstep.files import write_folder_whole
+from fewstep.models.checkpoint_files import CONFIG, VOCABULARIES
 from fewstep.models.importers.carried import save_tokenizer
 from fewstep.models.importers.convert import expected_shapes, write_config
 from fewstep.models.importers.weight_files import Entry, grouped, write_shards
+from fewstep.models.load import free_memory, load_tokenizer, open_checkpoint, place_named, read_config
+from fewstep.models.names import bundled_names
+from fewstep.models.network import Network
 from fewstep.models.roles import Role
 from fewstep.models.tiny import tiny_tokenizer
 
@@ -35,6 +39,9 @@ class Shape:
     model_type: str
     sizes: Mapping[str, Any]
     role: Role
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.for_model(self.model_type, **self.sizes, **_TOKENS)
 
     def varied(self, **sizes: Any) -> "Shape":
         return Shape(model_type=self.model_type, sizes={**self.sizes, **sizes}, role=self.role)
@@ -118,7 +125,7 @@ def write_random(
     if dtype not in _DTYPES:
         raise FewstepError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     shape = SHAPES[name]
-    config = AutoConfig.for_model(shape.model_type, **shape.sizes, **_TOKENS)
+    config = shape.config()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     entries = [
         _random(tensor, sizes, dtype, seed) for tensor, sizes in expected_shapes(config).items() if tensor not in tied
@@ -128,6 +135,46 @@ def write_random(
         save_tokenizer(tiny_tokenizer_for(shape.model_type, config.vocab_size), folder)
         write_shards(folder, list(grouped(entries, LARGEST_SHARD_BYTES)))
     return sum(torch.Size(entry.shape).numel() for entry in entries)
+
+
+def random_network(name: str, *, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Network:
+    """A network of the shape `name`, or of the shape of a bundled model or folder, with random weights.
+
+    They are drawn on the device, so that billions take seconds on a GPU. A shape of SHAPES has a tokenizer of single
+    characters, a model's shape has the model's. FewstepError for an unknown shape, or one that does not fit.
+    """
+    numbers, place = place_named(dtype, device)
+    config, role, tokenizer = _described(name)
+    needed = sum(torch.Size(sizes).numel() for sizes in expected_shapes(config).values()) * numbers.itemsize
+    free = free_memory(place)
+    if free is not None and needed > free:
+        raise FewstepError(
+            f"the shape {name} needs {needed / 1e9:.1f} GB for its weights in {str(numbers).removeprefix('torch.')}, "
+            f"and {place} has {free / 1e9:.1f} GB free; choose a smaller shape or another device"
+        )
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), torch.device(place):
+        torch.manual_seed(seed)
+        module = AutoModelForCausalLM.from_config(config, dtype=numbers)
+    module.generation_config.eos_token_id = None  # the tokenizer alone says what ends an answer
+    return Network(module, role, tokenizer, name=name)
+
+
+def _described(name: str) -> tuple[PreTrainedConfig, Role, PreTrainedTokenizerBase]:
+    """What is known of a shape, or of the model whose shape it is. FewstepError for a name that is neither."""
+    if name in SHAPES:
+        config = SHAPES[name].config()
+        return config, SHAPES[name].role, tiny_tokenizer_for(SHAPES[name].model_type, config.vocab_size)
+    check_shape(name)
+    checkpoint = open_checkpoint(name)
+    config = read_config(checkpoint.holding(CONFIG))
+    return config, Role.from_config(config), load_tokenizer(checkpoint.holding(*VOCABULARIES))
+
+
+def check_shape(name: str) -> None:
+    """FewstepError with the closest one unless it is a shape, a bundled model or a folder."""
+    if name in SHAPES or name in bundled_names() or Path(name).is_dir():
+        return
+    raise FewstepError(f"unknown shape {name!r}; {suggestion(name, [*SHAPES, *bundled_names()])}")
 
 
 def tiny_tokenizer_for(model_type: str, vocab_size: int) -> PreTrainedTokenizerBase:

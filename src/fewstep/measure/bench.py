@@ -1,0 +1,443 @@
+"""How long the passes of decoders take, and how near that is to what the device allows.
+
+A *variant* is requests of one size with one decoder, engine and batch size. Its rounds are driven as users drive them:
+requests are submitted to the generator that the model makes, which then runs round after round. First every batch is
+answered once with a listener, which says what the rounds were made of; then once more without it; then it is timed,
+variants of one batch size in turn, so that drift of the machine falls on all of them alike.
+"""
+
+import gc
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.decode.admission import check_request, positions_needed
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.generator import Generator, submit_all
+from fewstep.decode.loop import Listener, loop_for
+from fewstep.decode.requests import Output, Request
+from fewstep.engine.choice import Choice
+from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
+from fewstep.files import write_whole
+from fewstep.measure.bandwidth import DeviceRates, wait_for
+from fewstep.measure.energy import sampled_power
+from fewstep.measure.passes import Round, Watch
+from fewstep.measure.roofline import Sizes
+from fewstep.models.load import free_memory
+from fewstep.models.network import Network
+
+_POWER_SECONDS = 3.0
+_PROFILED_ROUNDS = 12
+_FILLED = 0.95
+"""Of the free memory, at most."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A batch of requests, answered: seconds in all, those of each round, and the outputs in the order of the requests.
+
+    The first round begins with the submission, and brings the prefill.
+    """
+
+    seconds: float
+    round_seconds: Sequence[float]
+    outputs: Sequence[Output]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(output.num_tokens for output in self.outputs)
+
+
+@dataclass
+class Variant:
+    """What is measured: `batches` of requests, each answered together, with these settings.
+
+    `told`: what reports say of it beside the figures.
+    """
+
+    lm: LanguageModel
+    settings: Mapping[str, Any]
+    batches: Sequence[Sequence[Request]]
+    told: Mapping[str, Any]
+
+    rounds: list[list[Round]] = field(default_factory=list, init=False)  # of each batch
+    answers: list[list[Answer]] = field(init=False)  # of each batch, timed
+    warm_up_seconds: float = field(default=0.0, init=False)
+    first_round_seconds: float = field(default=0.0, init=False)
+    host_seconds: float | None = field(default=None, init=False)
+    watts: float | None = field(default=None, init=False)
+    peak_memory_bytes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = [[] for _ in self.batches]
+        self._generator: Generator | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.network.device
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.batches[0])
+
+    @property
+    def choice(self) -> Choice:
+        return self.lm.choice(**self.settings)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.lm.decoder(**self.settings)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for batch in self.batches for request in batch]
+
+    # Before it runs
+
+    def check(self) -> None:
+        """FewstepError if a request cannot be decoded, or if so many do not fit in the memory."""
+        network, decoder = self.lm.network, self.decoder
+        for request in self.requests:
+            check_request(network, decoder, request)
+        check_fits(self.lm, self.settings, max(self.requests, key=lambda one: len(one.prompt_ids)), self.batch_size)
+
+    # Running
+
+    def prepare(self, warm_up: int) -> None:
+        """Watch what each batch is made of, then answer the first `warm_up` times more without a listener."""
+        before = _allocated(self.device)
+        watch, choice, decoder = Watch(), self.choice, self.decoder
+        started_s = time.perf_counter()
+        for batch in self.batches:
+            answer = self._answer(batch, watch)
+            self.first_round_seconds = self.first_round_seconds or answer.round_seconds[0]
+            self.rounds.append(watch.rounds(choice.network, decoder, batch))
+        for index in range(warm_up):
+            self._answer(self.batches[index % len(self.batches)])
+        self.warm_up_seconds = time.perf_counter() - started_s
+        self.peak_memory_bytes = self._peak_since(before)
+
+    def _peak_since(self, before: int) -> int:
+        """Most bytes at once: on a GPU of the network and what was added when `before` were allocated; on a CPU of the
+        process, ever.
+        """
+        if self.device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        weights = sum(each.numel() * each.element_size() for each in self.lm.network.module.parameters())
+        return weights + torch.cuda.max_memory_allocated(self.device) - before
+
+    def time(self, index: int) -> None:
+        """Answer a batch once more."""
+        self.answers[index].append(self._answer(self.batches[index]))
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._generator = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _ready(self, *listeners: Listener) -> Generator:
+        """What answers the requests, chosen anew as for every call of a user's."""
+        options: dict[str, Any] = {"batch_size": self.batch_size, "listeners": listeners, **self.settings}
+        self._generator = self.lm.generator(self.requests, kept=self._generator, **options)
+        return self._generator
+
+    def _answer(self, batch: Sequence[Request], *listeners: Listener) -> Answer:
+        generator = self._ready(*listeners)
+        wait_for(self.device)
+        marks = [time.perf_counter()]
+        index_of = submit_all(generator, batch)
+        outputs: dict[int, Output] = {}
+        while generator.busy:
+            outputs |= {index_of[number]: output for number, output in generator.step()}
+            marks.append(time.perf_counter())
+        wait_for(self.device)
+        marks[-1] = time.perf_counter()
+        seconds = [later - earlier for earlier, later in pairwise(marks)]
+        return Answer(marks[-1] - marks[0], seconds, [outputs[index] for index in range(len(batch))])
+
+    def measure_power(self) -> None:
+        """The power drawn during answers of the first batch, if the device says."""
+        if self.device.type != "cuda":
+            return
+        with sampled_power(self.device) as power:
+            started_s = time.perf_counter()
+            while time.perf_counter() - started_s < _POWER_SECONDS:
+                self._answer(self.batches[0])
+        self.watts = power.watts
+
+    def measure_host(self) -> None:
+        """The time of an answer of the first batch, prefill apart, in which no pass runs: in which a GPU has nothing to
+        do, and on a CPU what lies outside of the passes.
+        """
+        if self.device.type == "cuda":
+            self._measure_idle_device()
+        else:
+            self._measure_outside_passes()
+
+    def _measure_outside_passes(self) -> None:
+        choice, pass_seconds = self.choice, list[float]()
+
+        def timed(*given: Any) -> Any:
+            started_s = time.perf_counter()
+            result = choice.run_pass(*given)
+            pass_seconds.append(time.perf_counter() - started_s)
+            return result
+
+        loop = loop_for(choice.network, self.decoder, self.requests, batch_size=self.batch_size, run_pass=timed)
+        submit_all(loop, self.batches[0])
+        loop.step()
+        pass_seconds.clear()
+        started_s = time.perf_counter()
+        while loop.busy:
+            loop.step()
+        self.host_seconds = time.perf_counter() - started_s - sum(pass_seconds)
+
+    def _measure_idle_device(self) -> None:
+        generator = self._ready()
+        submit_all(generator, self.batches[0])
+        generator.step()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            while generator.busy:
+                generator.step()
+            wait_for(self.device)
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profiled.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        ]
+        if spans:  # a driver may not let programs trace it
+            decoding = statistics.median(answer.seconds - answer.round_seconds[0] for answer in self.answers[0])
+            self.host_seconds = max(0.0, decoding - busy_time(spans) / 1e6)
+
+    def write_trace(self, path: Path) -> None:
+        """A trace of the first rounds of the first batch, for chrome://tracing or Perfetto."""
+        generator = self._ready()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        index_of = submit_all(generator, self.batches[0])
+        with profile(activities=activities) as profiled:
+            for _ in range(_PROFILED_ROUNDS):
+                if generator.busy:
+                    index_of = _without(index_of, generator.step())
+            wait_for(self.device)
+        for number in index_of:
+            generator.cancel(number)
+        with write_whole(path) as temporary:
+            profiled.export_chrome_trace(str(temporary))
+
+
+def check_fits(lm: LanguageModel, settings: Mapping[str, Any], request: Request, batch_size: int) -> None:
+    """FewstepError if so many requests like this one do not fit in the free memory, saying how many do."""
+    decoder, network = lm.decoder(**settings), lm.choice(**settings).network
+    length = positions_needed(decoder, request, check_request(lm.network, decoder, request))
+    free = free_memory(network.device)
+    if free is None:
+        return
+    each = _request_bytes(network, decoder, length, len(request.prompt_ids))
+    most = int(_FILLED * free / each)
+    if most < batch_size:
+        fits = f"at most {most} fit" if most > 0 else "not even one fits"
+        raise FewstepError(
+            f"{batch_size} requests of {length} positions need about {batch_size * each / 1e9:.1f} GB beside the "
+            f"weights of {network.name}, and {network.device} has {free / 1e9:.1f} GB free; {fits}, so choose a "
+            "smaller batch or a shorter context"
+        )
+
+
+def _request_bytes(network: Network, decoder: Decoder, length: int, prompt_length: int) -> int:
+    """About: the cache of a request, and the rows and logits of its largest pass."""
+    config, itemsize, traits = network.module.config, network.dtype.itemsize, decoder.traits
+    networks = (network, *traits.companions.values())
+    cache = sum(Sizes.of(each.module).kv_bytes for each in networks) * length if traits.cached else 0
+    num_rows = (prompt_length if traits.cached else length) + traits.pass_length
+    # In a layer: rows before and after its parts, queries, keys and values, and the two halves of the wide part.
+    rows = num_rows * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    scores = 2 * num_rows * length * itemsize
+    # Logits as they come, in float32, and what softmax and sorting make of them.
+    logits = traits.pass_length * network.vocab_size * (itemsize + 3 * 4)
+    return cache + rows + scores + logits
+
+
+def _without(index_of: Mapping[int, int], completed: Sequence[tuple[int, Output]]) -> dict[int, int]:
+    done = dict(completed)
+    return {number: index for number, index in index_of.items() if number not in done}
+
+
+def busy_time(spans: Sequence[tuple[float, float]]) -> float:
+    """How much of time some spans cover, which may overlap."""
+    covered, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+def _allocated(device: torch.device) -> int:
+    """On a GPU; from here on the most is counted anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def run_variants(
+    variants: Sequence[Variant],
+    *,
+    repeats: int,
+    warm_up: int = 1,
+    trace: Path | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Time every variant: each of its batches `repeats` times. FewstepError if one does not fit in the memory.
+
+    Variants that follow each other and have batches of one size, and as many of them, take turns. `trace`: a file for
+    the trace of the first. `progress` is called after each answer.
+    """
+    for variant in variants:
+        variant.check()
+    for _, group in groupby(variants, lambda one: (one.batch_size, len(one.batches), one.told.get("context"))):
+        together = list(group)
+        for variant in together:
+            with _telling_of_memory(variant):
+                variant.prepare(warm_up)
+            progress()
+        num_batches = len(together[0].batches)
+        for turn in range(repeats * num_batches):
+            first = turn % len(together)
+            for variant in together[first:] + together[:first]:
+                with _telling_of_memory(variant):
+                    variant.time(turn % num_batches)
+                progress()
+        for variant in together:
+            variant.measure_host()
+            variant.measure_power()
+            if trace is not None and variant is variants[0]:
+                variant.write_trace(trace)
+            variant.close()
+
+
+@contextmanager
+def _telling_of_memory(variant: Variant) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise FewstepError(
+            f"{variant.batch_size} requests at once do not fit in the memory of {variant.device} beside the weights of "
+            f"{variant.lm.network.name}; choose a smaller batch or a shorter context"
+        ) from None
+
+
+# Reports
+
+
+def report(variant: Variant, rates: DeviceRates, *, price_per_hour: float | None = None) -> dict[str, Any]:
+    """The figures of a variant, as `bench --json` has them: those of its most frequent kind of step, and beside them
+    `steps` (every kind) and `answers` (whole ones).
+    """
+    steps = step_rows(variant, rates)
+    main = max(steps, key=lambda row: (row["kind"] != "prefill", row["num_steps"]))
+    answers = _answers(variant, price_per_hour)
+    return {
+        **main,
+        "tokens_per_second": answers["tokens_per_second"],
+        "steps": steps,
+        "answers": answers,
+        "engine_note": variant.choice.note,
+        "measured": {
+            "read_gb_s": rates.read_bytes_per_second / 1e9,
+            "read_bytes": rates.read_bytes,
+            "copy_gb_s": rates.copy_bytes_per_second / 1e9,
+            "matrix_tflops": rates.flops_per_second / 1e12,
+        },
+    }
+
+
+def step_rows(variant: Variant, rates: DeviceRates) -> list[dict[str, Any]]:
+    """The figures of each kind of step, in the order in which they first came."""
+    limits, choice = rates.limits, variant.choice
+    seconds, rounds = dict[str, list[float]](), dict[str, list[Round]]()
+    for watched, answers in zip(variant.rounds, variant.answers, strict=True):
+        for answer in answers:
+            told_apart = _told_apart(watched, len(answer.round_seconds))
+            for one, one_seconds in zip(told_apart, answer.round_seconds, strict=True):
+                seconds.setdefault(one.kind, []).append(one_seconds)
+                rounds.setdefault(one.kind, []).append(one)
+    rows = []
+    for kind, taken in seconds.items():
+        median_s = statistics.median(taken)
+        floor_s = statistics.median(one.floor_seconds(limits) for one in rounds[kind])
+        flops = statistics.median(one.flops for one in rounds[kind])
+        rows.append(
+            {
+                **variant.told,
+                "engine": choice.engine,
+                "dtype": choice.dtype,
+                "kind": kind,
+                "num_steps": len(taken),
+                "step_ms_median": 1000 * median_s,
+                "step_ms_p90": 1000 * _ninth_decile(taken),
+                "floor_ms": 1000 * floor_s,
+                "roofline_share": floor_s / median_s,
+                "bytes_read": statistics.median(one.bytes_read for one in rounds[kind]),
+                "flops": flops,
+                "matrix_share": flops / median_s / limits.flops_per_second,
+                "tokens_per_step": statistics.fmean(one.tokens for one in rounds[kind]),
+                "tokens_per_second": sum(one.tokens for one in rounds[kind]) / sum(taken),
+                "peak_memory_bytes": variant.peak_memory_bytes,
+                "measured_bandwidth_gb_s": limits.bytes_per_second / 1e9,
+            }
+        )
+    return rows
+
+
+def _told_apart(rounds: Sequence[Round], count: int) -> Sequence[Round]:
+    """The rounds of an answer as they were watched. An answer that took another number of rounds, as near ties in
+    bfloat16 may make it, is told by its commonest kind after the first round.
+    """
+    if len(rounds) == count:
+        return rounds
+    kinds = [one.kind for one in rounds[1:]] or [rounds[0].kind]
+    common = next(one for one in reversed(rounds) if one.kind == statistics.mode(kinds))
+    return [rounds[0], *[common] * (count - 1)]
+
+
+def _ninth_decile(values: Sequence[float]) -> float:
+    return sorted(values)[math.ceil(0.9 * len(values)) - 1]
+
+
+def _answers(variant: Variant, price_per_hour: float | None) -> dict[str, Any]:
+    """Of whole batches of requests, prefill included."""
+    answers = [answer for of_batch in variant.answers for answer in of_batch]
+    num_tokens, seconds = sum(answer.num_tokens for answer in answers), sum(answer.seconds for answer in answers)
+    num_passes = sum(max(output.num_forwards for output in answer.outputs) for answer in answers)
+    host_s, rate = variant.host_seconds, num_tokens / seconds
+    return {
+        "n": len(answers),
+        "answer_ms_median": 1000 * statistics.median(answer.seconds for answer in answers),
+        "passes_mean": num_passes / len(answers),
+        "ms_per_pass": 1000 * seconds / num_passes,
+        "prefill_ms": 1000 * statistics.median(answer.round_seconds[0] for answer in answers),
+        "host_ms_per_answer": None if host_s is None else 1000 * host_s,
+        "num_tokens_mean": num_tokens / len(answers),
+        "tokens_per_second": rate,
+        "warm_up_seconds": variant.warm_up_seconds,
+        "first_round_seconds": variant.first_round_seconds,
+        "watts": variant.watts,
+        "joules_per_token": None if variant.watts is None else variant.watts / rate,
+        "cost_per_million_tokens": None if price_per_hour is None else price_per_hour / 3600 / rate * 1e6,
+    }
