@@ -64,6 +64,10 @@ SEVERAL_LINES = {
     ),
     "eval": (f"eval --model student --data problems.jsonl --records out.jsonl --json out.json {SHORT}",),
     "compare": ("compare student,max_new_tokens=4 teacher,max_new_tokens=4 --data problems.jsonl --json out.json",),
+    "bench": (
+        f"bench --model student --input prompts.jsonl --record out.json --answers 1 --tokens-per-step 2 {SHORT}",
+        f"bench --shape tiny-dream --answers 1 --block-size 4 --context 8 --json out.json {SHORT}",
+    ),
     "calibrate": (
         "calibrate --model student --reference causal --data problems.jsonl --eps 0.9 --confidence 0.5 "
         f"--thresholds 0.5 --output out --json out.json {SHORT}",
@@ -82,7 +86,16 @@ SEVERAL_LINES = {
 }
 """Command -> lines that work, into which hostile values are put; the first is also the one for rows and folders."""
 
-LASTING = ("max_steps", "epochs", "num_problems", "max_new_tokens", "canvas_length", "watch_max_new_tokens")
+LASTING = (
+    "answers",
+    "warm_up",
+    "max_steps",
+    "epochs",
+    "num_problems",
+    "max_new_tokens",
+    "canvas_length",
+    "watch_max_new_tokens",
+)
 """Options of which a great value means much work: then Ctrl-C must end the command."""
 
 TEXTS = (

@@ -10,6 +10,7 @@ from helpers.command import Run
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from fewstep.decode.generator import answer
 from fewstep.decode.policies import Scheduled, evenly, scheduled
 from fewstep.decode.requests import Request
 from fewstep.engine.language_model import LanguageModel
@@ -182,12 +183,10 @@ def test_what_is_recorded_is_what_is_replayed() -> None:
     decoder = lm.decoder(threshold=0.3)
     requests = [Request(prompt_ids=[5, 6, 7 + i], max_new_tokens=16, early_stop=False) for i in range(3)]
     generator = lm.generator(requests, threshold=0.3)
-    outputs = dict.fromkeys(map(generator.submit, requests))
-    while generator.busy:
-        outputs.update(generator.step())
-    found = recorded(decoder, requests, [output for output in outputs.values() if output is not None])
+    answered = list(zip(requests, answer(generator, requests), strict=True))
+    found = recorded(decoder, answered)
     assert len(found.blocks) == 12
-    assert sum(map(len, found.blocks)) == sum(output.num_forwards for output in outputs.values() if output is not None)
+    assert sum(map(len, found.blocks)) == sum(output.num_forwards for _, output in answered)
     assert found.tokens_per_pass == 48 / sum(map(len, found.blocks))
     assert {sum(policy.counts[-1:]) for policy in found.policies(3)} <= {passes[0] for passes in found.blocks}
 
@@ -259,7 +258,7 @@ def test_every_decoder_is_measured_round_by_round(role: str, decoder: str, kinds
     lm = LanguageModel(tiny_network(role))  # type: ignore[arg-type]
     requests = requests_of(lm, 2, 6, None)
     variant = Variant(lm=lm, settings={"decoder": decoder, "max_new_tokens": 16}, batches=[requests], told={})
-    run_variants([variant], repeats=2)
+    run_variants([variant], answers=2)
     rates = DeviceRates(read_bytes=1, read_bytes_per_second=1e9, copy_bytes_per_second=2e9, flops_per_second=1e12)
     figures = report(variant, rates, price_per_hour=3.6)
     assert {row["kind"] for row in figures["steps"]} <= kinds
@@ -399,7 +398,7 @@ def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> No
         ((*SMALL, "--batch-size", "16000000"), "so choose a smaller batch"),
         ((*SMALL, "--block-size", "17"), "--block-size 17 is more than the 16 new tokens"),
         ((*SMALL, "--tokens-per-step", "9"), "--tokens-per-step 9 is more than a block has"),
-        ((*SMALL, "--context", "600"), "exceed the 512 positions"),
+        ((*SMALL, "--context", "600"), "exceeds the 512 positions"),
         (("--tokens-per-step", "2", "--threshold", "0.5"), "threshold lets the network decide"),
         (("--prompts", "random", "--input", "x.jsonl"), "leave one of them out"),
         ((*SMALL, "--decoder", "block,diffusion", "--record", "s.json"), "--record writes the schedule of one variant"),

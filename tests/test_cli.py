@@ -47,13 +47,26 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_help_lists_every_command(run: Run) -> None:
     shown = run("--help")
     assert shown.code == 0
-    for command in "demo generate infill collect train eval compare calibrate merge models doctor".split():
+    for command in "demo generate infill collect train eval compare bench calibrate merge models doctor".split():
         assert f" {command} " in shown.out
 
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "generate", "infill", "collect", "eval", "compare", "calibrate", "merge", "models", "doctor", "train"],
+    [
+        "demo",
+        "generate",
+        "infill",
+        "collect",
+        "eval",
+        "compare",
+        "bench",
+        "calibrate",
+        "merge",
+        "models",
+        "doctor",
+        "train",
+    ],
 )
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     shown = run(command, "--help")

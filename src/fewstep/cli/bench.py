@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
+from annotated_types import Ge, Le
 
 from fewstep.cli.decoding import DecodingOptions
 from fewstep.cli.generate import read_prompts
@@ -188,7 +189,7 @@ def bench(
         Touches.WRITES,
     ] = None,
     price_per_hour: Annotated[
-        float | None,
+        Annotated[float, Ge(0), Le(1e9)] | None,
         typer.Option(
             help="What an hour of this machine costs, for the cost of a million tokens.", rich_help_panel=_RUN
         ),
@@ -205,8 +206,6 @@ def bench(
         for option, text in (("--batch-size", batch_size), ("--block-size", block_size), ("--context", context))
     }
     _check_pace(tokens_per_step, schedule, decoding)
-    if price_per_hour is not None and price_per_hour < 0:
-        raise FewstepError(f"--price-per-hour must be at least 0, got {price_per_hour:g}")
     if prompts == "random" and input_file is not None:
         raise FewstepError("--input has real prompts, and --prompts says random; leave one of them out")
     if STANDARD_OUTPUT in (record, profile):
@@ -252,9 +251,8 @@ def bench(
     for variant in variants:
         variant.check()
     rates = _measured_rates(variants)
-    repeats = answers // len(variants[0].batches)
     with progress_bar("measuring", len(variants) * (1 + answers)) as advance:
-        run_variants(variants, repeats=repeats, warm_up=warm_up, trace=profile, progress=advance)
+        run_variants(variants, answers=answers, warm_up=warm_up, trace=profile, progress=advance)
     from fewstep.measure.timing import describe_machine
 
     machine = describe_machine()
@@ -270,8 +268,7 @@ def bench(
         from fewstep.json_files import write_json_whole
 
         (only,) = variants
-        outputs = [output for of_batch in only.answers for answer in of_batch for output in answer.outputs]
-        made = recorded(only.decoder, [request for batch in only.batches for request in batch] * repeats, outputs)
+        made = recorded(only.decoder, only.answered)
         write_json_whole(record, {"model": lm.network.name, "decoder": only.decoder.name, **made.to_json()})
         note(f"recorded: {len(made.blocks)} blocks of {made.block_size}, {made.tokens_per_pass:.2f} tokens a step")
     deliver(json, figures if len(figures) > 1 else figures[0], show=lambda: _show(figures))
@@ -308,8 +305,8 @@ class _Asked:
         taken = declared_settings(DECODERS[name])
         if block_size is not None and "block_size" in taken:
             settings["block_size"] = self._possible(block_size)
-        # Real prompts differ, so each is asked once; random ones are as good again.
-        num_batches = 1 if self.texts is None else self.num_answers
+        # Real prompts differ, so each is asked once if there are enough; random ones are as good again.
+        num_batches = 1 if self.texts is None else max(1, min(self.num_answers, len(self.texts) // batch_size))
         policies: list[Any] = [None] * (num_batches * batch_size)
         if self.pace.is_fixed and "policy" in taken:
             policies = self.pace.policies(lm.decoder(**settings).block_size, len(policies))
@@ -368,6 +365,10 @@ class _Asked:
     def _prompts(self, lm: "LanguageModel", count: int, context: int | None) -> list[list[int]]:
         from fewstep.measure.prompts import random_prompts, real_prompts
 
+        if context is not None and context > lm.network.max_positions:
+            raise FewstepError(
+                f"--context {context} exceeds the {lm.network.max_positions} positions of {lm.network.name}; lower it"
+            )
         if self.texts is None:
             return random_prompts(lm.network, count, context or _DEFAULT_CONTEXT, seed=self.settings.get("seed", 0))
         return real_prompts(lm, self.texts, count, context)

@@ -11,7 +11,7 @@ from fewstep.measure.roofline import Rates
 from fewstep.measure.timing import matmul_flops_per_second
 
 _SERIES = 5
-_MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+_MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 """Of a buffer that is read. More changes no figure, and far less would stay in a cache."""
 
 
@@ -39,13 +39,13 @@ class DeviceRates:
 def measure_device(device: torch.device, dtype: torch.dtype, *, weight_bytes: int) -> DeviceRates:
     """The rates of a device for weights of so many bytes, in about a second; the best of a few series each.
 
-    Read is a buffer as large as the weights, at most 1 GiB on a GPU and 256 MiB on a CPU.
+    Read is a buffer as large as the weights, at most 1 GiB on a GPU and 128 MiB on a CPU.
     """
     most = _MOST_BYTES[device.type]
     read_bytes = min(max(weight_bytes, 1 << 16), most) // (1 << 12) * (1 << 12)
     read = _read_bytes_per_second(read_bytes, device)
     copy = _copy_bytes_per_second(most, device)
-    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 2)
+    size, repeats = (8192, 20) if device.type == "cuda" else (512, 4)
     return DeviceRates(
         read_bytes=read_bytes,
         read_bytes_per_second=read,
@@ -69,7 +69,7 @@ def _copy_bytes_per_second(num_bytes: int, device: torch.device) -> float:
 
 def _seconds(run: Callable[[], Tensor], device: torch.device, num_bytes: int) -> float:
     """Of one run, the shortest mean of a few series; each takes long enough that starting a kernel does not count."""
-    repeats = max(1, min(100, (_MOST_BYTES[device.type] * 2) // num_bytes))
+    repeats = max(1, min(100, _MOST_BYTES[device.type] // num_bytes))
     run()
     return min(_series(run, device, repeats) for _ in range(_SERIES))
 

@@ -22,7 +22,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.decode.admission import check_request, positions_needed
+from fewstep.decode.admission import bytes_of_slot, check_request, positions_needed
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, submit_all
 from fewstep.decode.loop import Listener, loop_for
@@ -34,7 +34,6 @@ from fewstep.files import write_whole
 from fewstep.measure.bandwidth import DeviceRates, wait_for
 from fewstep.measure.energy import sampled_power
 from fewstep.measure.passes import Round, Watch
-from fewstep.measure.roofline import Sizes
 from fewstep.models.load import free_memory
 from fewstep.models.network import Network
 
@@ -103,6 +102,16 @@ class Variant:
     @property
     def requests(self) -> list[Request]:
         return [request for batch in self.batches for request in batch]
+
+    @property
+    def answered(self) -> list[tuple[Request, Output]]:
+        """Every request with its output, each time that it was timed."""
+        return [
+            pair
+            for batch, answers in zip(self.batches, self.answers, strict=True)
+            for answer in answers
+            for pair in zip(batch, answer.outputs, strict=True)
+        ]
 
     # Before it runs
 
@@ -258,17 +267,15 @@ def check_fits(lm: LanguageModel, settings: Mapping[str, Any], request: Request,
 
 
 def _request_bytes(network: Network, decoder: Decoder, length: int, prompt_length: int) -> int:
-    """About: the cache of a request, and the rows and logits of its largest pass."""
+    """About: a request's slot, and the rows and logits of its largest pass."""
     config, itemsize, traits = network.module.config, network.dtype.itemsize, decoder.traits
-    networks = (network, *traits.companions.values())
-    cache = sum(Sizes.of(each.module).kv_bytes for each in networks) * length if traits.cached else 0
     num_rows = (prompt_length if traits.cached else length) + traits.pass_length
     # In a layer: rows before and after its parts, queries, keys and values, and the two halves of the wide part.
     rows = num_rows * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
     scores = 2 * num_rows * length * itemsize
     # Logits as they come, in float32, and what softmax and sorting make of them.
     logits = traits.pass_length * network.vocab_size * (itemsize + 3 * 4)
-    return cache + rows + scores + logits
+    return bytes_of_slot(network, decoder, length) + rows + scores + logits
 
 
 def _without(index_of: Mapping[int, int], completed: Sequence[tuple[int, Output]]) -> dict[int, int]:
@@ -296,12 +303,12 @@ def _allocated(device: torch.device) -> int:
 def run_variants(
     variants: Sequence[Variant],
     *,
-    repeats: int,
+    answers: int,
     warm_up: int = 1,
     trace: Path | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time every variant: each of its batches `repeats` times. FewstepError if one does not fit in the memory.
+    """Time so many answers of every variant, its batches in turn. FewstepError if one does not fit in the memory.
 
     Variants that follow each other and have batches of one size, and as many of them, take turns. `trace`: a file for
     the trace of the first. `progress` is called after each answer.
@@ -315,7 +322,7 @@ def run_variants(
                 variant.prepare(warm_up)
             progress()
         num_batches = len(together[0].batches)
-        for turn in range(repeats * num_batches):
+        for turn in range(max(answers, num_batches)):
             first = turn % len(together)
             for variant in together[first:] + together[:first]:
                 with _telling_of_memory(variant):

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from fewstep.models.cache import bytes_per_position
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -72,12 +74,11 @@ class Sizes:
         matrices = sum(each.numel() for each in parameters.values() if each.dim() > 1) - head.numel()
         num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads
         return cls(
             weight_bytes=sum(map(_stored_bytes, parameters.values())),
             row_flops=2 * matrices,
             head_flops=2 * head.numel(),
-            kv_bytes=2 * num_layers * num_key_heads * head_width * module.dtype.itemsize,
+            kv_bytes=bytes_per_position(config, module.dtype),
             pair_flops=4 * num_layers * num_heads * head_width,
         )
 

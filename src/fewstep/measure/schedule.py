@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.decode.decoder import Decoder, first_block_start
+from fewstep.decode.decoder import Decoder
 from fewstep.decode.policies import Scheduled, scheduled
 from fewstep.decode.requests import Output, Request
 from fewstep.errors import FewstepError
@@ -54,12 +54,12 @@ def check_recordable(decoder: Decoder) -> None:
         )
 
 
-def recorded(decoder: Decoder, requests: Sequence[Request], outputs: Sequence[Output]) -> AcceptanceSchedule:
+def recorded(decoder: Decoder, answered: Sequence[tuple[Request, Output]]) -> AcceptanceSchedule:
     """Of some answers. FewstepError for a decoder without blocks, or if no answer finalised a whole block."""
     check_recordable(decoder)
     size, blocks = decoder.block_size, list[tuple[int, ...]]()
-    for request, output in zip(requests, outputs, strict=True):
-        given = len(request.prompt_ids) - first_block_start(decoder.role, len(request.prompt_ids))
+    for request, output in answered:
+        given = len(request.prompt_ids) - decoder.role.first_block_start(len(request.prompt_ids))
         steps = output.step_G[(-given) % size :]  # the first block may hold the end of the prompt
         for block in steps[: len(steps) // size * size].view(-1, size).tolist():
             if min(block) > 0:
