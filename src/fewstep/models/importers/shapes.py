@@ -17,7 +17,7 @@ from fewstep.models.checkpoint_files import CONFIG, VOCABULARIES
 from fewstep.models.importers.carried import save_tokenizer
 from fewstep.models.importers.convert import expected_shapes, write_config
 from fewstep.models.importers.weight_files import Entry, grouped, write_shards
-from fewstep.models.load import free_memory, load_tokenizer, open_checkpoint, place_named, read_config
+from fewstep.models.load import free_memory, holding, load_tokenizer, open_checkpoint, place_named, read_config
 from fewstep.models.names import bundled_names
 from fewstep.models.network import Network
 from fewstep.models.roles import Role
@@ -165,9 +165,9 @@ def _described(name: str) -> tuple[PreTrainedConfig, Role, PreTrainedTokenizerBa
         config = SHAPES[name].config()
         return config, SHAPES[name].role, tiny_tokenizer_for(SHAPES[name].model_type, config.vocab_size)
     check_shape(name)
-    checkpoint = open_checkpoint(name)
-    config = read_config(checkpoint.holding(CONFIG))
-    return config, Role.from_config(config), load_tokenizer(checkpoint.holding(*VOCABULARIES))
+    folders = open_checkpoint(name)
+    config = read_config(holding(folders, CONFIG))
+    return config, Role.from_config(config), load_tokenizer(holding(folders, *VOCABULARIES))
 
 
 def check_shape(name: str) -> None:
