@@ -43,7 +43,7 @@ class PolicyChoice:
                     f"a policy replaces threshold, gaps, steps and order; leave out {' and '.join(self.settings)}, or "
                     "the policy"
                 )
-        else:
+        elif self.settings:
             implied = {first: name for name in POLICIES if (first := _first_setting(name)) in self.settings}
             if len(implied) > 1:
                 one, other, *_ = implied
@@ -108,9 +108,8 @@ def build_decoder(name: str, resources: Resources, given: Mapping[str, Any]) -> 
     FewstepError if one of them is not one of that decoder's or of its policy's, or if the network cannot be decoded so.
     """
     owner, own = registered(name, DECODERS), declared_settings(DECODERS[name])
-    chosen = _policy_settings(owner) if "policy" in own else set()
     for setting in given:
-        if setting not in own and setting not in chosen:
+        if setting not in own and not ("policy" in own and setting in _policy_settings(owner)):
             raise FewstepError(f"the {name} decoder takes no {setting}; only {_takers(setting)} can")
     arguments = {own[setting].field: value for setting, value in given.items() if setting in own}
     if "policy" in own:

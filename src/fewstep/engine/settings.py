@@ -98,7 +98,7 @@ class GenerationSettings:
         shared = [one.name for one in fields(cls) if one.name != "own"]
         known = [*shared, *setting_names()]
         rule: Any = options.get("policy")
-        if is_function(rule):
+        if rule is not None and is_function(rule):
             names = [name for name in OwnPolicy(rule=rule).setting_names if name not in shared]
             known += names
             given = {name: options.pop(name) for name in names if name in options}

@@ -80,7 +80,14 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     shapes = stored_shapes(weights)
     with reading(folder / ADAPTER_CONFIG):
         config = read_description(folder / ADAPTER_CONFIG, base)
-    _fit_embeddings(base, shapes, weights)
+    names = _embeddings(base)
+    of_embeddings = {
+        key: shape
+        for key, shape in shapes.items()
+        if "trainable_tokens" not in key and any(f".{name}." in key for name in names)
+    }
+    if of_embeddings:
+        _fit_embeddings(base, of_embeddings, weights)
     with quiet_peft(), reading(folder, advice="the adapter and its adapter_config.json do not fit the base"):
         from peft import PeftModel, get_peft_model_state_dict
 
@@ -177,14 +184,13 @@ def _embeddings(base: PreTrainedModel) -> list[str]:
 
 
 def _fit_embeddings(base: PreTrainedModel, shapes: dict[str, tuple[int, ...]], weights: Path) -> None:
-    names = _embeddings(base)
-    rows, changed = set(), False
+    """Resize and untie those of the base as the adapter's tensors for them need; `shapes`: of these."""
+    rows = set()
     for key, shape in shapes.items():
-        for name in names:
-            if f".{name}." not in key or "trainable_tokens" in key:
+        for name in _embeddings(base):
+            if f".{name}." not in key:
                 continue
             part = key.rpartition(f".{name}.")[2]
-            changed = True
             if part in ("weight", "base_layer.weight", "lora_B.weight") and shape:
                 rows.add(shape[0])
             elif part == "lora_embedding_A" and len(shape) == 2:
@@ -196,7 +202,7 @@ def _fit_embeddings(base: PreTrainedModel, shapes: dict[str, tuple[int, ...]], w
     if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
         with reading(weights):
             base.resize_token_embeddings(rows.pop(), mean_resizing=False)
-    if changed and _is_tied(base):
+    if _is_tied(base):
         head = base.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
         _mark_untied(base)
