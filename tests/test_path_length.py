@@ -44,5 +44,5 @@ def test_few_functions_lie_on_the_way_from_load_to_an_answer() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     called = {name: set(functions) for name, functions in json.loads(done.stdout).items()}
     assert len(called["round"]) < 90, sorted(called["round"])
-    # Half of these check what strangers' checkpoints, templates and settings may hold; make it fewer, not more.
-    assert len(called["load"] | called["generate"]) <= 197, sorted(called["load"] | called["generate"])
+    # Many of these check what strangers' checkpoints, templates and settings may hold; make it fewer, not more.
+    assert len(called["load"] | called["generate"]) <= 192, sorted(called["load"] | called["generate"])
