@@ -404,6 +404,55 @@ def test_settings_and_prompts_that_cannot_be_are_refused_at_once() -> None:
         Service({})
 
 
+# Sharing
+
+
+def test_turns_of_a_conversation_reuse_what_is_cached_and_long_prompts_come_in_pieces() -> None:
+    lm = model("autoregressive")
+    messages = [{"role": "user", "content": "how many of them are left in the box"}]
+
+    async def program(service: Service) -> None:
+        for _ in range(3):
+            handle = await service.submit(messages, max_new_tokens=6)
+            output = await handle.output()
+            same(output, lm.generate(messages, max_new_tokens=6))
+            messages.extend(
+                [{"role": "assistant", "content": output.text}, {"role": "user", "content": "and how many not?"}]
+            )
+        now = service.statistics()
+        assert now.prompt_tokens == now.prefilled + now.reused
+        assert now.reused > 2 * 36
+        assert now.passes > 3 * 6  # pieces of the first prompt are passes too
+
+    run_in(lambda: Service(lm, num_slots=2, prefill_rows=16), program)
+
+
+def test_strictly_answers_in_bfloat16_are_the_same_in_any_company() -> None:
+    lm, several = model("shifted block"), asked("shifted block", 7)
+    lm.network.module.to(torch.bfloat16)
+
+    async def program(service: Service) -> None:
+        expected = [await (await service.submit(prompt, **settings)).output() for prompt, settings in several]
+        handles = [await service.submit(prompt, **settings) for prompt, settings in several]
+        for handle, one in zip(handles, expected, strict=True):
+            output = await handle.output()
+            same(output, one)
+            assert torch.equal(output.confidence_G, one.confidence_G)
+        assert service.statistics().reused == 0
+
+    run_in(lambda: Service(lm, num_slots=3, strict=True), program)
+
+
+def test_the_strict_refuse_what_depends_on_time() -> None:
+    lm = model("self-speculative")
+
+    async def program(service: Service) -> None:
+        with pytest.raises(FewstepError, match="set the cycle to two-pass or fused"):
+            await service.submit("ab", max_new_tokens=5, cycle="auto", window=4)
+
+    run_in(lambda: Service(lm, strict=True), program)
+
+
 # Ends and errors
 
 
@@ -549,7 +598,7 @@ def test_statistics_count_what_was_done() -> None:
         now = service.statistics()
         assert now.requests == {"submitted": 5, "completed": 5}
         assert now.tokens == sum(output.num_tokens for output in expected)
-        assert now.prompt_tokens == now.prefilled == sum(len(lm.encode(prompt)) for prompt, _ in several)
+        assert now.prompt_tokens == now.prefilled + now.reused == sum(len(lm.encode(prompt)) for prompt, _ in several)
         assert max(output.num_forwards for output in expected) <= now.passes
         assert sum(now.accepted.values()) == sum(output.num_forwards for output in expected)
         for summary in (now.queue_s, now.first_token_s, now.request_s):

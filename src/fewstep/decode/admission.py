@@ -22,28 +22,23 @@ def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None =
 
 def bytes_of_slot(network: Network, decoder: Decoder, length: int) -> int:
     """What a slot of so many positions takes up: keys and values of the networks that have a cache, and its state."""
-    num_stop_tokens = len(network.stop_token_ids)
-    nobody = begin(decoder, [], [], length, pad_token_id=network.pad_token_id, num_stop_tokens=num_stop_tokens)
+    pad, num_stops = network.pad_token_id, len(network.stop_token_ids)
+    nobody = begin(decoder, [], [], length, pad_token_id=pad, num_stop_tokens=num_stops)
     state = sum(prod(field.shape[1:]) * field.element_size() for field in nobody.tensors().values())
     networks = (network, *decoder.traits.companions.values()) if decoder.traits.cached else ()
-    cached = sum(bytes_per_position(each.module.config, each.dtype) for each in networks)
-    return state + cached * (length + 1)
-
-
-def check_role(network: Network, decoder: Decoder) -> None:
-    """FewstepError if the network's role cannot run the decoder."""
-    roles = decoder.traits.roles
-    if network.role.name not in roles:
-        raise FewstepError(
-            f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
-            f"it needs {' or '.join(roles)}"
-        )
+    return state + (length + 1) * sum(bytes_per_position(each.module.config, each.dtype) for each in networks)
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:
     """The request's canvas. FewstepError if the network, or a network that drafts for it, cannot decode it with this
     decoder.
     """
+    roles = decoder.traits.roles
+    if network.role.name not in roles:
+        raise FewstepError(
+            f"{network.name} has the role {network.role.name}, which the {decoder.name} decoder cannot run; "
+            f"it needs {' or '.join(roles)}"
+        )
     if not request.prompt_ids and (decoder.traits.cached or network.role.scores_next_token):
         raise FewstepError("the prompt is empty; give at least one token")
     if request.max_new_tokens < 1:

@@ -8,7 +8,7 @@ draft begins with the tokens that became final since the last one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class DraftState(State):
     """The draft's cache holds the positions before `draft_cached_R`."""
 
     draft_cached_R: Tensor
+
+    def with_cached(self, cached_R: Tensor) -> Self:
+        return replace(self, cached_R=cached_R, draft_cached_R=cached_R)
+
+    @property
+    def in_all_caches_R(self) -> Tensor:
+        return self.cached_R.minimum(self.draft_cached_R)
 
 
 class Draft(Protocol):

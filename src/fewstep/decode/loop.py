@@ -10,13 +10,13 @@ each with the requests that need it. After a round the host reads a few integers
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.decode.admission import check_request, check_role, positions_needed
+from fewstep.decode.admission import check_request, positions_needed
 from fewstep.decode.decoder import (
     DRAWINGS,
     Accepted,
@@ -27,8 +27,10 @@ from fewstep.decode.decoder import (
     whole_blocks,
 )
 from fewstep.decode.generator import Generator, answer
+from fewstep.decode.intake import Intake, Ticket, strict_groups
 from fewstep.decode.outputs import new_events, output_of, with_record
-from fewstep.decode.requests import Canvas, Event, Output, Record, Request
+from fewstep.decode.requests import Event, Output, Record, Request
+from fewstep.decode.sharing import Sharing
 from fewstep.decode.state import State
 from fewstep.decode.steps import begin, free_slots
 from fewstep.errors import FewstepError
@@ -63,22 +65,12 @@ RunPass = Callable[
 ]
 
 
-@dataclass(frozen=True)
-class _Ticket:
-    """The host's side of a submitted request."""
-
-    number: int
-    request: Request
-    canvas: Canvas
-    submitted_s: float
-
-
 class Loop:
     """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
 
-    `length`: the most positions a request may need (`positions_needed`). FewstepError if the network's role cannot run
-    the decoder. `num_passes` counts passes of all networks so far, `num_prefilled` the positions that were pending in
-    requests that began, `num_reused` those that were in the cache already.
+    `length`: the most positions a request may need (`positions_needed`). `sharing`: what requests share besides passes.
+    `num_prefilled` counts the positions that were pending in requests that began, `num_reused` those that were in the
+    cache already.
     """
 
     def __init__(
@@ -91,11 +83,11 @@ class Loop:
         record: Record | None = None,
         listeners: Sequence[Listener] = (),
         run_pass: RunPass = run_pass,
+        sharing: Sharing | None = None,
     ) -> None:
         traits = decoder.traits
         if num_slots < 1:
             raise FewstepError(f"batch_size must be at least 1, got {num_slots}")
-        check_role(network, decoder)
         if record is not None and traits.guided:
             raise FewstepError(
                 "with cfg_scale no single hidden row gives a token's distribution, so none is recorded; leave it out"
@@ -123,13 +115,15 @@ class Loop:
         self.num_slots = num_slots
         self._hidden_RLD = self._new_hidden_rows(num_slots) if record else None
         self.listeners = list(listeners)
-        self._queue: deque[_Ticket] = deque()
-        self._live: dict[int, _Ticket] = {}
-        self._seen: dict[int, _Ticket] = {}  # slot -> request of the last round, also of those that it completed
+        self._queue: deque[Ticket] = deque()
+        self._live: dict[int, Ticket] = {}
+        self._seen: dict[int, Ticket] = {}  # slot -> request of the last round, also of those that it completed
         self._steps_before_R = self.state.num_forwards_R  # of every slot, before the last round
         self._free = list(range(num_slots))[::-1]
         self._num_submitted = 0
-        self.num_passes = self.num_prefilled = self.num_reused = 0
+        self.strict = sharing is not None and sharing.strict
+        self._intake = None if sharing is None else Intake(sharing, decoder, self._networks, self._caches)
+        self.num_prefilled = self.num_reused = self._num_passes = 0
         # The host's copy of what decides the passes of a round.
         self._pending_R = torch.full((num_slots,), -1)
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
@@ -156,6 +150,11 @@ class Loop:
         return in_length and (self.state.done_R.device, self.dtype) == (network.device, network.dtype)
 
     @property
+    def num_passes(self) -> int:
+        """Passes of all networks so far."""
+        return self._num_passes + (0 if self._intake is None else self._intake.num_passes)
+
+    @property
     def live(self) -> dict[int, int]:
         """Slot -> number of the request in it; for a listener also those that the round completed."""
         return {slot: ticket.number for slot, ticket in self._live.items()}
@@ -174,13 +173,14 @@ class Loop:
         if positions_needed(self.decoder, request, canvas) > self.length:
             raise FewstepError(f"the request needs more than the {self.length} positions that a slot has")
         self._num_submitted += 1
-        self._queue.append(_Ticket(self._num_submitted - 1, request, canvas, time.perf_counter()))
+        self._queue.append(Ticket(self._num_submitted - 1, request, canvas, time.perf_counter()))
         return self._num_submitted - 1
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, Output]]:
         """One round: admit what is queued, give every live request one step; returns those that it completed."""
-        num_requests = min(len(self._live) + len(self._queue), len(self._pending_R))
+        num_requests = min(len(self._live) + len(self._queue), self.num_slots)
+        num_requests = self.num_slots if self.strict else num_requests
         with sparing_threads(self.network.device, self._num_parameters, num_requests):
             completed_r = self._round()
             self._seen = dict(self._live)
@@ -235,7 +235,9 @@ class Loop:
             return live_r
         self._steps_before_R = self.state.num_forwards_R.clone()
         started_s, front_R = time.perf_counter(), self._front_R
-        groups = list(self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]))
+        pending_r, length_r = self._pending_R[live_r], self._length_R[live_r]
+        split = strict_groups(self.decoder, pending_r, length_r) if self.strict else None
+        groups = list(split or self.decoder.passes(pending_r, length_r))
         for members, shapes in groups:
             self._run(live_r[members], shapes)
         told_XR = torch.stack((self.state.pending_R, self.state.front_R, *self.state.told)).cpu()
@@ -254,28 +256,39 @@ class Loop:
             listener(self.state)
         return live_r[self._pending_R[live_r] < 0]
 
-    def _admit(self) -> None:
-        count = min(len(self._queue), len(self._free))
-        if not count:
-            return
-        tickets = [self._queue.popleft() for _ in range(count)]
-        slots = [self._free.pop() for _ in range(count)]
-        self._live.update(zip(slots, tickets, strict=True))
-        rows = self._begin(tickets)
-        slots_r = torch.tensor(slots)
-        self._pending_R[slots_r] = rows.pending_R
-        self._front_R[slots_r] = rows.front_R
-        self.num_prefilled += int(rows.pending_R.sum())
-        for slot, ticket in zip(slots, tickets, strict=True):
-            self._length_R[slot] = positions_needed(self.decoder, ticket.request, ticket.canvas)
-            self._drawing_R[slot] = DRAWINGS.index(drawing_of(ticket.request))
-        self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
-        for cache in self._caches.values():
-            cache.reset(
-                torch.zeros_like(self._pending_R, dtype=torch.bool).index_fill(0, slots_r, True).to(self.network.device)
-            )
+    @property
+    def admitting(self) -> bool:
+        """Whether the next round lets a request begin, or goes on with a prompt that is prefilled in pieces."""
+        return bool(self._queue and self._free) or (self._intake is not None and self._intake.busy)
 
-    def _begin(self, tickets: Sequence[_Ticket]) -> State:
+    def _admit(self) -> None:
+        intake, joining = self._intake, list[tuple[list[int], State]]()
+        if intake is None:
+            count = min(len(self._queue), len(self._free))
+            tickets, slots = [self._queue.popleft() for _ in range(count)], [self._free.pop() for _ in range(count)]
+        else:
+            joining = intake.go_on()
+            tickets, slots = intake.choose(self._queue, self._free)
+        if tickets:
+            self._live.update(zip(slots, tickets, strict=True))
+            for slot, ticket in zip(slots, tickets, strict=True):
+                self._length_R[slot] = positions_needed(self.decoder, ticket.request, ticket.canvas)
+                self._drawing_R[slot] = DRAWINGS.index(drawing_of(ticket.request))
+            is_new_R = torch.zeros_like(self._pending_R, dtype=torch.bool).index_fill(0, torch.tensor(slots), True)
+            for cache in self._caches.values():
+                cache.reset(is_new_R.to(self.network.device))
+            rows = self._begin(tickets)
+            rows = rows if intake is None else intake.prepared(rows)
+            self.num_prefilled += int((rows.front_R - rows.cached_R).sum())
+            self.num_reused += int(rows.cached_R.sum()) if self._caches else 0
+            joining.append((slots, rows))
+        for slots, rows in joining:
+            slots_r = torch.tensor(slots)
+            self._pending_R[slots_r] = rows.pending_R.cpu()
+            self._front_R[slots_r] = rows.front_R.cpu()
+            self.state.put(slots_r.to(self.network.device), rows.to(self.network.device))
+
+    def _begin(self, tickets: Sequence[Ticket]) -> State:
         return begin(
             self.decoder,
             [ticket.request for ticket in tickets],
@@ -287,18 +300,21 @@ class Loop:
 
     def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
         """One step of these slots; a subset is copied out and back, so that nothing is computed for the others."""
+        if self.strict and len(slots_r) < self.num_slots:
+            self._run_among_all(slots_r, shapes)
+            return
         subset_r = None if len(slots_r) == len(self._pending_R) else slots_r.to(self.network.device)
         state = self.state if subset_r is None else self.state.select(subset_r)
         traits = self.decoder.traits
         cache_length = 0
         if traits.cached:
-            needed = int(self._front_R[slots_r].max()) + traits.pass_length
+            needed = self.length if self.strict else int(self._front_R[slots_r].max()) + traits.pass_length
             cache_length = min(whole_blocks(needed, CACHE_LENGTH_BUCKET), self.length + 1)
         caches = {name: cache.view(subset_r, cache_length) for name, cache in self._caches.items()}
         drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
             shape = replace(shape, rows=len(slots_r), cache_length=cache_length, drawing=drawing)
-            self.num_passes += 1
+            self._num_passes += 1
             accepted, scores = self._run_pass(self._networks, self.decoder, state, caches, shape)
             if self._hidden_RLD is not None:
                 self._keep_hidden(subset_r, accepted, scores)
@@ -307,6 +323,19 @@ class Loop:
             self.state = state
         else:
             self.state.put(subset_r, state)
+
+    def _run_among_all(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
+        """One step of these slots in passes of all of them. In the place of each other one stands a copy of the first,
+        which is done.
+        """
+        mine_r, before, drawing_R = slots_r.to(self.network.device), self.state, self._drawing_R
+        others_R = torch.ones_like(before.done_R).index_fill(0, mine_r, False)
+        standing_R = torch.where(others_R, mine_r[0], torch.arange(self.num_slots, device=mine_r.device))
+        self.state = replace(before.select(standing_R), done_R=others_R)
+        self._drawing_R = torch.full_like(drawing_R, int(drawing_R[slots_r].max()))
+        self._run(torch.arange(self.num_slots), shapes)
+        after, self.state, self._drawing_R = self.state, before, drawing_R
+        self.state.put(mine_r, after.select(mine_r))
 
     def _new_hidden_rows(self, num_slots: int) -> Tensor:
         """One row a position, and a last one that takes what is not kept."""
@@ -333,6 +362,8 @@ class Loop:
         for row, slot in enumerate(slots_r.tolist()):
             ticket = self._live.pop(slot)
             self._free.append(slot)
+            if self._intake is not None:
+                self._intake.leave(slot, ticket, state, row)
             seconds = finished_s - ticket.submitted_s
             output = output_of(ticket.request, ticket.canvas, state, row, seconds=seconds)
             if hidden_rLD is not None and self.record is not None:

@@ -110,6 +110,15 @@ class State(Rows):
         """Number of pending positions; -1 for a request that is done."""
         return torch.where(self.done_R, -1, self.front_R - self.cached_R)
 
+    def with_cached(self, cached_R: Tensor) -> Self:
+        """With so many positions in all caches."""
+        return replace(self, cached_R=cached_R)
+
+    @property
+    def in_all_caches_R(self) -> Tensor:
+        """Number of positions whose keys and values are in the cache of every network."""
+        return self.cached_R
+
     @property
     def told(self) -> tuple[Tensor, ...]:
         """Integers of each request that the host reads after a round for a decoder's `Traits.observe`."""

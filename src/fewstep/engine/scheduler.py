@@ -18,6 +18,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Loop
 from fewstep.decode.own_policies import same_kind
 from fewstep.decode.requests import Event, Output
+from fewstep.decode.sharing import Sharing
 from fewstep.engine.choice import EngineSetting
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel
@@ -75,8 +76,9 @@ def can_share_passes(one: Decoder, other: Decoder) -> bool:
 class Scheduler:
     """Runs jobs to their end. What it is told and what it tells is in the order of the calls."""
 
-    def __init__(self, room: Room, recorder: Recorder) -> None:
+    def __init__(self, room: Room, sharing: Sharing, recorder: Recorder) -> None:
         self._room = room
+        self._sharing = sharing
         self._recorder = recorder
         self._groups: list[Group] = []
         self._queue: dict[int, Job] = {}  # by number, in the order of submission
@@ -242,7 +244,9 @@ class Scheduler:
         """With fewer slots if the device has no memory for so many. FewstepError if it has none for one."""
         while True:
             try:
-                return group.model.loop(group.decoder, group.engine, num_slots=num_slots, length=length)
+                return group.model.loop(
+                    group.decoder, group.engine, num_slots=num_slots, length=length, sharing=self._sharing
+                )
             except (RuntimeError, MemoryError) as error:  # what torch raises where memory ends
                 if num_slots == 1 or self._room.strict:
                     raise PassFailedError(

@@ -18,8 +18,9 @@ from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from fewstep.decode.admission import check_request, check_role, positions_needed
+from fewstep.decode.admission import check_request, positions_needed
 from fewstep.decode.requests import Event, Output
+from fewstep.decode.sharing import Sharing
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.refusals import PassFailedError, QueueFullError, StoppingError
@@ -40,16 +41,26 @@ class ServiceSettings:
 
     `num_slots`: requests that share the passes of one group. `max_queued`: requests that may wait for a slot.
     `memory_bytes`: what all slots may take up; by default half of what is free on the device. `time_limit_s`: of a
-    request from its submission, unless it brings its own.
+    request from its submission, unless it brings its own. `prefill_rows`, `reuse_prefixes` and `strict`: as in
+    `Sharing`; strictly no prefix is reused, and the plain path runs the passes.
     """
 
     num_slots: Count = 8
     max_queued: Count = 256
     memory_bytes: Annotated[int, Gt(0)] | None = None
     time_limit_s: Annotated[float, Gt(0)] | None = None
+    prefill_rows: Count = 256
+    reuse_prefixes: bool = True
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How requests share a loop."""
+        reuses = self.reuse_prefixes and not self.strict
+        return Sharing(prefill_rows=self.prefill_rows, reuse_prefixes=reuses, strict=self.strict)
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,7 @@ class Service:
             raise FewstepError("a service needs a model; give at least one")
         device = next(iter(self.models.values())).network.device
         memory_bytes = self.settings.memory_bytes or int(free_memory(device) * DEFAULT_SHARE)
-        self._room = Room(memory_bytes, self.settings.num_slots)
+        self._room = Room(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
         self._recorder = Recorder(memory_bytes)
         self._numbers = itertools.count()
         self._queued: set[int] = set()  # those that are being prepared among them
@@ -275,7 +286,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._preparer = ThreadPoolExecutor(1, "fewstep-prepare")
-        self._worker = Worker(Scheduler(self._room, self._recorder), self._post, self._post_end)
+        self._worker = Worker(Scheduler(self._room, self.settings.sharing, self._recorder), self._post, self._post_end)
 
     async def __aenter__(self) -> "Service":
         self._start()
@@ -451,15 +462,17 @@ class Service:
             chosen.request(_ids(model, prompt, raw=raw), canvas=None if canvas is None else list(canvas)),
             policy=decoder.policy,
         )
+        if self.settings.strict:
+            settings = {**settings, "engine": "off"}
         network = model.choice(**settings).network
-        check_role(network, decoder)
+        self.settings.sharing.check(decoder)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
         self._room.length_for(network, decoder, positions)
         return Job(
             model=model,
             model_name=model_name,
             decoder=decoder,
-            engine=chosen.engine,
+            engine="off" if self.settings.strict else chosen.engine,
             network=network,
             request=request,
             positions=positions,

@@ -12,18 +12,6 @@ from transformers import Cache, PreTrainedConfig
 from fewstep.models.roles import INVISIBLE
 
 
-def _heads(config: PreTrainedConfig) -> tuple[int, int]:
-    """How many key/value heads a layer has, and how wide each is."""
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_width
-
-
-def bytes_per_position(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of a position take up in all layers."""
-    num_heads, head_width = _heads(config)
-    return 2 * config.num_hidden_layers * num_heads * head_width * dtype.itemsize
-
-
 class KVCache(Cache):
     """Keys and values of R requests, allocated once; slot p holds position p, the last slot is scratch.
 
@@ -38,7 +26,8 @@ class KVCache(Cache):
         super().__init__(layers=[])
         self.num_slots = length + 1
         self.scratch = length
-        num_heads, head_width = _heads(config)
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.num_hidden_layers, num_requests, num_heads, self.num_slots, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -88,6 +77,21 @@ class KVCache(Cache):
         """Forget the requests marked True."""
         self._all_blocks.masked_fill_(requests_R[:, None], INVISIBLE)
 
+    def copy_first(self, source: int, target: int, count: int) -> None:
+        """Give one request the keys and values of the first slots of another; `number` makes them visible."""
+        self.keys[:, target, :, :count] = self.keys[:, source, :, :count]
+        self.values[:, target, :, :count] = self.values[:, source, :, :count]
+
+    def number(self, request: int, blocks_K: Tensor) -> None:
+        """The first slots of a request hold rows of these blocks."""
+        self._all_blocks[request, : len(blocks_K)] = blocks_K
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in all: positions are always given explicitly, so nothing is derived from this."""
         return self.num_slots
+
+
+def bytes_per_position(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of a position take up in all layers."""
+    slot = KVCache(config, 1, 0, device=torch.device("meta"), dtype=dtype)
+    return slot.keys.nbytes + slot.values.nbytes

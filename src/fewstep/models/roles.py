@@ -76,6 +76,15 @@ class Role:
         """Whether the row at position t scores the token at t + 1."""
         return self.name == "autoregressive" or self.right_shift_logits
 
+    @property
+    def context_unit(self) -> int | None:
+        """Keys and values of a context depend, up to each multiple of so many positions, on the tokens before it alone;
+        None: on the whole context.
+        """
+        if self.name == "autoregressive" or self.context_attention == "causal":
+            return 1
+        return self.block_size if self.context_attention == "block_causal" else None
+
     def blocks(self, positions: Tensor, context_length: Tensor) -> Tensor:
         """Block number of each position; integers that broadcast, e.g. positions [R, Q] and context_length [R, 1]."""
         if self.name == "autoregressive":
