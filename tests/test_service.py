@@ -422,7 +422,7 @@ def test_turns_of_a_conversation_reuse_what_is_cached_and_long_prompts_come_in_p
         now = service.statistics()
         assert now.prompt_tokens == now.prefilled + now.reused
         assert now.reused > 2 * 36
-        assert now.passes > 3 * 6  # pieces of the first prompt are passes too
+        assert now.passes >= 3 * 6
 
     run_in(lambda: Service(lm, num_slots=2, prefill_rows=16), program)
 

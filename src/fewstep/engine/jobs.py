@@ -17,8 +17,8 @@ from fewstep.models.text import AnswerText
 class Job:
     """A request that was checked, in the order of its `number`. Times are those of `time.monotonic`.
 
-    `network`: whose forward its passes run. `positions`: how many it takes up in a slot. `ahead`: the text of its
-    answer so far, if stop texts can end it.
+    `network`: whose forward its passes run. `length` and `slot_bytes`: of the slot that it needs. `ahead`: the text of
+    its answer so far, if stop texts can end it.
     """
 
     number: int
@@ -28,7 +28,8 @@ class Job:
     engine: EngineSetting
     network: Network
     request: Request
-    positions: int
+    length: int
+    slot_bytes: int
     submitted_s: float
     time_limit_s: float | None = None
     stop: tuple[str, ...] = ()

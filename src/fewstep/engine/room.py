@@ -38,22 +38,21 @@ class Room:
     num_slots: int
     strict: bool = False
 
-    def length_for(self, network: Network, decoder: Decoder, positions: int) -> int:
-        """The length of slots for requests of so many positions: one of few, or the shortest possible near the limit.
+    def slot_for(self, network: Network, decoder: Decoder, positions: int) -> tuple[int, int]:
+        """The length of slots for requests of so many positions, and the bytes of one: one of few lengths, or the
+        shortest possible near the limit.
 
         TooLargeError if the limit could never hold such a slot, with what it could hold.
         """
-        length = self._bucket(network, decoder, positions)
-        if self.slots_within(network, decoder, length, self.limit):
-            return length
-        length = _shortest(positions)
-        if self.slots_within(network, decoder, length, self.limit):
-            return length
+        for length in (self._bucket(network, decoder, positions), _shortest(positions)):
+            slot_bytes = bytes_of_slot(network, decoder, length)
+            if self.slots_within(self.limit, slot_bytes):
+                return length, slot_bytes
         raise self._too_large(network, decoder, positions)
 
-    def slots_within(self, network: Network, decoder: Decoder, length: int, num_bytes: int) -> int:
-        """How many slots of this length so many bytes hold, at most `num_slots`."""
-        fits = min(self.num_slots, num_bytes // bytes_of_slot(network, decoder, length))
+    def slots_within(self, num_bytes: int, slot_bytes: int) -> int:
+        """How many slots so many bytes hold, at most `num_slots`."""
+        fits = min(self.num_slots, num_bytes // slot_bytes)
         return fits if fits == self.num_slots or not self.strict else 0
 
     def _bucket(self, network: Network, decoder: Decoder, positions: int) -> int:

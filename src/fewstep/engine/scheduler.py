@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from fewstep.decode.admission import bytes_of_slot
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Loop
 from fewstep.decode.own_policies import same_kind
@@ -57,6 +56,7 @@ class Group:
     engine: EngineSetting
     network: Network
     most_slots: int
+    num_queued: int = 0
     seats: list[Seats] = field(default_factory=list)
 
     def takes(self, job: Job) -> bool:
@@ -81,7 +81,7 @@ class Scheduler:
         self._sharing = sharing
         self._recorder = recorder
         self._groups: list[Group] = []
-        self._queue: dict[int, Job] = {}  # by number, in the order of submission
+        self._queue: dict[int, tuple[Job, Group]] = {}  # by number, in the order of submission
         self._where: dict[int, tuple[Seats, int]] = {}
         self._turns: deque[Seats] = deque()
         self._may_admit = False
@@ -90,14 +90,15 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self._queue or self._where)
 
-    @property
-    def next_deadline_s(self) -> float:
-        """When the first time limit ends; infinity if there is none."""
-        return min((job.deadline_s for job in self._jobs()), default=float("inf"))
-
     def submit(self, job: Job) -> None:
         """Queue a job."""
-        self._queue[job.number] = job
+        group = next((one for one in self._groups if one.takes(job)), None)
+        if group is None:
+            self._groups = [one for one in self._groups if one.seats or one.num_queued]
+            group = Group(job.model, job.model_name, job.decoder, job.engine, job.network, self._room.num_slots)
+            self._groups.append(group)
+        group.num_queued += 1
+        self._queue[job.number] = job, group
         self._may_admit = True
         self._recorder.ended("submitted")
 
@@ -112,12 +113,11 @@ class Scheduler:
 
     def statistics(self) -> None:
         """Tell the recorder what is where."""
-        waiting = list(self._queue.values())
         self._recorder.groups = [
             GroupStatistics(
                 model=group.model_name,
                 decoder=group.decoder.name,
-                queued=sum(map(group.takes, waiting)),
+                queued=group.num_queued,
                 running=sum(len(seats.jobs) for seats in group.seats),
                 slots=sum(seats.loop.num_slots for seats in group.seats),
                 cache_bytes=sum(seats.num_bytes for seats in group.seats),
@@ -128,14 +128,14 @@ class Scheduler:
     # Ends before the end
 
     def _jobs(self) -> Iterator[Job]:
-        yield from self._queue.values()
+        yield from (job for job, _ in self._queue.values())
         yield from (seats.jobs[number] for seats, number in self._where.values())
 
     def _job(self, number: int) -> Job | None:
         if number in self._where:
             seats, inside = self._where[number]
             return seats.jobs[inside]
-        return self._queue.get(number)
+        return self._queue.get(number, (None,))[0]
 
     def _expire(self) -> list[News]:
         now_s = time.monotonic()
@@ -149,10 +149,15 @@ class Scheduler:
         """Take the job from the queue or its slot; what was final."""
         self._recorder.ended(how)
         self._may_admit = True
-        if self._queue.pop(job.number, None) is not None:
+        if job.number in self._queue:
+            self._leave_queue(job)
             return job.finished(None, time.monotonic())
         seats, inside = self._leave(job)
         return job.finished(seats.loop.cancel(inside), time.monotonic())
+
+    def _leave_queue(self, job: Job) -> None:
+        _, group = self._queue.pop(job.number)
+        group.num_queued -= 1
 
     def _leave(self, job: Job) -> tuple[Seats, int]:
         seats, inside = self._where.pop(job.number)
@@ -169,74 +174,68 @@ class Scheduler:
         if not self._may_admit:
             return []
         self._may_admit = False
-        news = []
-        for job in list(self._queue.values()):
+        news, in_vain = [], set[tuple[Group, int]]()
+        for job, group in list(self._queue.values()):
+            if (group, job.length) in in_vain:
+                continue
             try:
-                seats, must_wait = self._find_seats(job)
+                seats, must_wait = self._find_seats(job, group)
                 if seats is not None:
-                    inside = seats.loop.submit(job.request)
+                    self._sit(job, seats)
+                    news.append(News(number=job.number, begun=True))
             except FewstepError as error:  # what only the loop can tell of a request
-                del self._queue[job.number]
+                self._leave_queue(job)
                 self._recorder.ended("failed")
                 news.append(News(number=job.number, error=error))
                 continue
-            if seats is not None:
-                self._sit(job, seats, inside)
-                news.append(News(number=job.number, begun=True))
-            elif must_wait:
+            if must_wait:
                 break
+            if seats is None:
+                in_vain.add((group, job.length))
         return news
 
-    def _sit(self, job: Job, seats: Seats, inside: int) -> None:
-        del self._queue[job.number]
+    def _sit(self, job: Job, seats: Seats) -> None:
+        inside = seats.loop.submit(job.request)
+        self._leave_queue(job)
         if not seats.jobs:
             self._turns.append(seats)
         seats.jobs[inside] = job
         self._where[job.number] = seats, inside
         self._recorder.begun(len(job.request.prompt_ids), time.monotonic() - job.submitted_s)
 
-    def _find_seats(self, job: Job) -> tuple[Seats | None, bool]:
+    def _find_seats(self, job: Job, group: Group) -> tuple[Seats | None, bool]:
         """A loop with a free slot for the job; if there is none, whether it waits for memory, and all later with it."""
-        group = next((one for one in self._groups if one.takes(job)), None)
-        if group is None:
-            group = Group(
-                job.model, job.model_name, job.decoder, job.engine, job.network, most_slots=self._room.num_slots
-            )
-        length = self._room.length_for(job.network, job.decoder, job.positions)
         fitting = [
             seats
             for seats in group.seats
-            if (seats.loop.length == length if self._room.strict else seats.loop.length >= length)
+            if (seats.loop.length == job.length if self._room.strict else seats.loop.length >= job.length)
         ]
         free = [seats for seats in fitting if seats.num_free]
         if free:
             return min(free, key=lambda seats: seats.loop.length), False
-        opened = self._open(group, length)
+        opened = self._open(job, group)
         # Without room for a loop of its own it waits for a slot of another one that fits.
         return opened, opened is None and not fitting
 
-    def _open(self, group: Group, length: int) -> Seats | None:
+    def _open(self, job: Job, group: Group) -> Seats | None:
         """A new loop of the group with as many slots of this length as it lacks, or as memory allows; idle loops make
         room for it.
         """
-        network, decoder = group.network, group.decoder
-        lacking = group.most_slots - sum(one.loop.num_slots for one in group.seats if one.loop.length == length)
+        lacking = group.most_slots - sum(one.loop.num_slots for one in group.seats if one.loop.length == job.length)
+        if lacking < 1:
+            return None
         while True:
-            fitting = self._room.slots_within(network, decoder, length, self._num_free_bytes())
+            fitting = self._room.slots_within(self._num_free_bytes(), job.slot_bytes)
             idle = sorted((one for one in self._all_seats() if not one.jobs), key=lambda one: one.last_used_s)
             if fitting >= lacking or not idle:
                 break
             self._give_up(idle[0])
-        num_slots = min(lacking, fitting)
-        if num_slots < 1:
+        if not fitting:
             return None
         for seats in idle[: max(0, len(list(self._all_seats())) + 1 - MOST_LOOPS)]:
             self._give_up(seats)
-        loop = self._allocate(group, num_slots, length)
-        seats = Seats(loop, self._bytes(group, length) * loop.num_slots)
-        if group not in self._groups:
-            self._groups = [one for one in self._groups if one.seats or len(self._groups) < MOST_LOOPS]
-            self._groups.append(group)
+        loop = self._allocate(group, min(lacking, fitting), job.length)
+        seats = Seats(loop, job.slot_bytes * loop.num_slots)
         group.seats.append(seats)
         return seats
 
@@ -256,9 +255,6 @@ class Scheduler:
 
     def _num_free_bytes(self) -> int:
         return self._room.limit - sum(seats.num_bytes for seats in self._all_seats())
-
-    def _bytes(self, group: Group, length: int) -> int:
-        return bytes_of_slot(group.network, group.decoder, length)
 
     def _all_seats(self) -> Iterator[Seats]:
         return (seats for group in self._groups for seats in group.seats)

@@ -467,7 +467,7 @@ class Service:
         network = model.choice(**settings).network
         self.settings.sharing.check(decoder)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
-        self._room.length_for(network, decoder, positions)
+        length, slot_bytes = self._room.slot_for(network, decoder, positions)
         return Job(
             model=model,
             model_name=model_name,
@@ -475,7 +475,8 @@ class Service:
             engine="off" if self.settings.strict else chosen.engine,
             network=network,
             request=request,
-            positions=positions,
+            length=length,
+            slot_bytes=slot_bytes,
             time_limit_s=limits.time_limit_s or self.settings.time_limit_s,
             stop=chosen.stop,
             **known,
