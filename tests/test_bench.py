@@ -20,9 +20,11 @@ from fewstep.measure.bench import Variant, busy_time, check_fits, report, run_va
 from fewstep.measure.passes import Watch
 from fewstep.measure.prompts import random_prompts, real_prompts
 from fewstep.measure.roofline import (
+    KINDS,
     Rates,
     Setting,
     Sizes,
+    analysed,
     last_batch,
     memory_bound_up_to,
     pass_work,
@@ -130,6 +132,16 @@ def test_the_last_batch_is_the_one_before_the_first_that_fails() -> None:
     assert last_batch([1, 2], [False, True]) is None
 
 
+def test_the_analysis_of_a_network_names_where_each_kind_stops() -> None:
+    causal, block, full = analysed(DREAM, ANSWER, H200)
+    assert (causal.kind, block.kind, full.kind) == KINDS
+    assert causal.pays_up_to is None
+    assert block.memory_bound_up_to == memory_bound_up_to("block", DREAM, ANSWER, H200)
+    assert block.pays_up_to == pays_up_to("block", DREAM, ANSWER, H200)
+    assert (block.memory_bound_up_to, block.pays_up_to, full.pays_up_to) == (4, 27, 2)
+    assert round(tokens_per_second("block", DREAM, ANSWER, 1, H200), -1) == 1620  # with the commits' rows for nothing
+
+
 def test_the_rates_of_a_device_are_positive_and_the_faster_bounds() -> None:
     rates = measure_device(torch.device("cpu"), torch.float32, weight_bytes=100_000)
     assert rates.read_bytes <= 100_000
@@ -235,7 +247,7 @@ def test_rounds_are_told_apart_with_their_rows_and_keys() -> None:
     generator.submit(request)
     while generator.busy:
         generator.step()
-    rounds = watch.rounds(lm.network, lm.decoder(policy=policy), [request])
+    rounds = watch.rounds(lm.network, lm.decoder(policy=policy), [request], torch.float32)
     assert [one.kind for one in rounds] == ["prefill", "denoise", "commit", "denoise"]
     assert [one.tokens for one in rounds] == [2, 2, 2, 2]
     sizes = Sizes.of(lm.network.module)
@@ -265,6 +277,7 @@ def test_every_decoder_is_measured_round_by_round(role: str, decoder: str, kinds
     assert figures["kind"] in kinds - {"prefill"}
     assert figures["answers"]["n"] == 2
     assert figures["answers"]["num_tokens_mean"] == 32
+    assert 0 < figures["answers"]["host_ms_per_answer"] < 2 * figures["answers"]["answer_ms_median"]
     assert_close(figures["answers"]["cost_per_million_tokens"], 1000 / figures["tokens_per_second"])
     for row in figures["steps"]:
         assert_close(row["roofline_share"], row["floor_ms"] / row["step_ms_median"])
@@ -368,6 +381,20 @@ def test_a_recorded_schedule_is_replayed_by_other_weights(run: Run, tmp_path: Pa
     done = run("bench", "--shape", "tiny-llada", *SMALL[2:], "--schedule", schedule, "--json", file)
     assert done.code == 0, done.err
     assert json.loads(file.read_text())["answers"]["passes_mean"] == 4
+
+
+def test_a_roofline_is_drawn_with_the_measured_points(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    decoders = ("--decoder", "block,autoregressive,diffusion", "--batch-size", "1,2")
+    done = run("bench", *SMALL, *decoders, "--plot", tmp_path / "roofline", "--json", tmp_path / "bench.json")
+    assert done.code == 0, done.err
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+    drawn = (tmp_path / "roofline.svg").read_text()
+    assert "requests at once" in drawn or "<svg" in drawn
+    assert "waits for the memory" in done.out
+    first = json.loads((tmp_path / "bench.json").read_text())[0]
+    assert [one["kind"] for one in first["roofline"]["kinds"]] == ["causal", "block", "full canvas"]
+    assert (first["roofline"]["context"], first["roofline"]["canvas"], first["roofline"]["block_size"]) == (12, 16, 8)
 
 
 def test_bench_of_a_bundled_model_answers_real_prompts_until_they_end(run: Run, tmp_path: Path) -> None:

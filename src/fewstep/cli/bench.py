@@ -1,8 +1,9 @@
 """`fewstep bench`: step times against what the device allows, tokens a second, memory, power."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -11,11 +12,12 @@ import typer
 from annotated_types import Ge, Le
 
 from fewstep.cli.decoding import DecodingOptions
+from fewstep.cli.extras import require
 from fewstep.cli.generate import read_prompts
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, written_file_check
 from fewstep.cli.report import deliver, note, print_table, progress_bar
-from fewstep.cli.sources import STANDARD_OUTPUT, Touches
+from fewstep.cli.sources import STANDARD_OUTPUT, Touches, plot_stem
 from fewstep.decode.declarations import declared_settings
 from fewstep.decode.registry import DECODERS, check_registered
 from fewstep.errors import FewstepError, suggestion
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from fewstep.engine.language_model import LanguageModel
     from fewstep.measure.bandwidth import DeviceRates
     from fewstep.measure.bench import Variant
+    from fewstep.measure.roofline import Analysis, Rates, Setting, Sizes
     from fewstep.measure.schedule import AcceptanceSchedule
     from fewstep.models.network import Network
     from fewstep.models.roles import RoleName
@@ -188,6 +191,16 @@ def bench(
         ),
         Touches.WRITES,
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STEM",
+            help="Draw causal, block and full-canvas decoding over batch sizes: what the device allows, and what was "
+            "measured. STEM.png and STEM.svg.",
+            rich_help_panel=_RUN,
+        ),
+        Touches.DRAWS,
+    ] = None,
     price_per_hour: Annotated[
         Annotated[float, Ge(0), Le(1e9)] | None,
         typer.Option(
@@ -210,8 +223,11 @@ def bench(
         raise FewstepError("--input has real prompts, and --prompts says random; leave one of them out")
     if STANDARD_OUTPUT in (record, profile):
         raise FewstepError("--record and --profile write files; name one")
+    if plot is not None:
+        require("matplotlib")
     if shape is None:
         check_model_name(model or _DEFAULT_MODEL)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler else prints when it starts and stops
     texts = None if input_file is None else [prompt for _, prompt in read_prompts(input_file)]
     from fewstep.measure.bench import report, run_variants
     from fewstep.measure.schedule import check_recordable, read_schedule, recorded
@@ -271,7 +287,85 @@ def bench(
         made = recorded(only.decoder, only.answered)
         write_json_whole(record, {"model": lm.network.name, "decoder": only.decoder.name, **made.to_json()})
         note(f"recorded: {len(made.blocks)} blocks of {made.block_size}, {made.tokens_per_pass:.2f} tokens a step")
-    deliver(json, figures if len(figures) > 1 else figures[0], show=lambda: _show(figures))
+    bound = _Bound.of(variants[0], figures, rates)
+    figures = [{**figure, "roofline": bound.to_json()} for figure in figures]
+
+    def show() -> None:
+        if plot is not None:
+            note(f"drawn: {', '.join(map(str, bound.draw(figures, plot_stem(plot))))}")
+        _show(figures)
+        print()
+        print(bound.sentence())
+
+    deliver(json, figures if len(figures) > 1 else figures[0], show=show)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """What the device allows the kinds of decoding over batch sizes, for the first variant's network and sizes."""
+
+    name: str
+    sizes: "Sizes"
+    setting: "Setting"
+    rates: "Rates"
+    of_kinds: "Sequence[Analysis]"
+
+    @classmethod
+    def of(
+        cls, variant: "Variant", figures: Sequence[Mapping[str, Any]], rates: "Mapping[str, DeviceRates]"
+    ) -> "_Bound":
+        from fewstep.measure.roofline import Setting, Sizes, analysed
+
+        choice, network = variant.choice, variant.lm.network
+        in_blocks = next((one for one in figures if one["block_size"]), None)
+        block_size = in_blocks["block_size"] if in_blocks else network.role.block_size
+        tokens_per_pass = min(block_size, _DEFAULT_TOKENS_PER_STEP)
+        if in_blocks:
+            answers = in_blocks["answers"]
+            tokens_per_pass = answers["num_tokens_mean"] / answers["passes_mean"] / in_blocks["batch_size"]
+        setting = Setting(
+            context=figures[0]["context"],
+            canvas=figures[0]["max_new_tokens"],
+            block_size=block_size,
+            tokens_per_pass=tokens_per_pass,
+        )
+        sizes, limits = Sizes.of(network.module, choice.network.dtype), rates[choice.dtype].limits
+        return cls(
+            name=f"{network.name}, {choice.dtype}, {figures[0]['machine']['gpu'] or figures[0]['machine']['cpu']}",
+            sizes=sizes,
+            setting=setting,
+            rates=limits,
+            of_kinds=analysed(sizes, setting, limits),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        kinds = [asdict(one) for one in self.of_kinds]
+        return {**asdict(self.setting), "ridge": self.rates.ridge, "kinds": kinds}
+
+    def draw(self, figures: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
+        from fewstep.measure.plots import plot_roofline
+
+        return plot_roofline(
+            figures, stem, sizes=self.sizes, setting=self.setting, rates=self.rates, title=self.name
+        )  # fmt: skip
+
+    def sentence(self) -> str:
+        from fewstep.measure.roofline import MOST_REQUESTS
+
+        def up_to(batch: int | None) -> str:
+            if batch is None:
+                return "at no batch size"
+            return f"up to batch {batch}" if batch < MOST_REQUESTS else "at every batch size"
+
+        told = [
+            f"{one.kind} decoding waits for the memory {up_to(one.memory_bound_up_to)}"
+            + ("" if one.kind == "causal" else f" and may beat causal decoding {up_to(one.pays_up_to)}")
+            for one in self.of_kinds
+        ]
+        return (
+            f"By the measured rates, at {self.setting.tokens_per_pass:.1f} tokens a pass in blocks of "
+            f"{self.setting.block_size}: {'; '.join(told)}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,7 +502,7 @@ def _measured_rates(variants: "Sequence[Variant]") -> "dict[str, DeviceRates]":
     for variant in variants:
         choice = variant.choice
         if choice.dtype not in rates:
-            weight_bytes = Sizes.of(choice.network.module).weight_bytes
+            weight_bytes = Sizes.of(variant.lm.network.module, choice.network.dtype).weight_bytes
             rates[choice.dtype] = measure_device(variant.device, choice.network.dtype, weight_bytes=weight_bytes)
     return rates
 

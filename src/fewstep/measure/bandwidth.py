@@ -45,12 +45,12 @@ def measure_device(device: torch.device, dtype: torch.dtype, *, weight_bytes: in
     read_bytes = min(max(weight_bytes, 1 << 16), most) // (1 << 12) * (1 << 12)
     read = _read_bytes_per_second(read_bytes, device)
     copy = _copy_bytes_per_second(most, device)
-    size, repeats = (8192, 20) if device.type == "cuda" else (512, 4)
+    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 2)
     return DeviceRates(
         read_bytes=read_bytes,
         read_bytes_per_second=read,
         copy_bytes_per_second=copy,
-        flops_per_second=matmul_flops_per_second(size, device, dtype, repeats),
+        flops_per_second=matmul_flops_per_second(size, device, dtype, repeats, of=max),
     )
 
 

@@ -9,7 +9,9 @@ variants of one batch size in turn, so that drift of the machine falls on all of
 import gc
 import math
 import resource
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,8 @@ from fewstep.models.network import Network
 
 _POWER_SECONDS = 3.0
 _PROFILED_ROUNDS = 12
+_MOST_AHEAD = 2
+"""Rounds that an engine may have begun when the last request turns out to be done."""
 _FILLED = 0.95
 """Of the free memory, at most."""
 
@@ -74,6 +78,7 @@ class Variant:
     rounds: list[list[Round]] = field(default_factory=list, init=False)  # of each batch
     answers: list[list[Answer]] = field(init=False)  # of each batch, timed
     warm_up_seconds: float = field(default=0.0, init=False)
+    warm_up_answers: int = field(default=0, init=False)
     first_round_seconds: float = field(default=0.0, init=False)
     host_seconds: float | None = field(default=None, init=False)
     watts: float | None = field(default=None, init=False)
@@ -125,16 +130,17 @@ class Variant:
     # Running
 
     def prepare(self, warm_up: int) -> None:
-        """Watch what each batch is made of, then answer the first `warm_up` times more without a listener."""
+        """Watch what each batch is made of, then answer each once without a listener, and some more up to `warm_up`."""
         before = _allocated(self.device)
         watch, choice, decoder = Watch(), self.choice, self.decoder
         started_s = time.perf_counter()
         for batch in self.batches:
             answer = self._answer(batch, watch)
             self.first_round_seconds = self.first_round_seconds or answer.round_seconds[0]
-            self.rounds.append(watch.rounds(choice.network, decoder, batch))
-        for index in range(warm_up):
+            self.rounds.append(watch.rounds(self.lm.network, decoder, batch, choice.network.dtype))
+        for index in range(max(warm_up, len(self.batches))):  # a listener may keep an engine from running ahead
             self._answer(self.batches[index % len(self.batches)])
+        self.warm_up_answers = len(self.batches) + index + 1
         self.warm_up_seconds = time.perf_counter() - started_s
         self.peak_memory_bytes = self._peak_since(before)
 
@@ -216,36 +222,46 @@ class Variant:
         self.host_seconds = time.perf_counter() - started_s - sum(pass_seconds)
 
     def _measure_idle_device(self) -> None:
-        generator = self._ready()
-        submit_all(generator, self.batches[0])
-        generator.step()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            while generator.busy:
-                generator.step()
-            wait_for(self.device)
+        profiled, count = self._profiled([ProfilerActivity.CUDA], skip=1)
         spans = [
             (event.time_range.start, event.time_range.end)
             for event in profiled.events() or ()
             if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
-        if spans:  # a driver may not let programs trace it
-            decoding = statistics.median(answer.seconds - answer.round_seconds[0] for answer in self.answers[0])
-            self.host_seconds = max(0.0, decoding - busy_time(spans) / 1e6)
+        if not spans:  # a driver may not let programs trace it
+            return
+        decoding = statistics.median(answer.seconds - answer.round_seconds[0] for answer in self.answers[0])
+        num_rounds = len(self.answers[0][0].round_seconds) - 1
+        self.host_seconds = max(0.0, decoding - num_rounds * busy_time(spans) / 1e6 / count)
 
     def write_trace(self, path: Path) -> None:
         """A trace of the first rounds of the first batch, for chrome://tracing or Perfetto."""
-        generator = self._ready()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
-        index_of = submit_all(generator, self.batches[0])
+        profiled, _ = self._profiled(activities, skip=0)
+        with tempfile.TemporaryDirectory() as folder, write_whole(path) as temporary:
+            trace = Path(folder) / "trace.json"  # its writer makes other names of unusual ones
+            profiled.export_chrome_trace(str(trace))
+            shutil.copyfile(trace, temporary)
+
+    def _profiled(self, activities: Sequence[ProfilerActivity], *, skip: int) -> tuple[profile, int]:
+        """A profile of the first rounds of the first batch, and how many they are; `skip` of them are left out."""
+        generator = self._ready()
+        left = set(submit_all(generator, self.batches[0]))
+
+        def one_round() -> None:
+            left.difference_update(number for number, _ in generator.step())
+
+        for _ in range(skip):
+            one_round()
+        count = 0
         with profile(activities=activities) as profiled:
-            for _ in range(_PROFILED_ROUNDS):
-                if generator.busy:
-                    index_of = _without(index_of, generator.step())
+            while left and count < _PROFILED_ROUNDS:
+                one_round()
+                count += 1
             wait_for(self.device)
-        for number in index_of:
+        for number in left:
             generator.cancel(number)
-        with write_whole(path) as temporary:
-            profiled.export_chrome_trace(str(temporary))
+        return profiled, count
 
 
 def check_fits(lm: LanguageModel, settings: Mapping[str, Any], request: Request, batch_size: int) -> None:
@@ -276,11 +292,6 @@ def _request_bytes(network: Network, decoder: Decoder, length: int, prompt_lengt
     # Logits as they come, in float32, and what softmax and sorting make of them.
     logits = traits.pass_length * network.vocab_size * (itemsize + 3 * 4)
     return bytes_of_slot(network, decoder, length) + rows + scores + logits
-
-
-def _without(index_of: Mapping[int, int], completed: Sequence[tuple[int, Output]]) -> dict[int, int]:
-    done = dict(completed)
-    return {number: index for number, index in index_of.items() if number not in done}
 
 
 def busy_time(spans: Sequence[tuple[float, float]]) -> float:
@@ -381,7 +392,7 @@ def step_rows(variant: Variant, rates: DeviceRates) -> list[dict[str, Any]]:
     for watched, answers in zip(variant.rounds, variant.answers, strict=True):
         for answer in answers:
             told_apart = _told_apart(watched, len(answer.round_seconds))
-            for one, one_seconds in zip(told_apart, answer.round_seconds, strict=True):
+            for one, one_seconds in zip(told_apart, answer.round_seconds, strict=False):
                 seconds.setdefault(one.kind, []).append(one_seconds)
                 rounds.setdefault(one.kind, []).append(one)
     rows = []
@@ -413,10 +424,10 @@ def step_rows(variant: Variant, rates: DeviceRates) -> list[dict[str, Any]]:
 
 
 def _told_apart(rounds: Sequence[Round], count: int) -> Sequence[Round]:
-    """The rounds of an answer as they were watched. An answer that took another number of rounds, as near ties in
-    bfloat16 may make it, is told by its commonest kind after the first round.
+    """The rounds of an answer as they were watched, without those that an engine ran ahead. An answer that took quite
+    another number of rounds, as near ties in bfloat16 may make it, is told by its commonest kind after the first round.
     """
-    if len(rounds) == count:
+    if len(rounds) <= count <= len(rounds) + _MOST_AHEAD:
         return rounds
     kinds = [one.kind for one in rounds[1:]] or [rounds[0].kind]
     common = next(one for one in reversed(rounds) if one.kind == statistics.mode(kinds))
@@ -433,9 +444,10 @@ def _answers(variant: Variant, price_per_hour: float | None) -> dict[str, Any]:
     num_tokens, seconds = sum(answer.num_tokens for answer in answers), sum(answer.seconds for answer in answers)
     num_passes = sum(max(output.num_forwards for output in answer.outputs) for answer in answers)
     host_s, rate = variant.host_seconds, num_tokens / seconds
+    median_s = statistics.median(answer.seconds for answer in answers)
     return {
         "n": len(answers),
-        "answer_ms_median": 1000 * statistics.median(answer.seconds for answer in answers),
+        "answer_ms_median": 1000 * median_s,
         "passes_mean": num_passes / len(answers),
         "ms_per_pass": 1000 * seconds / num_passes,
         "prefill_ms": 1000 * statistics.median(answer.round_seconds[0] for answer in answers),
@@ -443,6 +455,7 @@ def _answers(variant: Variant, price_per_hour: float | None) -> dict[str, Any]:
         "num_tokens_mean": num_tokens / len(answers),
         "tokens_per_second": rate,
         "warm_up_seconds": variant.warm_up_seconds,
+        "compile_and_capture_seconds": max(0.0, variant.warm_up_seconds - variant.warm_up_answers * median_s),
         "first_round_seconds": variant.first_round_seconds,
         "watts": variant.watts,
         "joules_per_token": None if variant.watts is None else variant.watts / rate,

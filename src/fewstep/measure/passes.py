@@ -70,10 +70,12 @@ class Watch:
     def __call__(self, state: State) -> None:
         self._seen.append(_Seen.of(state))
 
-    def rounds(self, network: Network, decoder: Decoder, requests: Sequence[Request]) -> list[Round]:
-        """The rounds of these requests, which were decoded while it listened; it forgets them."""
+    def rounds(
+        self, network: Network, decoder: Decoder, requests: Sequence[Request], dtype: torch.dtype
+    ) -> list[Round]:
+        """The rounds of these requests, which were decoded in these numbers while it listened; it forgets them."""
         seen, self._seen = self._seen, []
-        planned = _Planned(network, decoder, requests)
+        planned = _Planned(network, decoder, requests, dtype)
         rounds = [planned.round(*pair) for pair in zip([planned.first, *seen], seen, strict=False)]
         if decoder.traits.cached:
             rounds[0] = replace(rounds[0], kind="prefill")
@@ -83,7 +85,7 @@ class Watch:
 class _Planned:
     """What the decoder plans for some requests."""
 
-    def __init__(self, network: Network, decoder: Decoder, requests: Sequence[Request]) -> None:
+    def __init__(self, network: Network, decoder: Decoder, requests: Sequence[Request], dtype: torch.dtype) -> None:
         canvases = [decoder.canvas(request) for request in requests]
         self._lengths = [
             positions_needed(decoder, request, canvas) for request, canvas in zip(requests, canvases, strict=True)
@@ -100,9 +102,8 @@ class _Planned:
         )
         self.first = _Seen.of(state)
         self._one = state.select(torch.tensor([0])).to(network.device)
-        self._sizes = {
-            name: Sizes.of(each.module) for name, each in {"target": network, **decoder.traits.companions}.items()
-        }
+        networks = {"target": network, **decoder.traits.companions}
+        self._sizes = {name: Sizes.of(each.module, dtype) for name, each in networks.items()}
         self._plans: dict[Shape, tuple[str, int, int, int]] = {}
 
     def round(self, before: _Seen, after: _Seen) -> Round:

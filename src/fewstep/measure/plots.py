@@ -1,4 +1,4 @@
-"""Accuracy against tokens per forward, one curve for each sweep, and bars. Needs matplotlib (extra `eval`)."""
+"""Accuracy against tokens per forward, one curve for each sweep; bars; rooflines. Needs matplotlib (extra `eval`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
+from fewstep.measure.roofline import KINDS, Kind, Rates, Setting, Sizes, pass_work, pays_up_to, tokens_per_second
 
 _MARKERS = "osD^vP*X"
 _FORMATS = ("png", "svg")
@@ -79,6 +80,66 @@ def plot_bars(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], stem
         axes.margins(x=0.12)
     of_keys[0].invert_yaxis()
     return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+_BATCHES = tuple(1 << power for power in range(11))  # what curves over batch sizes show
+_KIND_OF_DECODER: dict[str, Kind] = {"autoregressive": "causal", "block": "block", "diffusion": "full canvas"}
+
+
+def plot_roofline(
+    figures: Sequence[Mapping[str, Any]], stem: Path, *, sizes: Sizes, setting: Setting, rates: Rates, title: str = ""
+) -> list[Path]:
+    """Write `stem`.png and `stem`.svg and return their paths: causal, block and full-canvas decoding over batch sizes.
+
+    Curves are what the arithmetic and the memory allow: operations per byte, operations a second, tokens a second.
+    Points are measured: reports as in `bench --json`. FewstepError without matplotlib.
+    """
+    figure = _figure(13, 4.6)
+    over_batches, roofline, tokens = figure.subplots(1, 3)
+    for index, kind in enumerate(KINDS):
+        works = [pass_work(kind, sizes, setting, batch) for batch in _BATCHES]
+        style: dict[str, Any] = {"color": f"C{index}", "label": kind}
+        over_batches.plot(_BATCHES, [work.intensity for work in works], **style)
+        reached = [work.flops / work.floor_seconds(rates) / 1e12 for work in works]
+        roofline.plot([work.intensity for work in works], reached, marker=".", linewidth=0, **style)
+        bound = [tokens_per_second(kind, sizes, setting, batch, rates) for batch in _BATCHES]
+        tokens.plot(_BATCHES, bound, **style)
+    _draw_roof(roofline, rates)
+    over_batches.axhline(rates.ridge, color="grey", linestyle="--", linewidth=1)
+    over_batches.annotate("below: waits for the memory", (40, rates.ridge), (0, -10), color="grey", **_BESIDE)
+    pays = pays_up_to("block", sizes, setting, rates)
+    if pays is not None and pays <= _BATCHES[-1]:
+        tokens.axvline(pays, color="grey", linestyle="--", linewidth=1)
+        tokens.annotate(f"block pays up to {pays}", (pays, bound[0]), (3, 0), color="grey", **_BESIDE)
+    for report in figures:
+        kind_of = _KIND_OF_DECODER.get(report["decoder"])
+        colour = "black" if kind_of is None else f"C{KINDS.index(kind_of)}"
+        point: dict[str, Any] = {"color": colour, "marker": "o" if report["engine"] != "off" else "x", "markersize": 6}
+        intensity = report["flops"] / report["bytes_read"]
+        over_batches.plot(report["batch_size"], intensity, **point)
+        roofline.plot(intensity, report["flops"] / report["step_ms_median"] / 1e9, **point)
+        tokens.plot(report["batch_size"], report["tokens_per_second"], **point)
+    for axes, x, y in (
+        (over_batches, "requests at once", "operations per byte read"),
+        (roofline, "operations per byte read", "TFLOP/s"),
+        (tokens, "requests at once", "tokens per second"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.grid(visible=True, alpha=0.3)
+    over_batches.legend(frameon=False, fontsize="small")
+    figure.suptitle(f"{title}; curves: at most, points: measured (x: plain path)", fontsize=10)
+    return [_save(figure, stem.with_name(f"{stem.name}.{suffix}")) for suffix in _FORMATS]
+
+
+def _draw_roof(axes: Any, rates: Rates) -> None:
+    """What a device reaches at most at each intensity."""
+    ends = (0.1, rates.ridge, 100 * rates.ridge)
+    roof = [min(one * rates.bytes_per_second, rates.flops_per_second) / 1e12 for one in ends]
+    axes.plot(ends, roof, color="grey", linewidth=1)
+    axes.annotate(
+        f"{rates.bytes_per_second / 1e9:,.0f} GB/s, {rates.flops_per_second / 1e12:,.3g} TFLOP/s",
+        (rates.ridge, roof[1]), (-60, 6), color="grey", **_BESIDE,
+    )  # fmt: skip
 
 
 def _figure(width: float, height: float) -> Any:

@@ -65,8 +65,9 @@ class Sizes:
     pair_flops: int
 
     @classmethod
-    def of(cls, module: PreTrainedModel) -> "Sizes":
-        config = module.config
+    def of(cls, module: PreTrainedModel, dtype: torch.dtype | None = None) -> "Sizes":
+        """Of a network whose weights are computed with in these numbers, by default its own."""
+        config, dtype = module.config, dtype or module.dtype
         embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
         parameters = {id(each): each for each in module.parameters()}  # a tied head is the embedding table
         if head is not embedding:
@@ -75,10 +76,10 @@ class Sizes:
         num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         return cls(
-            weight_bytes=sum(map(_stored_bytes, parameters.values())),
+            weight_bytes=sum(_stored_bytes(each, dtype) for each in parameters.values()),
             row_flops=2 * matrices,
             head_flops=2 * head.numel(),
-            kv_bytes=bytes_per_position(config, module.dtype),
+            kv_bytes=bytes_per_position(config, dtype),
             pair_flops=4 * num_layers * num_heads * head_width,
         )
 
@@ -94,11 +95,12 @@ class Sizes:
         )
 
 
-def _stored_bytes(tensor: torch.Tensor) -> int:
-    """Of a quantised tensor those of the tensors that it is made of."""
+def _stored_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """In these numbers; of a quantised tensor those of the tensors that it is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return sum(part.numel() * part.element_size() for part in parts)
+    return tensor.numel() * dtype.itemsize
 
 
 # Kinds of decoding, by arithmetic alone
@@ -152,6 +154,34 @@ def tokens_per_second(kind: Kind, sizes: Sizes, setting: Setting, num_requests: 
     """At most, of all requests together, prefill apart."""
     seconds = pass_work(kind, sizes, setting, num_requests).floor_seconds(rates)
     return num_requests * setting.tokens(kind) / seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What a kind of decoding is bound by, over batch sizes.
+
+    `intensity`: operations per byte of a single request's pass. `memory_bound_up_to`: the largest batch whose passes
+    wait for the memory. `pays_up_to`: the largest at which it may give more tokens a second than causal decoding. None:
+    not even a single request; MOST_REQUESTS: as many as were looked at.
+    """
+
+    kind: Kind
+    intensity: float
+    memory_bound_up_to: int | None
+    pays_up_to: int | None
+
+
+def analysed(sizes: Sizes, setting: Setting, rates: Rates) -> list[Analysis]:
+    """Every kind of decoding."""
+    return [
+        Analysis(
+            kind=kind,
+            intensity=pass_work(kind, sizes, setting, 1).intensity,
+            memory_bound_up_to=memory_bound_up_to(kind, sizes, setting, rates),
+            pays_up_to=None if kind == "causal" else pays_up_to(kind, sizes, setting, rates),
+        )
+        for kind in KINDS
+    ]
 
 
 def last_batch(batch_sizes: Iterable[int], holds: Sequence[bool]) -> int | None:

@@ -144,8 +144,14 @@ def time_interleaved(
     return timings
 
 
-def matmul_flops_per_second(size: int, device: torch.device, dtype: torch.dtype, repeats: int = 50) -> float:
-    """The rate of size x size matrix products: 2 size^3 operations each, the median of five series."""
+def matmul_flops_per_second(
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 50,
+    of: Callable[[Sequence[float]], float] = statistics.median,
+) -> float:
+    """The rate of size x size matrix products: 2 size^3 operations each, the median `of` five series."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     rates = []
@@ -156,7 +162,7 @@ def matmul_flops_per_second(size: int, device: torch.device, dtype: torch.dtype,
             a @ b
         wait()
         rates.append(repeats * 2 * size**3 / (time.perf_counter() - started_s))
-    return statistics.median(rates[1:])  # the first series warms up
+    return of(rates[1:])  # the first series warms up
 
 
 def this_command() -> str:
