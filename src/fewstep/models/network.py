@@ -101,7 +101,6 @@ class Network:
         self.base: Network | None = None
         self.architecture = examine(module, name)
         self.vocab_size: int = module.config.vocab_size
-        self.max_positions: int = module.config.max_position_embeddings
         self._check()
         pad = tokenizer.pad_token_id
         # A pad token that was added has no row; what stands in its place is never looked at.
@@ -158,6 +157,10 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         return self.module.dtype
+
+    @property
+    def max_positions(self) -> int:
+        return self.module.config.max_position_embeddings
 
     @property
     def eos_token_id(self) -> int:
