@@ -25,10 +25,11 @@ def note(frame, event, _):
 question = "Tom has 3 boxes of 12 pens. He gives away 8 pens. How many pens are left?"
 sys.setprofile(note)
 lm = fewstep.load("gsm-student", device="cpu")
+plain = {"engine": "off"}
 phase = "generate"
-lm.generate(question, max_new_tokens=32)
+lm.generate(question, max_new_tokens=32, **plain)
 sys.setprofile(None)
-stream = iter(lm.stream(question, max_new_tokens=96))
+stream = iter(lm.stream(question, max_new_tokens=96, **plain))
 while next(stream).step < 3:
     pass
 phase = "round"

@@ -26,7 +26,7 @@ def bytes_of_slot(network: Network, decoder: Decoder, length: int) -> int:
     nobody = begin(decoder, [], [], length, pad_token_id=pad, num_stop_tokens=num_stops)
     state = sum(prod(field.shape[1:]) * field.element_size() for field in nobody.tensors().values())
     networks = (network, *decoder.traits.companions.values()) if decoder.traits.cached else ()
-    return state + (length + 1) * sum(bytes_per_position(each.module.config, each.dtype) for each in networks)
+    return state + (length + 1) * sum(bytes_per_position(each.module.config, each.attention_dtype) for each in networks)
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:

@@ -68,9 +68,9 @@ RunPass = Callable[
 class Loop:
     """Decodes submitted requests in `num_slots` slots; requests may be submitted between any two rounds.
 
-    `length`: the most positions a request may need (`positions_needed`). `sharing`: what requests share besides passes.
-    `num_prefilled` counts the positions that were pending in requests that began, `num_reused` those that were in the
-    cache already.
+    `length`: the most positions a request may need (`positions_needed`). `companions`: networks in the place of those
+    that the decoder names. `sharing`: what requests share besides passes. `num_prefilled` counts the positions that
+    were pending in requests that began, `num_reused` those that were in the cache already.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Loop:
         record: Record | None = None,
         listeners: Sequence[Listener] = (),
         run_pass: RunPass = run_pass,
+        companions: Mapping[str, Network] | None = None,
         sharing: Sharing | None = None,
     ) -> None:
         traits = decoder.traits
@@ -99,7 +100,8 @@ class Loop:
         self.network = network
         for companion in traits.companions.values():
             check_draft(network, companion)
-        self._networks = {"target": network, **traits.companions}
+        self._companions = dict(companions or {})
+        self._networks = {"target": network, **traits.companions, **self._companions}
         self.decoder = decoder
         self._run_pass = run_pass
         self._num_stop_tokens = max(len(network.stop_token_ids), ROOM_FOR_STOP_TOKENS)
@@ -139,9 +141,12 @@ class Loop:
         length: int,
         record: Record | None,
         run_pass: RunPass,
+        companions: Mapping[str, Network] | None,
     ) -> bool:
         """Whether this loop is idle and can stand for a new one of these."""
         if self.busy or (self.network, self.num_slots, self._run_pass) != (network, num_slots, run_pass):
+            return False
+        if self._companions != dict(companions or {}):
             return False
         if self.decoder != decoder or self.record != record:
             return False
@@ -384,13 +389,16 @@ def loop_for(
     listeners: Sequence[Listener] = (),
     kept: Generator | None = None,
     run_pass: RunPass = run_pass,
+    companions: Mapping[str, Network] | None = None,
 ) -> Loop:
     """A loop with slots for these requests: `kept`, if it can stand for a new one. All are checked before anything is
     allocated. FewstepError for the first that cannot be decoded.
     """
     lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
-    made: dict[str, Any] = {"num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass}
+    made: dict[str, Any] = {
+        "num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass, "companions": companions,
+    }  # fmt: skip
     if not isinstance(kept, Loop) or not kept.fits(network, decoder, **made):
         return Loop(network, decoder, listeners=listeners, **made)
     kept.listeners = list(listeners)

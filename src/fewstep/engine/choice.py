@@ -4,11 +4,17 @@ The plain path, `run_pass` of the loop, runs everything and is the reference. An
 Each is a module of its own in this room, and gets its case in `Engines.choice`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import RunPass, run_pass
+from fewstep.engine.cpu import CpuNetwork, has_bfloat16
+from fewstep.errors import FewstepError
+from fewstep.models.load import free_memory
 from fewstep.models.network import Network
 
 EngineSetting = Literal["auto", "off"]
@@ -23,12 +29,14 @@ class Choice:
     """How passes are run.
 
     `engine`: its name, or OFF. `network`: whose forward a pass runs: the one that was loaded, or its weights in the
-    numbers of the engine. `note`: why the plain path is taken though the engine was asked for, in a sentence.
+    numbers of the engine; `companions` stand in the place of those of the decoder. `note`: why the plain path is taken
+    though the engine was asked for, in a sentence.
     """
 
     engine: str
     network: Network
     run_pass: RunPass
+    companions: Mapping[str, Network] = field(default_factory=dict)
     note: str | None = None
 
     @property
@@ -46,6 +54,7 @@ class Engines:
     def __init__(self, network: Network, run_pass: RunPass | None = None) -> None:
         self.network = network
         self._run_pass = run_pass
+        self._on_cpu: dict[tuple[Network, torch.dtype], CpuNetwork | FewstepError] = {}
 
     def choice(self, decoder: Decoder, setting: EngineSetting, *, records: bool = False) -> Choice:
         """How the passes of this decoder are run; `records`: hidden rows are recorded, as training reads them."""
@@ -55,7 +64,55 @@ class Engines:
             )
         if setting == "off":
             return self._plain(None)
+        if records:
+            return self._plain("hidden rows are recorded from the plain path")
+        try:
+            if self.network.device.type == "cpu":
+                return self._cpu(decoder)
+        except FewstepError as error:
+            return self._plain(str(error))
         return self._plain(f"there is no engine yet for {self.network.device.type}")
 
     def _plain(self, note: str | None) -> Choice:
         return Choice(engine=OFF, network=self.network, run_pass=run_pass, note=note)
+
+    def _cpu(self, decoder: Decoder) -> Choice:
+        """Fused layers; in bfloat16 if nobody asked for other numbers, unless the decoder promises the text of another.
+
+        Decoders of causal networks do: they verify by equality with what one row alone would give.
+        """
+        network = self._cpu_network(self.network, rounds=decoder.role.name != "autoregressive")
+        companions = decoder.traits.companions.items()
+        found = {name: self._cpu_network(companion, rounds=True) for name, companion in companions}
+        return Choice(engine="cpu", network=network, companions=found, run_pass=run_pass)
+
+    def _cpu_network(self, network: Network, *, rounds: bool) -> CpuNetwork:
+        """FewstepError if it cannot be run so; told once more each time that it is asked for."""
+        dtype = torch.bfloat16 if rounds and network.may_round and has_bfloat16() else network.dtype
+        if (network, dtype) not in self._on_cpu:
+            try:
+                _check_fits(network, dtype)
+                self._on_cpu[network, dtype] = CpuNetwork(network, dtype)
+            except FewstepError as error:
+                self._on_cpu[network, dtype] = error
+        found = self._on_cpu[network, dtype]
+        if isinstance(found, FewstepError):
+            raise found
+        return found
+
+
+def _check_fits(network: Network, dtype: torch.dtype) -> None:
+    """FewstepError if the engine does not compute in these numbers, or cannot keep a second copy of the weights."""
+    if not torch.backends.mkldnn.is_available():
+        raise FewstepError("this build of torch has no oneDNN, whose products the engine uses on a CPU")
+    if dtype not in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise FewstepError(f"on a CPU the engine computes in float32 or bfloat16, and {network.name} is in {name}")
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        raise FewstepError("this processor does not multiply bfloat16 itself")
+    needed, free = network.num_parameters * dtype.itemsize, free_memory(network.device)
+    if free is not None and 2 * needed > free:
+        raise FewstepError(
+            f"the engine keeps a copy of the weights, which takes {needed / 1e9:.1f} GB, and there are "
+            f"{free / 1e9:.1f} GB free"
+        )

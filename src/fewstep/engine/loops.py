@@ -36,7 +36,8 @@ class Loops:
         """A loop for these requests; `options` as for `loop_for`."""
         decoder = self.decoder(settings)
         choice = self._engines.choice(decoder, settings.engine, records=record is not None)
-        return loop_for(choice.network, decoder, requests, record=record, run_pass=choice.run_pass, **options)
+        how: dict[str, Any] = {"record": record, "run_pass": choice.run_pass, "companions": choice.companions}
+        return loop_for(choice.network, decoder, requests, **how, **options)
 
     def choice(self, settings: GenerationSettings) -> Choice:
         """How passes are run with these settings, where nothing is recorded."""
@@ -45,7 +46,7 @@ class Loops:
     def with_slots(self, decoder: Decoder, engine: EngineSetting, **options: Any) -> Loop:
         """A loop for requests to come; `options` as for `Loop`."""
         choice = self._engines.choice(decoder, engine)
-        return Loop(choice.network, decoder, run_pass=choice.run_pass, **options)
+        return Loop(choice.network, decoder, run_pass=choice.run_pass, companions=choice.companions, **options)
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""
@@ -58,6 +59,7 @@ class Loops:
             dtype, device = str(self.network.dtype).removeprefix("torch."), str(self.network.device)
             draft = load_network(name, dtype=dtype, device=device)
             check_draft(self.network, draft)
+            draft.may_round = self.network.may_round
             self._drafts[name] = draft
         return self._drafts[name]
 

@@ -51,9 +51,10 @@ def answers_made_by(
     helpers = {name: weights_hash(network) for name, network in decoder.traits.companions.items()}
     if heads is not None:
         helpers["heads"] = module_hash(heads)
+    computed_in = lm.choice(**settings).network.dtype
     return {
         **made_by(lm),
-        "dtype": str(lm.choice(**settings).network.dtype),
+        **({} if computed_in == lm.network.dtype else {"computed_in": str(computed_in)}),
         "role": lm.role.to_config(),
         "stop_token_ids": list(lm.network.stop_token_ids),
         **chosen,

@@ -74,6 +74,11 @@ class GatedAdapter(nn.Module):
                 layer.__class__ = _GatedLinear
                 layer.gate = self._gate
 
+    @property
+    def open_rows(self) -> Tensor | None:
+        """The rows of the forward being run to which the adapter applies, boolean [R, Q, 1]; None: to none."""
+        return self._gate.rows_RQ1
+
     def learn_alone(self) -> None:
         """Make the adapter and the mask's embedding trainable, and nothing of the base."""
         for name, parameter in self.named_parameters():

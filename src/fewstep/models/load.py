@@ -130,6 +130,7 @@ def load_network(
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     network = Network(module, spec, tokenizer, name=str(name))
+    network.may_round = dtype == "auto"
     if role is None and block_size is None:
         network.calibration = calibration_in(folders[0], spec)
     return network if gated is None else with_gated_adapter(network, folders[0], gated)
@@ -164,7 +165,7 @@ def with_gated_adapter(base: Network, folder: Path, settings: Any) -> Network:
             f"{found[:12]}); load it beside the base that it was trained on"
         )
     network = Network(module, base.role, base.tokenizer, name=base.name, adapter=adapter)
-    network.base = base
+    network.base, network.may_round = base, base.may_round
     return network
 
 

@@ -5,7 +5,7 @@ Axes: R = requests, Q = rows of a forward, S = scored rows, D = hidden width, V 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,10 +78,13 @@ class Network:
 
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
+    `may_round`: nobody asked for these numbers, so that an engine may compute in coarser ones.
     `base`: the network without the adapter, whose parameters this one shares; None if it has none.
     `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
     all rows, or without those never drawn where some stand for no token.
     """
+
+    cache_kind: ClassVar[type[KVCache]] = KVCache
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class Network:
         self.name = name
         self.adapter = adapter
         self.calibration: Calibration | None = None
+        self.may_round = False
         self.base: Network | None = None
         self.architecture = examine(module, name)
         self.vocab_size: int = module.config.vocab_size
@@ -163,6 +167,11 @@ class Network:
         return self.module.config.max_position_embeddings
 
     @property
+    def attention_dtype(self) -> torch.dtype:
+        """The numbers of attention and of the KV cache."""
+        return self.dtype
+
+    @property
     def eos_token_id(self) -> int:
         return self.tokenizer.eos_token_id
 
@@ -179,7 +188,8 @@ class Network:
 
     def new_cache(self, num_requests: int, length: int) -> KVCache:
         """An empty cache for positions 0 .. length - 1 of each request."""
-        return KVCache(self.module.config, num_requests, length, device=self.device, dtype=self.dtype)
+        kind = self.cache_kind
+        return kind(self.module.config, num_requests, length, device=self.device, dtype=self.attention_dtype)
 
     def hidden(self, plan: Plan, cache: KVCache | None = None) -> Tensor:
         """Run the backbone: rows after the final norm, [R, Q, D]."""
@@ -199,12 +209,16 @@ class Network:
             "use_cache": plan.slots_RQ is not None,
         }
         if plan.adapted_RQ is None:
-            return self.module.base_model(input_ids=plan.tokens_RQ, **rows).last_hidden_state
+            return self._backbone(input_ids=plan.tokens_RQ, **rows)
         if self.adapter is None:
             raise ValueError(f"a plan of kind {plan.kind!r} has adapted rows, and {self.name} has no gated adapter")
         embedded_RQD = self.adapter.embed(plan.tokens_RQ, plan.adapted_RQ)
         with self.adapter.open_for(plan.adapted_RQ):
-            return self.module.base_model(inputs_embeds=embedded_RQD, **rows).last_hidden_state
+            return self._backbone(inputs_embeds=embedded_RQD, **rows)
+
+    def _backbone(self, **rows: Any) -> Tensor:
+        """The stock module's rows after the final norm; an engine has a forward of its own here."""
+        return self.module.base_model(**rows).last_hidden_state
 
     def _mask(self, plan: Plan, cache: KVCache | None, sliding_window: int | None) -> Tensor:
         """What attention adds to its scores, [R, 1, Q, K]: given as numbers, it is not converted in every layer."""
@@ -221,7 +235,7 @@ class Network:
                 tree_TT = tree_TT & within_sliding_window(guessed_RT, guessed_RT, sliding_window)[:, 0]
         if tree_TT is not None and plan.slots_RQ is not None:
             show_tree(mask, plan.slots_RQ, tree_TT)
-        return added_to_scores(mask, self.dtype)
+        return added_to_scores(mask, self.attention_dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; what is never drawn gets -inf."""

@@ -16,13 +16,19 @@ from fewstep.models.adapters import quiet_peft, read_description, stored_shapes
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, reading
 
 
-class _LeanLinear(LoRALinear):
+class LeanLinear(LoRALinear):
     """W x + s B A x, without the questions that PEFT asks first: they take a small network much of its pass."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.active_adapters[0]
         added = self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
         return cast(Tensor, self.get_base_layer()(x)) + added
+
+    def merged_weight(self) -> Tensor:
+        """W + s B A, in the numbers of W."""
+        name, own = self.active_adapters[0], cast(nn.Linear, self.get_base_layer()).weight.detach()
+        down, up = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+        return (own.float() + self.scaling[name] * (up.float() @ down.float())).to(own.dtype)
 
 
 @contextmanager
@@ -70,6 +76,6 @@ def beside_adapter(module: PreTrainedModel, folder: Path) -> PreTrainedModel:
             )
     for layer in copied.modules():
         if type(layer) is LoRALinear and not layer.lora_variant:  # those, such as DoRA, add something else
-            layer.__class__ = _LeanLinear
+            layer.__class__ = LeanLinear
     copied.to(module.device, module.dtype).requires_grad_(False)
     return copied

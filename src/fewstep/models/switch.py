@@ -44,7 +44,7 @@ def with_adapter(network: Network, name: str | Path) -> Network:
     tokenizer = load_tokenizer(holding(folders, *VOCABULARIES))
     set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     adapted = Network(module, Role.from_config(config), tokenizer, name=str(name))
-    adapted.base = base
+    adapted.base, adapted.may_round = base, base.may_round
     return adapted
 
 
