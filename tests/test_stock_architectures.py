@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.causal import Causal
+from fewstep.decode.generator import answer
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.lookahead import Lookahead
-from fewstep.decode.loop import decode
+from fewstep.decode.loop import Loop, decode
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Record, Request
+from fewstep.decode.sharing import Sharing
 from fewstep.errors import FewstepError
 from fewstep.models import architectures
 from fewstep.models.architectures import adjust_logits
@@ -342,3 +344,22 @@ def test_a_family_that_is_not_in_transformers_is_told_of_fewstep_import(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map}))
     with pytest.raises(FewstepError, match=sentence):
         load_network(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama, dynamic", "mistral, longrope and window", "phi3, window", "gemma2, window", "smollm3", "qwen3_moe", "phi"],
+)
+def test_prompts_in_pieces_and_common_beginnings_give_the_same_tokens(name: str) -> None:
+    kind, settings = RUN[name]
+    net = network_of(stock_module(kind, settings))
+    several = [
+        Request(prompt_ids=[5 + i * i % 50 for i in range(13)] + [7 + count] * count, max_new_tokens=8)
+        for count in (8, 6, 7, 2, 1)
+    ]
+    for decoder in (Autoregressive(role=CAUSAL), Lookahead(role=CAUSAL, window=3)):
+        sharing = Sharing(prefill_rows=5, reuse_prefixes=True)
+        loop = Loop(net, decoder, num_slots=2, length=60, sharing=sharing)
+        for output, one in zip(answer(loop, several), several, strict=True):
+            assert output.token_ids == decode(net, [one], decoder)[0].token_ids
+        assert loop.num_reused > 0
