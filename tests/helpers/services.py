@@ -77,7 +77,7 @@ def asked(name: str, count: int, **options: Any) -> list[tuple[str, dict[str, An
 
 def alone(lm: LanguageModel, several: list[tuple[str, dict[str, Any]]]) -> list[Output]:
     """What the plain path answers, one at a time."""
-    return [lm.generate(prompt, **settings) for prompt, settings in several]
+    return [lm.generate(prompt, engine="off", **settings) for prompt, settings in several]
 
 
 def run_in(service: Callable[[], Service], program: Callable[[Service], Awaitable[Any]], seconds: float = 60) -> Any:

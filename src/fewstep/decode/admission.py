@@ -1,5 +1,6 @@
 """Whether a network and a decoder can answer a request, and what a slot for it takes up; on the host."""
 
+from collections.abc import Mapping
 from math import prod
 
 from fewstep.decode.decoder import Decoder, whole_blocks
@@ -20,12 +21,18 @@ def positions_needed(decoder: Decoder, request: Request, canvas: Canvas | None =
     return start + blocks + decoder.traits.pass_length - decoder.block_size
 
 
-def bytes_of_slot(network: Network, decoder: Decoder, length: int) -> int:
-    """What a slot of so many positions takes up: keys and values of the networks that have a cache, and its state."""
+def bytes_of_slot(
+    network: Network, decoder: Decoder, length: int, companions: Mapping[str, Network] | None = None
+) -> int:
+    """What a slot of so many positions takes up: its state, and keys and values of the networks that have a cache.
+
+    `companions` stand in the place of those of the decoder.
+    """
     pad, num_stops = network.pad_token_id, len(network.stop_token_ids)
     nobody = begin(decoder, [], [], length, pad_token_id=pad, num_stop_tokens=num_stops)
     state = sum(prod(field.shape[1:]) * field.element_size() for field in nobody.tensors().values())
-    networks = (network, *decoder.traits.companions.values()) if decoder.traits.cached else ()
+    traits = decoder.traits
+    networks = (network, *{**traits.companions, **(companions or {})}.values()) if traits.cached else ()
     return state + (length + 1) * sum(bytes_per_position(each.module.config, each.attention_dtype) for each in networks)
 
 

@@ -1,13 +1,11 @@
 """How much memory the slots of a service may take, and how long they are."""
 
-import os
 from dataclasses import dataclass
-
-import torch
 
 from fewstep.decode.admission import bytes_of_slot
 from fewstep.decode.decoder import Decoder, whole_blocks
 from fewstep.decode.loop import CACHE_LENGTH_BUCKET
+from fewstep.engine.choice import Choice
 from fewstep.engine.refusals import TooLargeError
 from fewstep.models.network import Network
 
@@ -17,17 +15,8 @@ SHORTEST_SLOT = 256
 DEFAULT_SHARE = 0.5
 """Of the memory that is free when a service begins, its slots take up at most this much unless it is told."""
 
-_UNKNOWN_MEMORY = 1 << 32
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that nothing uses on the device, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # a system that does not tell
-        return _UNKNOWN_MEMORY
+UNKNOWN_MEMORY = 1 << 32
+"""Taken to be free where the system does not tell."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +27,17 @@ class Room:
     num_slots: int
     strict: bool = False
 
-    def slot_for(self, network: Network, decoder: Decoder, positions: int) -> tuple[int, int]:
+    def slot_for(self, choice: Choice, decoder: Decoder, positions: int) -> tuple[int, int]:
         """The length of slots for requests of so many positions, and the bytes of one: one of few lengths, or the
         shortest possible near the limit.
 
         TooLargeError if the limit could never hold such a slot, with what it could hold.
         """
-        for length in (self._bucket(network, decoder, positions), _shortest(positions)):
-            slot_bytes = bytes_of_slot(network, decoder, length)
+        for length in (self._bucket(choice.network, decoder, positions), _shortest(positions)):
+            slot_bytes = _bytes(choice, decoder, length)
             if self.slots_within(self.limit, slot_bytes):
                 return length, slot_bytes
-        raise self._too_large(network, decoder, positions)
+        raise self._too_large(choice, decoder, positions)
 
     def slots_within(self, num_bytes: int, slot_bytes: int) -> int:
         """How many slots so many bytes hold, at most `num_slots`."""
@@ -62,9 +51,9 @@ class Room:
             length *= 2
         return max(min(length - 1, longest), _shortest(positions))
 
-    def _too_large(self, network: Network, decoder: Decoder, positions: int) -> TooLargeError:
+    def _too_large(self, choice: Choice, decoder: Decoder, positions: int) -> TooLargeError:
         together = self.num_slots if self.strict else 1
-        short, longer = (bytes_of_slot(network, decoder, _shortest(one)) * together for one in (1, 1025))
+        short, longer = (_bytes(choice, decoder, _shortest(one)) * together for one in (1, 1025))
         per_position = (longer - short) / (_shortest(1025) - _shortest(1))
         holds = _shortest(1) + int((self.limit - short) // per_position) + 1
         holds = max(0, holds // CACHE_LENGTH_BUCKET * CACHE_LENGTH_BUCKET - 1)
@@ -75,9 +64,13 @@ class Room:
             else "give the service more memory"
         )
         return TooLargeError(
-            f"the request takes up {positions} positions of {network.name}, and the {self.limit / 1e6:.3g} MB that "
+            f"the request takes up {positions} positions of {choice.network.name}, and the {self.limit / 1e6:.3g} MB that "
             f"slots may take hold {holds}{' in each of ' + str(together) + ' slots' if together > 1 else ''}; {advice}"
         )
+
+
+def _bytes(choice: Choice, decoder: Decoder, length: int) -> int:
+    return bytes_of_slot(choice.network, decoder, length, choice.companions)
 
 
 def _shortest(positions: int) -> int:

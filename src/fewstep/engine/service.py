@@ -24,11 +24,12 @@ from fewstep.decode.sharing import Sharing
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.engine.refusals import PassFailedError, QueueFullError, StoppingError
-from fewstep.engine.room import DEFAULT_SHARE, Room, free_memory
+from fewstep.engine.room import DEFAULT_SHARE, UNKNOWN_MEMORY, Room
 from fewstep.engine.scheduler import Scheduler
 from fewstep.engine.settings import GenerationSettings
 from fewstep.engine.statistics import Recorder, Statistics
 from fewstep.errors import FewstepError, suggestion
+from fewstep.models.load import free_memory
 from fewstep.values import Count, check_fields
 
 UNKNOWN_RETRY_S = 1.0
@@ -276,7 +277,7 @@ class Service:
         if not self.models:
             raise FewstepError("a service needs a model; give at least one")
         device = next(iter(self.models.values())).network.device
-        memory_bytes = self.settings.memory_bytes or int(free_memory(device) * DEFAULT_SHARE)
+        memory_bytes = self.settings.memory_bytes or int((free_memory(device) or UNKNOWN_MEMORY) * DEFAULT_SHARE)
         self._room = Room(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
         self._recorder = Recorder(memory_bytes)
         self._numbers = itertools.count()
@@ -464,10 +465,11 @@ class Service:
         )
         if self.settings.strict:
             settings = {**settings, "engine": "off"}
-        network = model.choice(**settings).network
+        choice = model.choice(**settings)
+        network = choice.network
         self.settings.sharing.check(decoder)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
-        length, slot_bytes = self._room.slot_for(network, decoder, positions)
+        length, slot_bytes = self._room.slot_for(choice, decoder, positions)
         return Job(
             model=model,
             model_name=model_name,
