@@ -64,8 +64,8 @@ class Room:
             else "give the service more memory"
         )
         return TooLargeError(
-            f"the request takes up {positions} positions of {choice.network.name}, and the {self.limit / 1e6:.3g} MB that "
-            f"slots may take hold {holds}{' in each of ' + str(together) + ' slots' if together > 1 else ''}; {advice}"
+            f"the request takes up {positions} positions of {choice.network.name}, and the {self.limit / 1e6:.3g} MB "
+            f"that slots may take hold {holds}{f' in each of {together} slots' if together > 1 else ''}; {advice}"
         )
 
 
