@@ -1,9 +1,9 @@
 """Model cards of the bundled models: `cards/card.md.j2`, filled with what was measured.
 
 The results folder is what the recipes gsm_measure.py, gsm_throughput.py, gsm_ablation.py, compare_decoders.py,
-`cllm.py shares` and `draft.py measure` wrote (JSON files, and tables that they wrote as Markdown), `report` the
-`report.json` that the trainer left beside the weights. A part whose file is missing is left out, and `Sources.missing`
-names it.
+`cllm.py shares` and `draft.py measure` wrote (JSON files, and tables that they wrote as Markdown; those of
+`draft.py measure` are `DRAFT_FILES` in the folder draft), `report` the `report.json` that the trainer left beside the
+weights. A part whose file is missing is left out, and `Sources.missing` names it.
 """
 
 import re
@@ -19,6 +19,7 @@ from fewstep.json_files import read_json, read_text
 from fewstep.tasks.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
 
 Kind = Literal["ar", "teacher", "student", "cllm", "draft"]
+DRAFT_FILES = ("test", "test-bfloat16", "heldout", "dev")
 LOSS_ROWS = 12
 LOSSES = ("loss", "distillation", "consistency", "denoising", "autoregressive", "hard", "accepted")
 
@@ -59,7 +60,7 @@ def card(name: str, kind: Kind, model_folder: Path, report: Mapping[str, Any] | 
             "shares": sources.read("decoders/shares.md"),
         }
     elif kind == "draft":
-        values |= {"drafting": sources.read("draft/measure.json")}
+        values |= {"drafting": [one for name in DRAFT_FILES if (one := sources.read(f"draft/{name}.json"))]}
     else:
         values |= {
             "timings": {"CPU": sources.read("timing-cpu.json"), "GPU": sources.read("timing-cuda.json")},

@@ -318,6 +318,26 @@ def test_all_figures_reach_the_cards(
     assert "license: apache-2.0" in (bundled / "gsm-ar" / "README.md").read_text()
 
 
+def test_the_card_of_a_drafter_has_what_was_measured_on_every_kind_of_problems(tmp_path: Path) -> None:
+    cards = importlib.import_module("gsm_cards")
+    figures = [
+        {"window": 31, "branches": 0, "n": 10_000, "identical": 0.9996, "tokens_per_forward": 7.217},
+        {"window": 31, "branches": 2, "n": 10_000, "identical": 0.9999, "tokens_per_forward": 8.786},
+    ]
+    for name, device in (("test", "cuda:0"), ("dev", "cpu")):
+        told = {"command": f"draft.py measure {name}.jsonl", "machine": {"gpu": "a GPU"}, "dtype": "float32"}
+        told |= {"device": device, "figures": figures}
+        (tmp_path / "draft").mkdir(exist_ok=True)
+        (tmp_path / "draft" / f"{name}.json").write_text(json.dumps(told))
+    sources = cards.Sources(tmp_path, [])
+    text = cards.card("gsm-draft", "draft", BUNDLED / "gsm-draft", None, sources)
+    assert "`draft.py measure test.jsonl`, float32, on a GPU:" in text
+    assert "`draft.py measure dev.jsonl`, float32, on a CPU:" in text
+    assert text.count("| 31 | two-pass | 10,000 | 99.96 % | 7.22 |") == 2
+    assert text.count("| 31 | fused, 2 branches | 10,000 | 99.99 % | 8.79 |") == 2
+    assert {"draft/test-bfloat16.json", "draft/heldout.json"} <= set(sources.missing)
+
+
 def test_a_shape_is_known_by_itself_and_not_by_the_names_of_cases(throughput: ModuleType) -> None:
     cases = throughput.throughput_cases("none", None, None, device="cpu", rank=2, shape="cdlm")
     assert [case.name for case in cases if case.shape is not None] == [
