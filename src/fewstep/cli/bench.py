@@ -485,10 +485,10 @@ def _playing(network: "Network", role: "RoleName") -> "Network":
 
 
 def _without_repetition(variants: "Sequence[Variant]") -> "list[Variant]":
-    """A decoder without blocks is the same for every size of them."""
+    """A decoder without blocks is the same for every size of them, and the plain path whoever asked for it."""
     kept: dict[Any, Variant] = {}
     for variant in variants:
-        told = {**variant.told, "engine": variant.settings["engine"]}
+        told = {**variant.told, "engine": variant.choice.engine}
         kept.setdefault(tuple(map(str, told.values())), variant)
     return list(kept.values())
 
@@ -563,6 +563,10 @@ def _show(figures: Sequence[Mapping[str, Any]]) -> None:
         f"{machine['gpu'] or machine['cpu']}: reads {measured['read_gb_s']:,.0f} GB/s, copies "
         f"{measured['copy_gb_s']:,.0f} GB/s, multiplies {measured['matrix_tflops']:,.3g} TFLOP/s in {first['dtype']}"
     )
+    print(
+        f"{first['shape'] or first['model']}: ready after {first['load_seconds']:.1f} s, first step "
+        f"{first['answers']['first_round_seconds']:.1f} s later"
+    )
     print()
     print_table(
         [
@@ -634,8 +638,24 @@ def _show(figures: Sequence[Mapping[str, Any]]) -> None:
         ],
         num_texts=2,
     )
+    _show_power(figures)
     for sentence in dict.fromkeys(figure["engine_note"] for figure in figures if figure["engine_note"]):
         note(f"the plain path runs: {sentence}")
+
+
+def _show_power(figures: Sequence[Mapping[str, Any]]) -> None:
+    print()
+    for figure in figures:
+        answers = figure["answers"]
+        power = "power: not reported by this device"
+        if answers["watts"] is not None:
+            power = f"{answers['watts']:.0f} W, {answers['joules_per_token']:.3g} J per token"
+        cost = answers["cost_per_million_tokens"]
+        told = power if cost is None else f"{power}; {cost:,.3g} for a million tokens"
+        if answers["watts"] is None and cost is None:
+            print(told)
+            return
+        print(f"{figure['decoder']}, engine {figure['engine']}, batch {figure['batch_size']}: {told}")
 
 
 def _or_none(value: float | None, form: str) -> str:

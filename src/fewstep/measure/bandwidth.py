@@ -12,7 +12,9 @@ from fewstep.measure.timing import matmul_flops_per_second
 
 _SERIES = 5
 _MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
-"""Of a buffer that is read. More changes no figure, and far less would stay in a cache."""
+"""Of a buffer that is read or copied. More changes no figure, and far less would stay in a cache."""
+
+_SERIES_BYTES = {"cuda": 1 << 36, "cpu": 1 << 27}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,8 @@ def _copy_bytes_per_second(num_bytes: int, device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], Tensor], device: torch.device, num_bytes: int) -> float:
-    """Of one run, the shortest mean of a few series; each takes long enough that starting a kernel does not count."""
-    repeats = max(1, min(100, _MOST_BYTES[device.type] // num_bytes))
+    """Of one run, the shortest mean of a few series; each is so long that waiting for the device does not count."""
+    repeats = max(1, min(1000, _SERIES_BYTES[device.type] // num_bytes))
     run()
     return min(_series(run, device, repeats) for _ in range(_SERIES))
 
