@@ -65,8 +65,8 @@ SEVERAL_LINES = {
     "eval": (f"eval --model student --data problems.jsonl --records out.jsonl --json out.json {SHORT}",),
     "compare": ("compare student,max_new_tokens=4 teacher,max_new_tokens=4 --data problems.jsonl --json out.json",),
     "bench": (
-        f"bench --model student --input prompts.jsonl --record out.json --answers 1 --tokens-per-step 2 {SHORT}",
-        f"bench --shape tiny-dream --answers 1 --block-size 4 --context 8 --json out.json {SHORT}",
+        f"bench --model student --input prompts.jsonl --answers 1 --tokens-per-step 2 {SHORT}",
+        f"bench --shape tiny-dream --answers 1 --block-size 4 --context 8 {SHORT}",
     ),
     "calibrate": (
         "calibrate --model student --reference causal --data problems.jsonl --eps 0.9 --confidence 0.5 "
