@@ -333,6 +333,16 @@ def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pyt
 
 SMALL = ("--shape", "tiny-dream", "--context", "12", "--max-new-tokens", "16", "--block-size", "8", "--answers", "1")
 
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose rates need no second to be measured."""
+    rates = DeviceRates(
+        read_bytes=1 << 20, read_bytes_per_second=1e10, copy_bytes_per_second=2e10, flops_per_second=1e11
+    )
+    monkeypatch.setattr("fewstep.measure.bandwidth.measure_device", lambda *place, **sizes: rates)
+
+
 CONTRACT = {
     "device", "model", "shape", "dtype", "decoder", "kind", "batch_size", "block_size", "context", "step_ms_median",
     "floor_ms", "roofline_share", "tokens_per_second", "peak_memory_bytes", "measured_bandwidth_gb_s",
@@ -358,22 +368,23 @@ def test_bench_reports_one_variant_as_an_object_with_all_its_kinds_of_steps(run:
     assert found["tokens_per_second"] == found["answers"]["tokens_per_second"]
 
 
+@pytest.mark.usefixtures("measured")
 def test_bench_reports_several_variants_as_a_list(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    decoders = ("--decoder", "block,autoregressive,diffusion", "--engine", "auto,off", "--batch-size", "1,2")
+    decoders = ("--decoder", "block,autoregressive,diffusion", "--engine", "auto,off")
     done = run("bench", *SMALL, *decoders, "--json", file)
     assert done.code == 0, done.err
     found = json.loads(file.read_text())
     engines = {one["engine"] for one in found}
-    assert len(found) == 6 * len(engines)  # the plain path is measured once, whoever asked for it
+    assert len(found) == 3 * len(engines)  # the plain path is measured once, whoever asked for it
     assert {(one["decoder"], one["role"]) for one in found} == {
         ("block", "block_causal"),
         ("autoregressive", "autoregressive"),
         ("diffusion", "bidirectional"),
     }
-    assert {one["batch_size"] for one in found} == {1, 2}
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_recorded_schedule_is_replayed_by_other_weights(run: Run, tmp_path: Path) -> None:
     schedule, file = tmp_path / "schedule.json", tmp_path / "bench.json"
     done = run("bench", *SMALL, "--tokens-per-step", 4, "--record", schedule)
@@ -384,10 +395,11 @@ def test_a_recorded_schedule_is_replayed_by_other_weights(run: Run, tmp_path: Pa
     assert json.loads(file.read_text())["answers"]["passes_mean"] == 4
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_roofline_is_drawn_with_the_measured_points(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    decoders = ("--decoder", "block,autoregressive,diffusion", "--batch-size", "1,2")
-    done = run("bench", *SMALL, *decoders, "--plot", tmp_path / "roofline", "--json", tmp_path / "bench.json")
+    out = ("--plot", tmp_path / "roofline", "--json", tmp_path / "bench.json")
+    done = run("bench", *SMALL, "--decoder", "block,autoregressive", "--batch-size", "1,2", *out)
     assert done.code == 0, done.err
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     drawn = (tmp_path / "roofline.svg").read_text()
@@ -398,6 +410,7 @@ def test_a_roofline_is_drawn_with_the_measured_points(run: Run, tmp_path: Path) 
     assert (first["roofline"]["context"], first["roofline"]["canvas"], first["roofline"]["block_size"]) == (12, 16, 8)
 
 
+@pytest.mark.usefixtures("measured")
 def test_bench_of_a_bundled_model_answers_real_prompts_until_they_end(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     done = run("bench", "--answers", 1, "--max-new-tokens", 32, "--json", file)
@@ -407,6 +420,7 @@ def test_bench_of_a_bundled_model_answers_real_prompts_until_they_end(run: Run, 
     assert found["answers"]["num_tokens_mean"] <= 32
 
 
+@pytest.mark.usefixtures("measured")
 def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     assert run("bench", *SMALL, "--profile", trace).code == 0
@@ -430,7 +444,9 @@ def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> No
         (("--tokens-per-step", "2", "--threshold", "0.5"), "threshold lets the network decide"),
         (("--prompts", "random", "--input", "x.jsonl"), "leave one of them out"),
         ((*SMALL, "--decoder", "block,diffusion", "--record", "s.json"), "--record writes the schedule of one variant"),
-        ((*SMALL, "--decoder", "autoregressive", "--record", "s.json"), "has no blocks to record"),
+        ((*SMALL, "--decoder", "autoregressive"), "--block-size has no effect on the decoder autoregressive"),
+        (("--model", "gsm-ar", "--tokens-per-step", "2"), "--tokens-per-step has no effect on the decoder autoregressive"),
+        (("--model", "gsm-ar", "--record", "s.json"), "has no blocks to record"),
         (("--model", "gsm-ar", "--decoder", "block"), "a causal model cannot run the block decoder"),
         (("--price-per-hour", "-1"), "--price-per-hour must be at least 0"),
     ],
@@ -447,6 +463,7 @@ def test_without_a_gpu_asking_for_one_is_refused(run: Run) -> None:
     assert "no CUDA device is available" in run("bench", *SMALL, "--device", "cuda").sentence()
 
 
+@pytest.mark.usefixtures("measured")
 def test_another_block_size_than_that_of_the_training_is_told_of(run: Run) -> None:
     done = run("bench", "--block-size", 16, "--max-new-tokens", 16, "--answers", 1)
     assert done.code == 0

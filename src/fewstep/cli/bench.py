@@ -260,6 +260,14 @@ def bench(
         )
     ]
     variants = _without_repetition(asked_for)
+    for option, is_given, key in (
+        ("--tokens-per-step", tokens_per_step is not None, "tokens_per_step_at_most"),
+        ("--schedule", schedule is not None, "tokens_per_step_at_most"),
+        ("--block-size", block_size is not None, "block_size"),
+    ):
+        if is_given and all(variant.told[key] is None for variant in variants):
+            named = sorted({variant.told["decoder"] for variant in variants})
+            raise FewstepError(f"{option} has no effect on the decoder {' or '.join(named)}; leave it out")
     if record is not None:
         if len(variants) > 1:
             raise FewstepError("--record writes the schedule of one variant; ask for one decoder, engine and size")
@@ -405,6 +413,9 @@ class _Asked:
         if self.pace.is_fixed and "policy" in taken:
             policies = self.pace.policies(lm.decoder(**settings).block_size, len(policies))
             settings["policy"] = policies[0]
+        started_s = time.perf_counter()
+        lm.choice(**settings)  # an engine may prepare itself when it is first asked for
+        engine_seconds = time.perf_counter() - started_s
         (sample,) = self._prompts(lm, 1, context)
         check_fits(lm, settings, self._request(sample, policies[0], settings), batch_size)  # before so many are made
         prompts = self._prompts(lm, len(policies), context)
@@ -426,6 +437,7 @@ class _Asked:
                 "prompts": "random" if self.texts is None else "real",
                 "tokens_per_step_at_most": max(policies[0].counts) if self.pace.is_fixed and policies[0] else None,
             },
+            engine_seconds=engine_seconds,
         )
 
     def _possible(self, block_size: int) -> int:
@@ -558,14 +570,17 @@ def _check_pace(tokens_per_step: int | None, schedule: Path | None, decoding: De
 
 def _show(figures: Sequence[Mapping[str, Any]]) -> None:
     first = figures[0]
-    measured, machine = first["measured"], first["machine"]
+    for figure in {figure["dtype"]: figure for figure in figures}.values():
+        measured = figure["measured"]
+        print(
+            f"{first['machine']['gpu'] or first['machine']['cpu']}: reads {measured['read_gb_s']:,.0f} GB/s, copies "
+            f"{measured['copy_gb_s']:,.0f} GB/s, multiplies {measured['matrix_tflops']:,.3g} TFLOP/s in "
+            f"{figure['dtype']}"
+        )
+    first_token_s = first["engine_seconds"] + first["answers"]["first_round_seconds"]
     print(
-        f"{machine['gpu'] or machine['cpu']}: reads {measured['read_gb_s']:,.0f} GB/s, copies "
-        f"{measured['copy_gb_s']:,.0f} GB/s, multiplies {measured['matrix_tflops']:,.3g} TFLOP/s in {first['dtype']}"
-    )
-    print(
-        f"{first['shape'] or first['model']}: ready after {first['load_seconds']:.1f} s, first step "
-        f"{first['answers']['first_round_seconds']:.1f} s later"
+        f"{first['shape'] or first['model']}: loaded in {first['load_seconds']:.1f} s, first tokens after "
+        f"{first_token_s:.1f} s more"
     )
     print()
     print_table(

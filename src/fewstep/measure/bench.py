@@ -67,13 +67,14 @@ class Answer:
 class Variant:
     """What is measured: `batches` of requests, each answered together, with these settings.
 
-    `told`: what reports say of it beside the figures.
+    `told`: what reports say of it beside the figures. `engine_seconds`: what its engine took to prepare itself.
     """
 
     lm: LanguageModel
     settings: Mapping[str, Any]
     batches: Sequence[Sequence[Request]]
     told: Mapping[str, Any]
+    engine_seconds: float = 0.0
 
     rounds: list[list[Round]] = field(default_factory=list, init=False)  # of each batch
     answers: list[list[Answer]] = field(init=False)  # of each batch, timed
@@ -376,6 +377,7 @@ def report(variant: Variant, rates: DeviceRates, *, price_per_hour: float | None
         "steps": steps,
         "answers": answers,
         "engine_note": variant.choice.note,
+        "engine_seconds": variant.engine_seconds,
         "measured": {
             "read_gb_s": rates.read_bytes_per_second / 1e9,
             "read_bytes": rates.read_bytes,
