@@ -445,7 +445,10 @@ def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> No
         (("--prompts", "random", "--input", "x.jsonl"), "leave one of them out"),
         ((*SMALL, "--decoder", "block,diffusion", "--record", "s.json"), "--record writes the schedule of one variant"),
         ((*SMALL, "--decoder", "autoregressive"), "--block-size has no effect on the decoder autoregressive"),
-        (("--model", "gsm-ar", "--tokens-per-step", "2"), "--tokens-per-step has no effect on the decoder autoregressive"),
+        (
+            ("--model", "gsm-ar", "--tokens-per-step", "2"),
+            "--tokens-per-step has no effect",
+        ),
         (("--model", "gsm-ar", "--record", "s.json"), "has no blocks to record"),
         (("--model", "gsm-ar", "--decoder", "block"), "a causal model cannot run the block decoder"),
         (("--price-per-hour", "-1"), "--price-per-hour must be at least 0"),
