@@ -78,7 +78,7 @@ class CpuCache(KVCache):
         return self._read_by_length[self._length][index]
 
     def _read_layer(self, slots_RHKE: Tensor) -> Tensor:
-        return slots_RHKE[self._subset, :, : self._length]
+        return slots_RHKE[self._picked, :, : self._length]
 
 
 class CpuNetwork(Network):

@@ -35,16 +35,20 @@ class KVCache(Cache):
         self._slots_RQ = torch.zeros((num_requests, 0), dtype=torch.long, device=device)
         self._request_R1 = torch.arange(num_requests, device=device)[:, None]
         self._subset: Tensor | None = None
+        self._picked: Tensor | slice = slice(None)  # the same requests, as they are read fastest
         self._length = self.num_slots
 
     def view(self, requests_r: Tensor | None, length: int) -> "KVCache":
         """The same memory for a forward of these requests (None = all), none of which has a row at or past `length`.
 
-        Attention then reads `length` slots only; for a subset of the requests it reads a copy.
+        Attention then reads `length` slots only; for a subset of the requests it reads a copy, unless they are
+        neighbours, as one request always is, on a CPU.
         """
         view = copy(self)
         if requests_r is not None:
-            view._subset = requests_r
+            view._subset = view._picked = requests_r
+            if requests_r.device.type == "cpu" and bool((requests_r.diff() == 1).all()):
+                view._picked = slice(int(requests_r[0]), int(requests_r[-1]) + 1)
             view._request_R1 = requests_r[:, None]
         view._length = min(length, self.num_slots)
         return view
@@ -71,7 +75,7 @@ class KVCache(Cache):
 
     def _read(self, slots_RK: Tensor) -> Tensor:
         slots_RK = slots_RK[:, : self._length]
-        return slots_RK if self._subset is None else slots_RK[self._subset]
+        return slots_RK if self._subset is None else slots_RK[self._picked]
 
     def reset(self, requests_R: Tensor) -> None:
         """Forget the requests marked True."""
