@@ -200,7 +200,17 @@ def test_what_is_recorded_is_what_is_replayed() -> None:
     assert len(found.blocks) == 12
     assert sum(map(len, found.blocks)) == sum(output.num_forwards for _, output in answered)
     assert found.tokens_per_pass == 48 / sum(map(len, found.blocks))
-    assert {sum(policy.counts[-1:]) for policy in found.policies(3)} <= {passes[0] for passes in found.blocks}
+    assert {policy.counts[-1] for policy in found.policies(3)} <= {passes[0] for passes in found.blocks}
+
+
+def test_a_block_in_which_the_text_ends_is_not_recorded() -> None:
+    lm = LanguageModel(tiny_network(block_size=4))
+    request = Request(prompt_ids=[5, 6], max_new_tokens=8, early_stop=False, stop_token_ids=())
+    (output,) = answer(lm.generator([request]), [request])
+    shortened = replace(output, num_tokens=6)
+    assert len(recorded(lm.decoder(), [(request, shortened)]).blocks) == 1
+    with pytest.raises(FewstepError, match="no answer finalised a whole block of 4 tokens"):
+        recorded(lm.decoder(), [(request, replace(output, num_tokens=3))])
 
 
 def test_few_requests_take_schedules_from_short_to_long() -> None:

@@ -227,7 +227,7 @@ def bench(
         require("matplotlib")
     if shape is None:
         check_model_name(model or _DEFAULT_MODEL)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler else prints when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else prints when it starts and stops
     texts = None if input_file is None else [prompt for _, prompt in read_prompts(input_file)]
     from fewstep.measure.bench import report, run_variants
     from fewstep.measure.schedule import check_recordable, read_schedule, recorded

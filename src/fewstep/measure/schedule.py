@@ -60,7 +60,8 @@ def recorded(decoder: Decoder, answered: Sequence[tuple[Request, Output]]) -> Ac
     size, blocks = decoder.block_size, list[tuple[int, ...]]()
     for request, output in answered:
         given = len(request.prompt_ids) - decoder.role.first_block_start(len(request.prompt_ids))
-        steps = output.step_G[(-given) % size :]  # the first block may hold the end of the prompt
+        # The first block may hold the end of the prompt; what fills a block behind the end of the text is no answer.
+        steps = output.step_G[(-given) % size : output.num_tokens]
         for block in steps[: len(steps) // size * size].view(-1, size).tolist():
             if min(block) > 0:
                 blocks.append(tuple(block.count(step) for step in sorted(set(block))))
