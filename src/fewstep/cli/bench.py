@@ -438,6 +438,7 @@ class _Asked:
                 "tokens_per_step_at_most": max(policies[0].counts) if self.pace.is_fixed and policies[0] else None,
             },
             engine_seconds=engine_seconds,
+            is_fixed=not self._stops and (policies[0] is not None or made.name == "autoregressive"),
         )
 
     def _possible(self, block_size: int) -> int:
@@ -484,8 +485,13 @@ class _Asked:
         from fewstep.engine.settings import GenerationSettings
 
         request = replace(GenerationSettings.of(**settings).request(ids), policy=policy)
-        stops = self.settings.get("early_stop", not (self.pace.is_fixed or self.told["shape"]))
-        return request if stops else replace(request, early_stop=False, stop_token_ids=())
+        return request if self._stops else replace(request, early_stop=False, stop_token_ids=())
+
+    @property
+    def _stops(self) -> bool:
+        """Whether an end-of-text ends an answer."""
+        stops: bool = self.settings.get("early_stop", not (self.pace.is_fixed or self.told["shape"]))
+        return stops
 
 
 def _playing(network: "Network", role: "RoleName") -> "Network":

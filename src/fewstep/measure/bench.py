@@ -68,6 +68,7 @@ class Variant:
     """What is measured: `batches` of requests, each answered together, with these settings.
 
     `told`: what reports say of it beside the figures. `engine_seconds`: what its engine took to prepare itself.
+    `is_fixed`: the rounds are the same whatever tokens the network gives.
     """
 
     lm: LanguageModel
@@ -75,6 +76,7 @@ class Variant:
     batches: Sequence[Sequence[Request]]
     told: Mapping[str, Any]
     engine_seconds: float = 0.0
+    is_fixed: bool = False
 
     rounds: list[list[Round]] = field(default_factory=list, init=False)  # of each batch
     answers: list[list[Answer]] = field(init=False)  # of each batch, timed
@@ -132,16 +134,25 @@ class Variant:
 
     def prepare(self, warm_up: int) -> None:
         """Watch what each batch is made of, then answer each once without a listener, and some more up to `warm_up`."""
-        before = _allocated(self.device)
-        watch, choice, decoder = Watch(), self.choice, self.decoder
-        started_s = time.perf_counter()
-        for batch in self.batches:
-            answer = self._answer(batch, watch)
+        watch, decoder, dtype = Watch(), self.decoder, self.choice.network.dtype
+        before, started_s = _allocated(self.device), time.perf_counter()
+
+        def answered(batch: Sequence[Request], *listeners: Listener, **settings: Any) -> None:
+            answer = self._answer(batch, *listeners, **settings)
             self.first_round_seconds = self.first_round_seconds or answer.round_seconds[0]
-            self.rounds.append(watch.rounds(self.lm.network, decoder, batch, choice.network.dtype))
-        for index in range(max(warm_up, len(self.batches))):  # a listener may keep an engine from running ahead
-            self._answer(self.batches[index % len(self.batches)])
-        self.warm_up_answers = len(self.batches) + index + 1
+            self.warm_up_answers += 1
+
+        for batch in self.batches:
+            if self.is_fixed:  # a listener keeps an engine from running ahead, and would have it prepare other passes
+                self._answer(batch, watch, engine="off")
+            else:
+                answered(batch, watch)
+            self.rounds.append(watch.rounds(self.lm.network, decoder, batch, dtype))
+        if self.is_fixed:
+            self.close()
+            before, started_s = _allocated(self.device), time.perf_counter()
+        for index in range(max(warm_up, len(self.batches))):
+            answered(self.batches[index % len(self.batches)])
         self.warm_up_seconds = time.perf_counter() - started_s
         self.peak_memory_bytes = self._peak_since(before)
 
@@ -165,14 +176,14 @@ class Variant:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _ready(self, *listeners: Listener) -> Generator:
-        """What answers the requests, chosen anew as for every call of a user's."""
-        options: dict[str, Any] = {"batch_size": self.batch_size, "listeners": listeners, **self.settings}
+    def _ready(self, *listeners: Listener, **settings: Any) -> Generator:
+        """What answers the requests, chosen anew as for every call of a user's; `settings`: others than its own."""
+        options: dict[str, Any] = {"batch_size": self.batch_size, "listeners": listeners, **self.settings, **settings}
         self._generator = self.lm.generator(self.requests, kept=self._generator, **options)
         return self._generator
 
-    def _answer(self, batch: Sequence[Request], *listeners: Listener) -> Answer:
-        generator = self._ready(*listeners)
+    def _answer(self, batch: Sequence[Request], *listeners: Listener, **settings: Any) -> Answer:
+        generator = self._ready(*listeners, **settings)
         wait_for(self.device)
         marks = [time.perf_counter()]
         index_of = submit_all(generator, batch)
