@@ -333,6 +333,12 @@ def test_a_bundled_model_lends_its_shape_role_and_tokenizer() -> None:
     assert network.num_parameters == 9_574_656
 
 
+def test_an_engine_may_round_random_weights_in_any_role_unless_numbers_were_asked_for() -> None:
+    network = random_network("tiny-dream", device="cpu")
+    assert network.with_role(network.role.playing("block_causal")).may_round
+    assert not random_network("tiny-dream", device="cpu", dtype="float32").may_round
+
+
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.models.importers.shapes.free_memory", lambda device: 1_000_000_000)
     with pytest.raises(FewstepError, match=r"dream-7b needs 15\.\d GB .* 1\.0 GB free"):

@@ -152,7 +152,9 @@ class Network:
 
     def with_role(self, role: Role) -> "Network":
         """The same weights and tokenizer in another role."""
-        return Network(self.module, role, self.tokenizer, name=self.name, adapter=self.adapter)
+        network = Network(self.module, role, self.tokenizer, name=self.name, adapter=self.adapter)
+        network.may_round = self.may_round
+        return network
 
     @property
     def device(self) -> torch.device:

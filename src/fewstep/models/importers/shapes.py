@@ -156,7 +156,9 @@ def random_network(name: str, *, dtype: str = "auto", device: str = "auto", seed
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config, dtype=numbers)
     module.generation_config.eos_token_id = None  # the tokenizer alone says what ends an answer
-    return Network(module, role, tokenizer, name=name)
+    network = Network(module, role, tokenizer, name=name)
+    network.may_round = dtype == "auto"
+    return network
 
 
 def _described(name: str) -> tuple[PreTrainedConfig, Role, PreTrainedTokenizerBase]:
