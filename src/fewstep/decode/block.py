@@ -52,7 +52,12 @@ class Block(Finalising):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("block_causal",), cached=True, pass_length=self.block_size)
+        return Traits(
+            roles=("block_causal",),
+            cached=True,
+            pass_length=self.block_size,
+            steady=(Shape("commit", self.block_size),),
+        )
 
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:

@@ -78,7 +78,8 @@ class Traits:
     sample. `pass_length`: how many positions from the front on a pass may read, or write to the cache. `num_guessed`:
     how many positions from the front on hold guesses, 0 for a decoder that does not guess. `companions`: the networks
     that plans name besides "target", each with a cache of its own. `observe` is given every round, for a decoder that
-    learns from them how to split requests into passes.
+    learns from them how to split requests into passes. `steady`: the passes of a step that are right for every live
+    request after its first step, whatever the last one left pending; none for a decoder that has to be told first.
     """
 
     roles: tuple[RoleName, ...]
@@ -90,6 +91,7 @@ class Traits:
     greedy_only: bool = False
     companions: Mapping[str, Network] = field(default_factory=dict)
     observe: Callable[[Round], None] | None = None
+    steady: Sequence[Shape] = ()
 
 
 AnyState = TypeVar("AnyState", bound=State, covariant=True)

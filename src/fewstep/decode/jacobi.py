@@ -60,7 +60,12 @@ class Jacobi(Causal):
     @cached_property
     def traits(self) -> Traits:
         return Traits(
-            roles=("autoregressive",), cached=True, num_guessed=self.window, pass_length=self.window, greedy_only=True
+            roles=("autoregressive",),
+            cached=True,
+            num_guessed=self.window,
+            pass_length=self.window,
+            greedy_only=True,
+            steady=(Shape("iterate", 1),),
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:

@@ -86,6 +86,7 @@ class Lookahead(Causal):
             pass_length=self.tree.num_guesses,
             greedy_only=True,
             branching=True,
+            steady=(Shape("decode", self.ngram),),
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:

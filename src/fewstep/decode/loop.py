@@ -60,6 +60,11 @@ def run_pass(
     return decoder.accept(state, shape, scores), scores
 
 
+def told(state: State) -> Tensor:
+    """What the host reads of every request after a round: pending positions, front, and `State.told`, [X, R]."""
+    return torch.stack((state.pending_R, state.front_R, *state.told))
+
+
 RunPass = Callable[
     [Mapping[str, Network], Decoder, State, Mapping[str, KVCache], Shape], tuple[Accepted[State], Scores]
 ]
@@ -131,6 +136,7 @@ class Loop:
         self._front_R = torch.zeros(num_slots, dtype=torch.long)
         self._length_R = torch.zeros(num_slots, dtype=torch.long)
         self._drawing_R = torch.zeros(num_slots, dtype=torch.long)  # numbers of DRAWINGS
+        self._noted_XR = torch.stack((self._pending_R, self._front_R))
 
     def fits(
         self,
@@ -228,7 +234,7 @@ class Loop:
     @torch.inference_mode()
     def _stop(self, slot: int) -> None:
         slot_r = torch.tensor([slot], device=self.network.device)
-        self.state = replace(self.state, done_R=self.state.done_R.index_fill(0, slot_r, True))
+        self.state.done_R.index_fill_(0, slot_r, True)
         self._pending_R[slot] = -1
 
     @torch.inference_mode()  # a tenth of a small pass on a CPU; outputs are made outside it, since training uses them
@@ -245,18 +251,9 @@ class Loop:
         groups = list(split or self.decoder.passes(pending_r, length_r))
         for members, shapes in groups:
             self._run(live_r[members], shapes)
-        told_XR = torch.stack((self.state.pending_R, self.state.front_R, *self.state.told)).cpu()
-        self._pending_R, self._front_R = told_XR[:2]
+        self._note(told(self.state).cpu())
         if self.decoder.traits.observe is not None:
-            self.decoder.traits.observe(
-                Round(
-                    shapes=[shapes for _, shapes in groups],
-                    seconds=time.perf_counter() - started_s,
-                    advance_r=(self._front_R - front_R)[live_r],
-                    pending_r=self._pending_R[live_r],
-                    told_Xr=told_XR[2:, live_r],
-                )
-            )
+            self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
         for listener in self.listeners:
             listener(self.state)
         return live_r[self._pending_R[live_r] < 0]
@@ -265,6 +262,27 @@ class Loop:
     def admitting(self) -> bool:
         """Whether the next round lets a request begin, or goes on with a prompt that is prefilled in pieces."""
         return bool(self._queue and self._free) or (self._intake is not None and self._intake.busy)
+
+    def _note(self, told_XR: Tensor) -> None:
+        """Keep on the host what the round left."""
+        self._noted_XR = told_XR
+        self._pending_R, self._front_R = told_XR[:2]
+
+    def _observe(
+        self, shapes: Sequence[Sequence[Shape]], seconds: float, live_r: Tensor, front_before_R: Tensor
+    ) -> None:
+        """Give the decoder the round that was noted last."""
+        observe = self.decoder.traits.observe
+        assert observe is not None
+        observe(
+            Round(
+                shapes=shapes,
+                seconds=seconds,
+                advance_r=(self._front_R - front_before_R)[live_r],
+                pending_r=self._pending_R[live_r],
+                told_Xr=self._noted_XR[2:, live_r],
+            )
+        )
 
     def _admit(self) -> None:
         intake, joining = self._intake, list[tuple[list[int], State]]()

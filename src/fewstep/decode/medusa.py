@@ -95,6 +95,7 @@ class Medusa(Causal):
             pass_length=max(self.tree.num_guesses, len(self.heads) + 1),
             greedy_only=True,
             branching=True,
+            steady=(Shape("decode", len(self.heads) + 1),),
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:

@@ -37,7 +37,13 @@ class PromptLookup(Causal):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("autoregressive",), cached=True, num_guessed=self.window, pass_length=1 + self.window)
+        return Traits(
+            roles=("autoregressive",),
+            cached=True,
+            num_guessed=self.window,
+            pass_length=1 + self.window,
+            steady=(Shape("verify", 1),),
+        )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         return self._with_guesses(state)

@@ -199,7 +199,13 @@ class SelfSpeculative(Causal):
             pass_length=1 + max(parts.rows for parts in self.parts.values()),
             branching=True,
             observe=None if self.pace is None else self.pace.observe,
+            steady=self._steady(),
         )
+
+    def _steady(self) -> Sequence[Shape]:
+        if self.cycle == "two-pass":
+            return Shape(_draft(self.window), WITH_DRAFT), Shape(_verify(self.window), 1)
+        return (Shape(_fused(self.window, self.window), WITHOUT_DRAFT),) if self.cycle == "fused" else ()
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:
         none_R = torch.zeros_like(state.front_R)

@@ -81,6 +81,7 @@ class Speculative(Causal):
             pass_length=1 + count,
             companions={"draft": self.draft},
             greedy_only=not self.sampled,
+            steady=(*self.drafting.shapes(1), Shape("verify", 1)),
         )
 
     def start(self, state: State, requests: Sequence[Request], canvases: Sequence[Canvas]) -> State:

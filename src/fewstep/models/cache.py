@@ -31,7 +31,7 @@ class KVCache(Cache):
         shape = (config.num_hidden_layers, num_requests, num_heads, self.num_slots, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._all_blocks = torch.full((num_requests, self.num_slots), INVISIBLE, device=device)
+        self.all_blocks = torch.full((num_requests, self.num_slots), INVISIBLE, device=device)
         self._slots_RQ = torch.zeros((num_requests, 0), dtype=torch.long, device=device)
         self._request_R1 = torch.arange(num_requests, device=device)[:, None]
         self._subset: Tensor | None = None
@@ -56,13 +56,13 @@ class KVCache(Cache):
     @property
     def blocks_RK(self) -> Tensor:
         """Block numbers of the slots that this view reads."""
-        return self._read(self._all_blocks)
+        return self._read(self.all_blocks)
 
     def place(self, slots_RQ: Tensor, blocks_RQ: Tensor) -> None:
         """Announce the rows of the next forward: their slots and block numbers."""
         self._slots_RQ = slots_RQ
-        self._all_blocks[self._request_R1, slots_RQ] = blocks_RQ
-        self._all_blocks[:, self.scratch] = INVISIBLE
+        self.all_blocks[self._request_R1, slots_RQ] = blocks_RQ
+        self.all_blocks[:, self.scratch] = INVISIBLE
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -77,9 +77,30 @@ class KVCache(Cache):
         slots_RK = slots_RK[:, : self._length]
         return slots_RK if self._subset is None else slots_RK[self._picked]
 
+    def with_blocks(self, all_blocks: Tensor) -> "KVCache":
+        """The same memory, with the slots' block numbers in another tensor."""
+        view = copy(self)
+        view.all_blocks = all_blocks
+        return view
+
+    @property
+    def placed(self) -> tuple[Tensor, Tensor | None, int]:
+        """Of the forward that was announced: its slots, its requests (None for all), and the length that it reads."""
+        return self._slots_RQ, self._subset, self._length
+
+    def of_layer(
+        self, keys_RHKE: Tensor, values_RHKE: Tensor, slots_RQ: Tensor, requests_r: Tensor | None, length: int
+    ) -> "KVCache":
+        """The part of one layer for such a forward, on these tensors; its layer's index is 0."""
+        view = self.view(requests_r, length)
+        view.keys, view.values, view._slots_RQ = keys_RHKE[None], values_RHKE[None], slots_RQ
+        if requests_r is None:
+            view._request_R1 = torch.arange(len(slots_RQ), device=slots_RQ.device)[:, None]
+        return view
+
     def reset(self, requests_R: Tensor) -> None:
         """Forget the requests marked True."""
-        self._all_blocks.masked_fill_(requests_R[:, None], INVISIBLE)
+        self.all_blocks.masked_fill_(requests_R[:, None], INVISIBLE)
 
     def copy_first(self, source: int, target: int, count: int) -> None:
         """Give one request the keys and values of the first slots of another; `number` makes them visible."""
@@ -88,7 +109,7 @@ class KVCache(Cache):
 
     def number(self, request: int, blocks_K: Tensor) -> None:
         """The first slots of a request hold rows of these blocks."""
-        self._all_blocks[request, : len(blocks_K)] = blocks_K
+        self.all_blocks[request, : len(blocks_K)] = blocks_K
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in all: positions are always given explicitly, so nothing is derived from this."""

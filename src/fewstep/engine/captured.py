@@ -1,0 +1,179 @@
+"""The loop whose passes are captured: the same decoders and requests, without the host between passes.
+
+Axes: R = slots, r = some of them, X = what the host is told.
+
+The plain loop waits after every round to hear what it left. Here the next round is enqueued first, wherever a decoder
+names passes that are right whatever the last round left (`Traits.steady`), and what the host hears is one round old. A
+round too many changes nothing: a request that is done stays as it is. Where requests begin, or a decoder has to know,
+the host waits as the plain loop does.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
+from fewstep.decode.loop import Loop, told
+from fewstep.decode.requests import Event
+from fewstep.engine.attention import SPLIT_ATTENTION
+from fewstep.engine.passes import Pass, Passed
+from fewstep.models.network import Network
+
+SHORTEST_CACHE = 256
+"""Attention that has no kernel of ours reads this many slots of the cache, or a power of two times as many."""
+
+
+class CapturedLoop(Loop):
+    """See the module; `fused`: the networks of the decoder's plans, by name, whose layers run fused."""
+
+    def __init__(self, network: Network, decoder: Decoder, *, fused: Mapping[str, Network], **options: Any) -> None:
+        super().__init__(network, decoder, **options)
+        self._fused = fused
+        self._passes: dict[Shape, Pass] = {}
+        self._told_XR = told(self.state)
+        self._pool = torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None
+        self._host_memory = deque(self._new_host_memory() for _ in range(3))
+        self._in_flight: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+        self._completed: list[int] = []
+        self._is_steady = False
+        self._attends_by_parts = self.dtype != torch.float32 and all(
+            one.module.config._attn_implementation == SPLIT_ATTENTION for one in fused.values()
+        )
+
+    def _new_host_memory(self) -> Tensor:
+        memory_XR = torch.empty_like(self._told_XR, device="cpu")
+        return memory_XR.pin_memory() if self.network.device.type == "cuda" else memory_XR
+
+    def _round(self) -> Tensor:
+        if self._queue:
+            self._hear(0)
+        begun = bool(self._queue and self._free)
+        self._admit()
+        live_r = (self._pending_R >= 0).nonzero()[:, 0]
+        if len(live_r):
+            self._is_steady = not begun and self._may_run_ahead(live_r)
+            if not self._is_steady:
+                self._hear(0)
+                live_r = (self._pending_R >= 0).nonzero()[:, 0]
+        if len(live_r):
+            self._enqueue(live_r)
+            self._hear(1 if self._is_steady else 0)
+            for listener in self.listeners:
+                listener(self.state)
+        else:
+            self._hear(0)
+        completed, self._completed = self._completed, []
+        return torch.tensor(completed, dtype=torch.long)
+
+    def _may_run_ahead(self, live_r: Tensor) -> bool:
+        """Whether passes are known that are right whatever the last round left, and all requests share them."""
+        if self.listeners or self.decoder.traits.observe is not None:
+            return False
+        steady = self.decoder.traits.steady
+        if not self.decoder.traits.cached:
+            return True
+        widest = max((shape.width for shape in steady), default=0)
+        return bool(steady) and self.num_slots * (widest + self.decoder.traits.pass_length) <= FREE_ROWS
+
+    def _enqueue(self, live_r: Tensor) -> None:
+        """A step of these requests, and the copy of what it leaves to the host."""
+        started_s, front_R, traits = time.perf_counter(), self._front_R, self.decoder.traits
+        if self._is_steady and traits.cached:
+            groups = [(torch.arange(len(live_r)), traits.steady)]
+        else:
+            groups = list(self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]))
+        for members, shapes in groups:
+            self._run(live_r[members], shapes)
+        told_XR = self._host_memory.popleft()
+        told_XR.copy_(self._told_XR, non_blocking=True)
+        self._in_flight.append((_recorded(told_XR), told_XR))
+        if traits.observe is not None:
+            self._hear(0)
+            self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
+
+    def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
+        widest = max(shape.width for shape in shapes) + self.decoder.traits.pass_length
+        # A slot without a request may be in a pass, which leaves it as it is.
+        whole = len(slots_r) == self.num_slots or self.num_slots * widest <= FREE_ROWS
+        rows = self.num_slots if whole else min(1 << (len(slots_r) - 1).bit_length(), self.num_slots)
+        drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
+        for shape in shapes:
+            shape = replace(shape, rows=rows, cache_length=self._cache_length(slots_r), drawing=drawing)
+            passed = self._pass_for(shape)(slots_r)
+            if self._hidden_RLD is not None and passed.positions_RS is not None:
+                slots_R = torch.arange(rows) if whole else slots_r
+                self._keep(slots_R.to(self.network.device), passed)
+            self._told_XR = passed.told_XR
+
+    def _keep(self, slots_r: Tensor, passed: Passed) -> None:
+        assert self._hidden_RLD is not None
+        assert passed.positions_RS is not None
+        assert passed.chosen_RS is not None
+        assert passed.hidden_RSD is not None
+        count = len(slots_r)
+        kept_rS = torch.where(passed.chosen_RS[:count], passed.positions_RS[:count], self.length)
+        self._hidden_RLD[slots_r[:, None], kept_rS] = passed.hidden_RSD[:count]
+
+    def _cache_length(self, slots_r: Tensor) -> int:
+        """Slots that attention reads; our own kernel passes over those that no row sees."""
+        if not self.decoder.traits.cached:
+            return 0
+        if self._attends_by_parts:
+            return self.length + 1
+        needed = int(self._front_R[slots_r].max()) + 2 * self.decoder.traits.pass_length
+        return min(SHORTEST_CACHE << max(0, (needed - 1) // SHORTEST_CACHE).bit_length(), self.length + 1)
+
+    def _pass_for(self, shape: Shape) -> Pass:
+        """Captured passes by their shape. A prefill is seldom run twice, so its layers are not compiled."""
+        if shape not in self._passes:
+            decodes = not self.decoder.traits.cached or shape.width <= self.decoder.traits.pass_length
+            self._passes[shape] = Pass(
+                self._fused if decodes else self._networks,
+                self.decoder,
+                self.state,
+                self._caches,
+                shape,
+                part=shape.rows < self.num_slots,
+                keep_hidden=self._hidden_RLD is not None,
+                pool=self._pool,
+            )
+        return self._passes[shape]
+
+    def _hear(self, most: int) -> None:
+        """Wait until at most so many rounds are in flight; note which requests the others completed."""
+        while len(self._in_flight) > most:
+            event, told_XR = self._in_flight.popleft()
+            if event is not None:
+                event.synchronize()
+            self._note(told_XR.clone())
+            self._host_memory.append(told_XR)
+            self._completed += [
+                slot for slot in self._live if self._pending_R[slot] < 0 and slot not in self._completed
+            ]
+
+    def events(self) -> list[tuple[int, Event]]:
+        """See Loop; what has become final since the last call."""
+        with torch.no_grad():
+            self._hear(0)
+            found = super().events()
+            self._steps_before_R = self.state.num_forwards_R.clone()
+        return found
+
+    def _stop(self, slot: int) -> None:
+        self._hear(0)
+        super()._stop(slot)
+        self._completed = [one for one in self._completed if one != slot]
+
+
+def _recorded(like: Tensor) -> torch.cuda.Event | None:
+    """An event after what was enqueued; None on a CPU, where nothing is."""
+    if not torch.cuda.is_available() or not like.is_pinned():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -1,0 +1,341 @@
+"""A network whose layers run fused: the stock module stays its definition, and its parameters are shared.
+
+Axes: R = requests, Q = rows of a forward, D = hidden width.
+
+Three things are done to a copy of the module that shares the parameters of the original:
+
+- Linear modules that are given the same input (query, key and value; gate and up) become slices of one product. Which
+  ones they are is seen in a forward of a layer, so no family is named here. Their weights are moved into one tensor, of
+  which the original's parameters become views: nothing is in memory twice.
+- Each layer becomes one opaque call, the operator `fewstep::layer`, in whatever graph a whole pass is traced into. All
+  layers are one function of different parameters, so it is traced and compiled once for each shape of its rows, and not
+  once for each layer.
+- Attention is that of `engine.attention`, where the class takes plain attention.
+
+What comes out is compared with the original before it is used: see `fused`.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fewstep.engine.attention import SPLIT_ATTENTION, LayerCache, attending
+from fewstep.errors import FewstepError
+from fewstep.models.cache import KVCache
+from fewstep.models.gated import GatedAdapter
+from fewstep.models.network import Network, Plan
+
+Shared = tuple[Tensor | None, ...]
+"""Mask, cosine, sine, slots, requests and adapted rows."""
+
+_NOTHING: Shared = (None,) * 6
+_SLOTS, _NUM_GIVEN = 4, 7
+"""Of the arguments of a layer, which begin with its hidden rows."""
+
+_STACKS: WeakValueDictionary[int, "Stack"] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def traced(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """The function of these tensors (and None) as one graph, for arguments of these shapes.
+
+    It is traced without being run. Whatever it does to Python objects happens in the trace only.
+    """
+    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    device = next(one.device for one in arguments if one is not None)
+    for node in graph.graph.find_nodes(op="get_attr"):
+        constant = getattr(graph, node.target)
+        if constant.device != device:  # a number that Python wrote into a tensor; a captured graph cannot fetch it
+            setattr(graph, node.target, constant.to(device))
+    return cast(Callable[..., Any], graph)
+
+
+def compiled(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """As `traced`, and compiled when it is first run."""
+    return cast(Callable[..., Any], torch.compile(traced(function, arguments), dynamic=False))
+
+
+class FusedNetwork(Network):
+    """`network` with fused layers: the same role, tokenizer and parameters, and the same numbers up to rounding.
+
+    Its forwards are meant to be traced, once for each shape; `stack.cache` is the cache of the next one that runs.
+    """
+
+    def __init__(self, network: Network) -> None:
+        vars(self).update(vars(network))
+        shared = [*network.module.parameters(), *network.module.buffers()]
+        if network.adapter is not None:
+            shared += [*network.adapter.parameters(), *network.adapter.buffers()]
+        memory = {id(tensor): tensor for tensor in shared}
+        self.module = copy.deepcopy(network.module, memory)
+        self.adapter = copy.deepcopy(network.adapter, memory)
+        if splits := self.module._supports_sdpa:
+            self.module.set_attn_implementation(SPLIT_ATTENTION)
+        self.stack = Stack(self.module.base_model.layers, self.adapter, _sharing_an_input(network), splits=splits)
+        self.module.base_model.layers = self.stack.stand_ins()
+        self.never_drawn = self.never_drawn.to(self.device)
+
+
+def fused(network: Network) -> FusedNetwork:
+    """FewstepError, with the reason, for a network that cannot be run so: its rows come out otherwise."""
+    try:
+        made = FusedNetwork(network)
+        plan = _few_rows(network)
+        with torch.no_grad():
+            ours, theirs = (one.hidden(plan).float() for one in (made, network))
+        made.stack.compile()
+    except Exception as error:  # code of any class, called in a way that it may not know
+        reason = " ".join(str(error).split())[:160]
+        raise FewstepError(f"the layers of {network.name} cannot be fused ({reason})") from error
+    allowed = 1e-3 if network.dtype == torch.float32 else 0.1
+    if float((ours - theirs).norm() / theirs.norm()) > allowed:
+        raise FewstepError(f"the layers of {network.name} compute something else when they are fused")
+    return made
+
+
+def _few_rows(network: Network) -> Plan:
+    """An uncached forward of a few tokens, the last of which is not seen by those before."""
+    row_1Q = torch.arange(8, device=network.device)[None]
+    return Plan(
+        kind="few rows",
+        tokens_RQ=row_1Q % network.vocab_size,
+        positions_RQ=row_1Q,
+        blocks_RQ=network.role.blocks(row_1Q, torch.tensor([[6]], device=network.device)),
+        slots_RQ=None,
+        scored_RS=row_1Q,
+        context_length_R=torch.tensor([6], device=network.device),
+        adapted_RQ=None if network.adapter is None else row_1Q >= 4,
+    )
+
+
+class Stack:
+    """The layers of a module, as one function of a layer's parameters."""
+
+    def __init__(
+        self, layers: nn.ModuleList, adapter: GatedAdapter | None, groups: list[list[str]], *, splits: bool
+    ) -> None:
+        self.splits = splits
+        self.layers = list(layers)
+        self.gate = None if adapter is None else adapter._gate
+        self.cache: KVCache | None = None
+        self.number = next(_numbers)
+        _STACKS[self.number] = self
+        for layer in self.layers:
+            _fuse_products(layer, groups)
+            for part in layer.modules():
+                if hasattr(part, "layer_idx"):
+                    part.layer_idx = 0  # a layer is given the part of the cache that is its own
+        self._tensors = [{**dict(layer.named_parameters()), **dict(layer.named_buffers())} for layer in self.layers]
+        self._functions: dict[Any, Callable[..., Tensor]] = {}
+        self._make = traced
+        self._given = self._held = _NOTHING
+
+    def compile(self) -> None:
+        """From now on layers are compiled; until then they are traced only, which takes no time."""
+        self._functions, self._make = {}, compiled
+
+    def stand_ins(self) -> nn.ModuleList:
+        return nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(self.layers))
+
+    def unless_held(self, index: int, shared: Shared) -> Shared:
+        """What a layer shares with others, or nothing where the layer before it was given the same.
+
+        Each tensor given to an operator is one more output of the kernel that makes it.
+        """
+        held, self._given = self._given, shared
+        if index and all(one is other for one, other in zip(held, shared, strict=True)):
+            return _NOTHING
+        return shared
+
+    def run(self, index: int, length: int, hidden: Tensor, shared: Shared) -> Tensor:
+        """One layer; `shared` as `_StandIn` names it, nothing for that of the layer before; `length`: the slots that
+        attention reads.
+        """
+        if any(one is not None for one in shared):
+            self._held = shared
+        tensors = hidden, *self._held
+        cache = self.cache if tensors[_SLOTS] is not None else None
+        kept = [None, None] if cache is None else [cache.keys[index], cache.values[index]]
+        own = self._tensors[index]
+        arguments = [*tensors, *kept, *own.values()]
+        key = (length, *((tuple(one.shape), one.stride(), one.dtype) if one is not None else None for one in arguments))
+        key = (tuple(own), *key)
+        if key not in self._functions:
+            self._functions[key] = self._make(self._layer(index, length, cache), arguments)
+        return self._functions[key](*arguments)
+
+    def _layer(self, index: int, length: int, cache: KVCache | None) -> Callable[..., Tensor]:
+        """The layer as a function of its inputs, its cache and its parameters."""
+        names, num_given = list(self._tensors[index]), _NUM_GIVEN + 2
+
+        def run(*arguments: Tensor | None) -> Tensor:
+            hidden, mask, cosine, sine, slots, requests, adapted, keys, values = arguments[:num_given]
+            view: LayerCache | KVCache | None = None
+            if cache is not None:
+                assert keys is not None
+                assert values is not None
+                assert slots is not None
+                of_layer = LayerCache if self.splits else cache.of_layer
+                view = of_layer(keys, values, slots, requests, length)
+            given = {
+                "attention_mask": mask,
+                "position_embeddings": (cosine, sine),
+                "past_key_values": view,
+                "use_cache": view is not None,
+            }
+            parameters = dict(zip(names, arguments[num_given:], strict=True))
+            with attending(view if isinstance(view, LayerCache) else None), self._gated(adapted):
+                return cast(Tensor, functional_call(self.layers[index], parameters, (hidden,), given))  # type: ignore[arg-type]
+
+        return run
+
+    @contextmanager
+    def _gated(self, adapted: Tensor | None) -> Iterator[None]:
+        """Within this block the adapter's layers apply to these rows; after it to those of before."""
+        if self.gate is None:
+            yield
+            return
+        before, self.gate.rows_RQ1 = self.gate.rows_RQ1, adapted
+        try:
+            yield
+        finally:
+            self.gate.rows_RQ1 = before
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a layer in the stock stack, and calls it as one operator."""
+
+    def __init__(self, stack: Stack, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        self._stack, self._index = stack, index
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: KVCache | None = None,
+        **_: Any,
+    ) -> Tensor:
+        gate, cache = self._stack.gate, past_key_values
+        slots, requests, length = (None, None, 0) if cache is None else cache.placed
+        shared = attention_mask, *position_embeddings, slots, requests, None if gate is None else gate.rows_RQ1
+        given = self._stack.unless_held(self._index, shared)
+        return _layer(hidden_states, *given, self._stack.number, self._index, length)
+
+
+@torch.library.custom_op("fewstep::layer", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def _layer(
+    hidden: Tensor,
+    mask: Tensor | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    slots: Tensor | None,
+    requests: Tensor | None,
+    adapted: Tensor | None,
+    stack: int,
+    index: int,
+    length: int,
+) -> Tensor:
+    return _STACKS[stack].run(index, length, hidden, (mask, cosine, sine, slots, requests, adapted))
+
+
+@_layer.register_fake
+def _(hidden: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@dataclass
+class _Product:
+    """What several linear modules make of one input, while the last of them has not asked for its part."""
+
+    given: Tensor | None = None
+    made: Tensor | None = None
+    asked: int = 0
+
+
+class _Slice(nn.Module):
+    """One of several linear modules that share an input: the first to be called computes the product of all."""
+
+    def __init__(
+        self, product: _Product, weight: nn.Parameter, bias: nn.Parameter | None, part: slice, count: int
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._product, self._part, self._count = product, part, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self._product
+        if product.given is not x:
+            product.given, product.made, product.asked = x, nn.functional.linear(x, self.weight, self.bias), 0
+        product.asked += 1
+        made = cast(Tensor, product.made)
+        if product.asked == self._count:
+            product.given = product.made = None
+        return made[..., self._part]
+
+
+def _sharing_an_input(network: Network) -> list[list[str]]:
+    """Names, within a layer, of linear modules that are given the same tensor in its forward, several each time."""
+    layer = network.module.base_model.layers[0]
+    seen: list[tuple[Tensor, str]] = []
+
+    def note(name: str) -> Any:
+        return lambda _, arguments: seen.append((arguments[0], name))
+
+    linear = {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
+    hooks = [part.register_forward_pre_hook(note(name)) for name, part in linear.items()]
+    try:
+        with torch.no_grad():
+            network.hidden(_few_rows(network))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[Any, list[str]] = {}
+    for given, name in seen:
+        groups.setdefault((id(given), linear[name].bias is None), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _fuse_products(layer: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Make the linear modules of each group slices of one product."""
+    for names in groups:
+        parts = [cast(nn.Linear, layer.get_submodule(name)) for name in names]
+        weight = _in_one([part.weight for part in parts])
+        bias = None if parts[0].bias is None else _in_one([part.bias for part in parts])
+        product, start = _Product(), 0
+        for name, part in zip(names, parts, strict=True):
+            stop = start + part.out_features
+            layer.set_submodule(name, _Slice(product, weight, bias, slice(start, stop), len(parts)))
+            start = stop
+
+
+def _in_one(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One tensor of which these parameters are views, made so if they are not."""
+    first = parameters[0].data
+    step, end = first.element_size(), first.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != end or not parameter.is_contiguous():
+            break
+        end += parameter.numel() * step
+    else:
+        num_rows = sum(len(one) for one in parameters)
+        if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() >= end:
+            whole = first.as_strided((num_rows, *first.shape[1:]), first.stride())
+            return nn.Parameter(whole, requires_grad=False)
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(one) for one in parameters]), strict=True):
+        parameter.data = part
+    return nn.Parameter(whole, requires_grad=False)
