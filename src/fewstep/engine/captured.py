@@ -11,7 +11,7 @@ the host waits as the plain loop does.
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,30 +20,51 @@ from torch import Tensor
 from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
 from fewstep.decode.loop import Loop, told
 from fewstep.decode.requests import Event
-from fewstep.engine.attention import SPLIT_ATTENTION
-from fewstep.engine.passes import Pass, Passed
+from fewstep.engine.passes import Pass, Passed, Slots
+from fewstep.engine.stack import FusedNetwork
 from fewstep.models.network import Network
 
 SHORTEST_CACHE = 256
 """Attention that has no kernel of ours reads this many slots of the cache, or a power of two times as many."""
 
 
+@dataclass(frozen=True)
+class _Round:
+    """A round that the host has not heard of: its slots, and where what it leaves will be once the event has come."""
+
+    live: list[int]
+    told_XR: Tensor
+    event: torch.cuda.Event | None
+
+
 class CapturedLoop(Loop):
     """See the module; `fused`: the networks of the decoder's plans, by name, whose layers run fused."""
 
-    def __init__(self, network: Network, decoder: Decoder, *, fused: Mapping[str, Network], **options: Any) -> None:
+    def __init__(
+        self, network: Network, decoder: Decoder, *, fused: Mapping[str, FusedNetwork], **options: Any
+    ) -> None:
         super().__init__(network, decoder, **options)
-        self._fused = fused
+        self._slots = Slots(
+            networks=self._networks,
+            fused=fused,
+            decoder=decoder,
+            state=self.state,
+            caches=self._caches,
+            keep_hidden=self._hidden_RLD is not None,
+            pool=torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None,
+        )
         self._passes: dict[Shape, Pass] = {}
         self._told_XR = told(self.state)
-        self._pool = torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None
         self._host_memory = deque(self._new_host_memory() for _ in range(3))
-        self._in_flight: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+        self._in_flight: deque[_Round] = deque()
         self._completed: list[int] = []
         self._is_steady = False
-        self._attends_by_parts = self.dtype != torch.float32 and all(
-            one.module.config._attn_implementation == SPLIT_ATTENTION for one in fused.values()
-        )
+        self._attends_by_parts = self.dtype != torch.float32 and all(one.stack.splits for one in fused.values())
+
+    def finish_compiling(self) -> None:
+        """Compile the passes that have run so far, and wait for it: for who measures."""
+        for each in self._passes.values():
+            each.adopt(wait=True)
 
     def _new_host_memory(self) -> Tensor:
         memory_XR = torch.empty_like(self._told_XR, device="cpu")
@@ -52,7 +73,10 @@ class CapturedLoop(Loop):
     def _round(self) -> Tensor:
         if self._queue:
             self._hear(0)
-        begun = bool(self._queue and self._free)
+        begun = self.admitting
+        if begun and not self._live:
+            for each in self._passes.values():
+                each.adopt()
         self._admit()
         live_r = (self._pending_R >= 0).nonzero()[:, 0]
         if len(live_r):
@@ -91,7 +115,7 @@ class CapturedLoop(Loop):
             self._run(live_r[members], shapes)
         told_XR = self._host_memory.popleft()
         told_XR.copy_(self._told_XR, non_blocking=True)
-        self._in_flight.append((_recorded(told_XR), told_XR))
+        self._in_flight.append(_Round(live_r.tolist(), told_XR, _recorded(told_XR)))
         if traits.observe is not None:
             self._hear(0)
             self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
@@ -132,29 +156,19 @@ class CapturedLoop(Loop):
         """Captured passes by their shape. A prefill is seldom run twice, so its layers are not compiled."""
         if shape not in self._passes:
             decodes = not self.decoder.traits.cached or shape.width <= self.decoder.traits.pass_length
-            self._passes[shape] = Pass(
-                self._fused if decodes else self._networks,
-                self.decoder,
-                self.state,
-                self._caches,
-                shape,
-                part=shape.rows < self.num_slots,
-                keep_hidden=self._hidden_RLD is not None,
-                pool=self._pool,
-            )
+            self._passes[shape] = Pass(self._slots, shape, part=shape.rows < self.num_slots, fuse=decodes)
         return self._passes[shape]
 
     def _hear(self, most: int) -> None:
         """Wait until at most so many rounds are in flight; note which requests the others completed."""
         while len(self._in_flight) > most:
-            event, told_XR = self._in_flight.popleft()
-            if event is not None:
-                event.synchronize()
-            self._note(told_XR.clone())
-            self._host_memory.append(told_XR)
-            self._completed += [
-                slot for slot in self._live if self._pending_R[slot] < 0 and slot not in self._completed
-            ]
+            heard = self._in_flight.popleft()
+            if heard.event is not None:
+                heard.event.synchronize()
+            self._note(heard.told_XR.clone())
+            self._host_memory.append(heard.told_XR)
+            ended = [slot for slot in heard.live if self._pending_R[slot] < 0 and slot in self._live]
+            self._completed += [slot for slot in ended if slot not in self._completed]
 
     def events(self) -> list[tuple[int, Event]]:
         """See Loop; what has become final since the last call."""

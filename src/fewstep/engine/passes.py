@@ -1,13 +1,21 @@
-"""One pass of a decoder on fixed tensors: traced once for each shape, compiled, and captured in a CUDA graph.
+"""One pass of a decoder on fixed tensors, captured in a CUDA graph.
 
 Axes: R = slots, r = some of them, X = what the host is told.
 
 The state of all slots stays in the same memory. A pass reads it there, computes what the plain `run_pass` computes, and
 writes what has changed back, so that the next pass may follow at once: nothing waits for the host.
+
+A pass grows faster as it is used. Its first run is the plain one. Then it is captured on fused layers, which takes less
+than a second. Compiling takes seconds, or many: a thread does it meanwhile, on tensors of its own, and the loop adopts
+the result between requests.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,17 +24,20 @@ from torch import Tensor
 from fewstep.decode.decoder import Decoder, Shape
 from fewstep.decode.loop import run_pass, told
 from fewstep.decode.state import State
-from fewstep.engine.stack import FusedNetwork, compiled
+from fewstep.engine.stack import FusedNetwork, compiled, traced
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network
+
+COMPILED_AFTER = 32
+"""A pass that has run so often is worth compiling."""
 
 
 @dataclass(frozen=True)
 class Passed:
     """What a pass left besides the state; tensors that the next pass of the same shape overwrites.
 
-    `told_XR`: pending positions and front of all slots, then `State.told`. The others are those of `Accepted` and
-    `Scores` for the requests of the pass, None unless hidden rows are kept.
+    `told_XR`: see `told`, of all slots. The others are those of `Accepted` and `Scores` for the requests of the pass,
+    None unless hidden rows are kept.
     """
 
     told_XR: Tensor
@@ -35,93 +46,164 @@ class Passed:
     hidden_RSD: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What the passes of a loop work on. `fused`: the networks with fused layers, by the names of `networks`."""
+
+    networks: Mapping[str, Network]
+    fused: Mapping[str, FusedNetwork]
+    decoder: Decoder
+    state: State
+    caches: Mapping[str, KVCache]
+    keep_hidden: bool
+    pool: Any  # memory of all graphs for what they compute on the way: one runs at a time
+
+
 class Pass:
     """One kind of pass over the slots of a loop, for one whole `Shape`.
 
-    With fused networks it is traced and compiled when it first runs. On a GPU it is one graph from its second run on.
-    With `part` it is given the slots of its requests, which are fewer than all; else it is for all slots.
+    With `part` it is given the slots of its requests, which are fewer than all; else it is for all slots. `fuse`:
+    whether it is worth more than capturing as it is; a prefill is not.
     """
 
-    def __init__(
-        self,
-        networks: Mapping[str, Network],
-        decoder: Decoder,
-        state: State,
-        caches: Mapping[str, KVCache],
-        shape: Shape,
-        *,
-        part: bool,
-        keep_hidden: bool,
-        pool: Any,
-    ) -> None:
-        self._networks, self._decoder, self._caches, self._shape = networks, decoder, caches, shape
-        self._like, self._keep_hidden = state, keep_hidden
-        device = state.front_R.device
-        self._tensors = [*state.tensors().values(), *(each.all_blocks for each in caches.values())]
-        self._slots: list[Tensor] = []
+    def __init__(self, slots: Slots, shape: Shape, *, part: bool, fuse: bool) -> None:
+        self._slots, self._shape, self._fuse = slots, shape, fuse
+        device = slots.state.front_R.device
+        self._tensors = [*slots.state.tensors().values(), *(each.all_blocks for each in slots.caches.values())]
+        self._chosen: list[Tensor] = []
         if part:
-            self._slots = [torch.zeros(shape.rows, dtype=torch.long, device=device), torch.zeros((), device=device)]
-        self._function: Callable[..., Any] | None = None
-        self._pool = pool
+            self._chosen = [torch.zeros(shape.rows, dtype=torch.long, device=device), torch.zeros((), device=device)]
+        self._num_runs = 0
+        self._function: Callable[..., Any] = self._plain
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._passed = Passed(told(state))
+        self._passed: Passed | None = None
+        self._compiling: Future[Callable[..., Any]] | None = None
+        self._is_final = not fuse
 
     @torch.no_grad()
     def __call__(self, slots_r: Tensor) -> Passed:
         """Give the requests in these slots a step; `slots_r` is on the CPU."""
-        if self._slots:
+        if self._chosen:
             self._choose(slots_r)
-        for name, network in self._networks.items():
-            if isinstance(network, FusedNetwork):
-                network.stack.cache = self._caches.get(name)
-        arguments = [*self._tensors, *self._slots]
-        if self._function is None:
-            fused = any(isinstance(network, FusedNetwork) for network in self._networks.values())
-            self._function = compiled(self._run, arguments) if fused else self._run
-            self._passed = Passed(*self._function(*arguments))
-        elif arguments[0].device.type != "cuda":
-            self._passed = Passed(*self._function(*arguments))
-        else:
-            if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, pool=self._pool):
-                    self._passed = Passed(*self._function(*arguments))
-            self._graph.replay()
+        self._num_runs += 1
+        if self._num_runs == 2:
+            self._capture(self._traced() if self._fuse else self._plain)
+        if self._num_runs == COMPILED_AFTER and not self._is_final:
+            self._compiling = _compiler().submit(self._compile)
+        if self._graph is None or self._passed is None:
+            return Passed(*self._function(*self._arguments))
+        self._graph.replay()
         return self._passed
+
+    @torch.no_grad()
+    def adopt(self, *, wait: bool = False) -> None:
+        """Go on with compiled code if there is some; `wait`: until there is."""
+        if self._is_final or not (wait or (self._compiling is not None and self._compiling.done())):
+            return
+        self._is_final = True
+        try:
+            function = self._compile() if self._compiling is None else self._compiling.result()
+        except Exception as error:  # a compiler may fail in any way, and the pass is right without it
+            warnings.warn(f"a pass is not compiled, and slower for that: {_line(error)}", stacklevel=2)
+            return
+        self._capture(function, compiled=True)
+
+    @property
+    def _arguments(self) -> list[Tensor]:
+        return [*self._tensors, *self._chosen]
+
+    def _traced(self) -> Callable[..., Any]:
+        """The pass on fused layers; the plain one, with a warning, if a decoder or policy cannot be traced."""
+        try:
+            return traced(self._on_fused, self._arguments)
+        except Exception as error:  # such as a policy of someone's own that reads a number
+            self._is_final = True
+            warnings.warn(f"a pass cannot be captured, and runs as it is: {_line(error)}", stacklevel=2)
+            return self._plain
+
+    def _compile(self) -> Callable[..., Any]:
+        """In any thread, while passes run: on tensors of its own, and without the cache."""
+        function = compiled(self._on_fused, self._arguments)
+        dummies = [torch.zeros_like(one) for one in self._arguments]
+        with torch.no_grad(), ExitStack() as running:
+            for name, network in self._slots.fused.items():
+                running.enter_context(network.stack.running(self._slots.caches.get(name), compiled=True, dry=True))
+            function(*dummies)
+        return function
+
+    def _capture(self, function: Callable[..., Any], *, compiled: bool = False) -> None:
+        """From now on the pass is this function; on a GPU as a graph, if there is memory for it."""
+
+        def run(*arguments: Tensor) -> Any:
+            with ExitStack() as running:
+                for name, network in self._slots.fused.items():
+                    running.enter_context(network.stack.running(self._slots.caches.get(name), compiled=compiled))
+                return function(*arguments)
+
+        self._function, self._graph = run, None
+        if self._tensors[0].device.type != "cuda":
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may compile meanwhile.
+            with torch.cuda.graph(graph, pool=self._slots.pool, capture_error_mode="thread_local"):
+                self._passed = Passed(*run(*self._arguments))
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                "there is no memory left to capture a pass, which runs as it is; use fewer slots", stacklevel=2
+            )
+        else:
+            self._graph = graph
 
     def _choose(self, slots_r: Tensor) -> None:
         """Rows beyond the requests stand for some slot that is not among them, and leave it as it is."""
-        num_slots, count = len(self._like.front_R), len(slots_r)
+        num_slots, count = len(self._slots.state.front_R), len(slots_r)
         other = next(slot for slot in range(num_slots) if slot not in slots_r)
         rows_r = torch.full((self._shape.rows,), other)
         rows_r[:count] = slots_r
-        self._slots[0].copy_(rows_r, non_blocking=True)
-        self._slots[1].fill_(count)
+        self._chosen[0].copy_(rows_r, non_blocking=True)
+        self._chosen[1].fill_(count)
 
-    def _run(self, *tensors: Tensor) -> list[Tensor | None]:
+    def _plain(self, *tensors: Tensor) -> list[Tensor | None]:
+        return self._run(self._slots.networks, *tensors)
+
+    def _on_fused(self, *tensors: Tensor) -> list[Tensor | None]:
+        return self._run(self._slots.fused, *tensors)
+
+    def _run(self, networks: Mapping[str, Network], *tensors: Tensor) -> list[Tensor | None]:
         """The pass as a function of the tensors that it reads and writes."""
-        rest = iter(tensors)
-        state = self._like.map(lambda _: next(rest))
-        caches, slots_r, before = {}, None, state
-        for name, each in self._caches.items():
-            caches[name] = each.with_blocks(next(rest))
-        if self._slots:
+        slots, rest = self._slots, iter(tensors)
+        state = before = slots.state.map(lambda _: next(rest))
+        caches = {name: each.with_blocks(next(rest)) for name, each in slots.caches.items()}
+        slots_r = is_one_r = None
+        if self._chosen:
             slots_r, count = rest
             before = state.select(slots_r)
             is_one_r = torch.arange(len(slots_r), device=slots_r.device) < count
             before = replace(before, done_R=before.done_R | ~is_one_r)
-        length = self._shape.cache_length
-        views = {name: each.view(slots_r, length) for name, each in caches.items()}
-        accepted, scores = run_pass(self._networks, self._decoder, before, views, self._shape)
+        views = {name: each.view(slots_r, self._shape.cache_length) for name, each in caches.items()}
+        accepted, scores = run_pass(networks, slots.decoder, before, views, self._shape)
         after = accepted.state
-        if slots_r is not None:
+        if slots_r is not None and is_one_r is not None:
             after = replace(after, done_R=torch.where(is_one_r, after.done_R, state.done_R[slots_r]))
         for kept, old, new in zip(*(one.tensors().values() for one in (state, before, after)), strict=True):
-            if new is not old and slots_r is None:
+            if new is old:
+                continue
+            if slots_r is None:
                 kept.copy_(new)
-            elif new is not old and slots_r is not None:
+            else:
                 kept.index_copy_(0, slots_r, new)
-        found = [told(state)]
-        if self._keep_hidden:
-            return [*found, accepted.positions_RS, accepted.chosen_RS, scores.hidden_RSD]
-        return [*found]
+        found = told(state)
+        if not slots.keep_hidden:
+            return [found]
+        return [found, accepted.positions_RS, accepted.chosen_RS, scores.hidden_RSD]
+
+
+@cache
+def _compiler() -> ThreadPoolExecutor:
+    """One thread, in which passes are compiled one after another."""
+    return ThreadPoolExecutor(1, thread_name_prefix="fewstep-compile")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

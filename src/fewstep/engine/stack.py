@@ -17,6 +17,7 @@ What comes out is compared with the original before it is used: see `fused`.
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,29 +46,50 @@ _STACKS: WeakValueDictionary[int, "Stack"] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
+def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    """In two steps, of parts and of the parts: a compiled kernel gives a row of any length to one program."""
+    length = x.shape[-1]
+    if dims not in ([-1], [x.dim() - 1]) or keepdim or length < 2 * _PART:
+        return NotImplemented
+    parts = nn.functional.pad(x, (0, -length % _PART), value=float("-inf")).unflatten(-1, (-1, _PART))
+    best = parts.amax(-1)
+    base = torch.where(best.isinf(), 0.0, best)
+    sums = (parts - base[..., None]).exp().sum(-1)
+    highest = best.amax(-1)
+    return (sums * (base - highest[..., None]).exp()).sum(-1).log() + highest
+
+
+_PART = 4096
+_WRITTEN_OUT = {torch.ops.aten.logsumexp.default: _logsumexp}
+
+_TRACING = threading.RLock()
+"""A trace puts its own tensors into modules, for a while."""
+
+
 def traced(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
     """The function of these tensors (and None) as one graph, for arguments of these shapes.
 
     It is traced without being run. Whatever it does to Python objects happens in the trace only.
     """
-    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    with _TRACING:
+        graph = make_fx(function, _WRITTEN_OUT, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     device = next(one.device for one in arguments if one is not None)
     for node in graph.graph.find_nodes(op="get_attr"):
         constant = getattr(graph, node.target)
         if constant.device != device:  # a number that Python wrote into a tensor; a captured graph cannot fetch it
             setattr(graph, node.target, constant.to(device))
-    return cast(Callable[..., Any], graph)
+    return graph
 
 
 def compiled(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
     """As `traced`, and compiled when it is first run."""
-    return cast(Callable[..., Any], torch.compile(traced(function, arguments), dynamic=False))
+    return torch.compile(traced(function, arguments), dynamic=False)
 
 
 class FusedNetwork(Network):
     """`network` with fused layers: the same role, tokenizer and parameters, and the same numbers up to rounding.
 
-    Its forwards are meant to be traced, once for each shape; `stack.cache` is the cache of the next one that runs.
+    Its forwards are meant to be traced, once for each shape, and what is traced to run within `stack.running`.
     """
 
     def __init__(self, network: Network) -> None:
@@ -92,7 +114,6 @@ def fused(network: Network) -> FusedNetwork:
         plan = _few_rows(network)
         with torch.no_grad():
             ours, theirs = (one.hidden(plan).float() for one in (made, network))
-        made.stack.compile()
     except Exception as error:  # code of any class, called in a way that it may not know
         reason = " ".join(str(error).split())[:160]
         raise FewstepError(f"the layers of {network.name} cannot be fused ({reason})") from error
@@ -117,6 +138,16 @@ def _few_rows(network: Network) -> Plan:
     )
 
 
+class _Now(threading.local):
+    """What the layers work on, in each thread: see `Stack.running`; `given` and `held`: see `Stack.unless_held`."""
+
+    cache: KVCache | None = None
+    compiled: bool = False
+    dry: bool = False
+    given: Shared = _NOTHING
+    held: Shared = _NOTHING
+
+
 class Stack:
     """The layers of a module, as one function of a layer's parameters."""
 
@@ -126,22 +157,30 @@ class Stack:
         self.splits = splits
         self.layers = list(layers)
         self.gate = None if adapter is None else adapter._gate
-        self.cache: KVCache | None = None
+        self._now = _Now()
         self.number = next(_numbers)
         _STACKS[self.number] = self
         for layer in self.layers:
             _fuse_products(layer, groups)
             for part in layer.modules():
                 if hasattr(part, "layer_idx"):
-                    part.layer_idx = 0  # a layer is given the part of the cache that is its own
+                    part.layer_idx = 0  # type: ignore[assignment]  # a layer is given the part of the cache that is its own
         self._tensors = [{**dict(layer.named_parameters()), **dict(layer.named_buffers())} for layer in self.layers]
         self._functions: dict[Any, Callable[..., Tensor]] = {}
-        self._make = traced
-        self._given = self._held = _NOTHING
 
-    def compile(self) -> None:
-        """From now on layers are compiled; until then they are traced only, which takes no time."""
-        self._functions, self._make = {}, compiled
+    @contextmanager
+    def running(self, cache: KVCache | None, *, compiled: bool = False, dry: bool = False) -> Iterator[None]:
+        """Within this block, in this thread, layers work on this cache, and are compiled or traced only.
+
+        `dry`: they are compiled for what they are given, but compute nothing, and leave the cache alone.
+        """
+        before, now = vars(self._now).copy(), self._now
+        now.cache, now.compiled, now.dry = cache, compiled, dry
+        try:
+            yield
+        finally:
+            vars(now).clear()
+            vars(now).update(before)
 
     def stand_ins(self) -> nn.ModuleList:
         return nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(self.layers))
@@ -151,7 +190,7 @@ class Stack:
 
         Each tensor given to an operator is one more output of the kernel that makes it.
         """
-        held, self._given = self._given, shared
+        held, self._now.given = self._now.given, shared
         if index and all(one is other for one, other in zip(held, shared, strict=True)):
             return _NOTHING
         return shared
@@ -160,18 +199,26 @@ class Stack:
         """One layer; `shared` as `_StandIn` names it, nothing for that of the layer before; `length`: the slots that
         attention reads.
         """
+        now = self._now
         if any(one is not None for one in shared):
-            self._held = shared
-        tensors = hidden, *self._held
-        cache = self.cache if tensors[_SLOTS] is not None else None
+            now.held = shared
+        tensors = hidden, *now.held
+        cache = now.cache if tensors[_SLOTS] is not None else None
         kept = [None, None] if cache is None else [cache.keys[index], cache.values[index]]
         own = self._tensors[index]
         arguments = [*tensors, *kept, *own.values()]
-        key = (length, *((tuple(one.shape), one.stride(), one.dtype) if one is not None else None for one in arguments))
-        key = (tuple(own), *key)
-        if key not in self._functions:
-            self._functions[key] = self._make(self._layer(index, length, cache), arguments)
-        return self._functions[key](*arguments)
+        described = [(tuple(one.shape), one.stride(), one.dtype) if one is not None else None for one in arguments]
+        key: tuple[Any, ...] = (now.compiled, length, tuple(own), *described)
+        is_new = key not in self._functions
+        if is_new:
+            make = compiled if now.compiled else traced
+            self._functions[key] = make(self._layer(index, length, cache), arguments)
+        if not now.dry:
+            return self._functions[key](*arguments)
+        if is_new:
+            nobodys = [None if one is None else torch.zeros_like(one) for one in kept]
+            self._functions[key](*tensors, *nobodys, *own.values())
+        return torch.zeros_like(hidden)
 
     def _layer(self, index: int, length: int, cache: KVCache | None) -> Callable[..., Tensor]:
         """The layer as a function of its inputs, its cache and its parameters."""
@@ -312,7 +359,7 @@ def _sharing_an_input(network: Network) -> list[list[str]]:
 def _fuse_products(layer: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Make the linear modules of each group slices of one product."""
     for names in groups:
-        parts = [cast(nn.Linear, layer.get_submodule(name)) for name in names]
+        parts: list[Any] = [layer.get_submodule(name) for name in names]
         weight = _in_one([part.weight for part in parts])
         bias = None if parts[0].bias is None else _in_one([part.bias for part in parts])
         product, start = _Product(), 0
@@ -325,17 +372,16 @@ def _fuse_products(layer: nn.Module, groups: Sequence[Sequence[str]]) -> None:
 def _in_one(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     """One tensor of which these parameters are views, made so if they are not."""
     first = parameters[0].data
-    step, end = first.element_size(), first.data_ptr()
+    end = first.data_ptr()
     for parameter in parameters:
         if parameter.data_ptr() != end or not parameter.is_contiguous():
             break
-        end += parameter.numel() * step
+        end += parameter.nbytes
     else:
-        num_rows = sum(len(one) for one in parameters)
-        if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() >= end:
-            whole = first.as_strided((num_rows, *first.shape[1:]), first.stride())
-            return nn.Parameter(whole, requires_grad=False)
+        if end <= first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+            rows = sum(len(one) for one in parameters)
+            return nn.Parameter(first.as_strided((rows, *first.shape[1:]), first.stride()), requires_grad=False)
     whole = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, whole.split([len(one) for one in parameters]), strict=True):
-        parameter.data = part
+    for parameter, own in zip(parameters, whole.split([len(one) for one in parameters]), strict=True):
+        parameter.data = own
     return nn.Parameter(whole, requires_grad=False)
