@@ -408,17 +408,20 @@ def loop_for(
     kept: Generator | None = None,
     run_pass: RunPass = run_pass,
     companions: Mapping[str, Network] | None = None,
+    kind: type[Loop] = Loop,
+    **more: Any,
 ) -> Loop:
     """A loop with slots for these requests: `kept`, if it can stand for a new one. All are checked before anything is
-    allocated. FewstepError for the first that cannot be decoded.
+    allocated. `kind`: the class of the loop, and `more` what it is made with beside. FewstepError for the first that
+    cannot be decoded.
     """
     lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
     made: dict[str, Any] = {
         "num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass, "companions": companions,
     }  # fmt: skip
-    if not isinstance(kept, Loop) or not kept.fits(network, decoder, **made):
-        return Loop(network, decoder, listeners=listeners, **made)
+    if type(kept) is not kind or not kept.fits(network, decoder, **made):
+        return kind(network, decoder, listeners=listeners, **made, **more)
     kept.listeners = list(listeners)
     return kept
 

@@ -53,12 +53,13 @@ class CapturedLoop(Loop):
             keep_hidden=self._hidden_RLD is not None,
             pool=torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None,
         )
-        self._passes: dict[Shape, Pass] = {}
+        self._passes: dict[tuple[Shape, bool], Pass] = {}
         self._told_XR = told(self.state)
         self._host_memory = deque(self._new_host_memory() for _ in range(3))
         self._in_flight: deque[_Round] = deque()
         self._completed: list[int] = []
         self._is_steady = False
+        self._steps_before_R = self.state.num_forwards_R.clone()
         self._attends_by_parts = self.dtype != torch.float32 and all(one.stack.splits for one in fused.values())
 
     def finish_compiling(self) -> None:
@@ -94,6 +95,12 @@ class CapturedLoop(Loop):
         completed, self._completed = self._completed, []
         return torch.tensor(completed, dtype=torch.long)
 
+    def _admit(self) -> None:
+        before = set(self._live)
+        super()._admit()
+        begun = torch.tensor([slot for slot in self._live if slot not in before], dtype=torch.long)
+        self._steps_before_R[begun.to(self.network.device)] = 0
+
     def _may_run_ahead(self, live_r: Tensor) -> bool:
         """Whether passes are known that are right whatever the last round left, and all requests share them."""
         if self.listeners or self.decoder.traits.observe is not None:
@@ -121,18 +128,25 @@ class CapturedLoop(Loop):
             self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
 
     def _run(self, slots_r: Tensor, shapes: Sequence[Shape]) -> None:
-        widest = max(shape.width for shape in shapes) + self.decoder.traits.pass_length
         # A slot without a request may be in a pass, which leaves it as it is.
-        whole = len(slots_r) == self.num_slots or self.num_slots * widest <= FREE_ROWS
+        whole = len(slots_r) == int((self._pending_R >= 0).sum()) and self._are_cheap(len(slots_r), shapes)
         rows = self.num_slots if whole else min(1 << (len(slots_r) - 1).bit_length(), self.num_slots)
         drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
             shape = replace(shape, rows=rows, cache_length=self._cache_length(slots_r), drawing=drawing)
-            passed = self._pass_for(shape)(slots_r)
+            passed = self._pass_for(shape, part=not whole)(slots_r)
             if self._hidden_RLD is not None and passed.positions_RS is not None:
                 slots_R = torch.arange(rows) if whole else slots_r
                 self._keep(slots_R.to(self.network.device), passed)
             self._told_XR = passed.told_XR
+            self._num_passes += 1
+
+    def _are_cheap(self, count: int, shapes: Sequence[Shape]) -> bool:
+        """Whether a pass of all slots costs about as much as one of so many, and may have slots without a request."""
+        if count == self.num_slots or not self.decoder.traits.cached:
+            return count == self.num_slots
+        widest = max(shape.width for shape in shapes) + self.decoder.traits.pass_length
+        return self.num_slots * widest <= FREE_ROWS
 
     def _keep(self, slots_r: Tensor, passed: Passed) -> None:
         assert self._hidden_RLD is not None
@@ -152,12 +166,13 @@ class CapturedLoop(Loop):
         needed = int(self._front_R[slots_r].max()) + 2 * self.decoder.traits.pass_length
         return min(SHORTEST_CACHE << max(0, (needed - 1) // SHORTEST_CACHE).bit_length(), self.length + 1)
 
-    def _pass_for(self, shape: Shape) -> Pass:
+    def _pass_for(self, shape: Shape, *, part: bool) -> Pass:
         """Captured passes by their shape. A prefill is seldom run twice, so its layers are not compiled."""
-        if shape not in self._passes:
+        key = shape, part
+        if key not in self._passes:
             decodes = not self.decoder.traits.cached or shape.width <= self.decoder.traits.pass_length
-            self._passes[shape] = Pass(self._slots, shape, part=shape.rows < self.num_slots, fuse=decodes)
-        return self._passes[shape]
+            self._passes[key] = Pass(self._slots, shape, part=part, fuse=decodes)
+        return self._passes[key]
 
     def _hear(self, most: int) -> None:
         """Wait until at most so many rounds are in flight; note which requests the others completed."""

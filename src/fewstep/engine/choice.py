@@ -6,13 +6,16 @@ Each is a module of its own in this room, and gets its case in `Engines.choice`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.loop import RunPass, run_pass
+from fewstep.decode.loop import Loop, RunPass, run_pass
+from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.cpu import CpuNetwork, has_bfloat16
+from fewstep.engine.stack import FusedNetwork
+from fewstep.engine.stack import fused as fused_network
 from fewstep.errors import FewstepError
 from fewstep.models.load import free_memory
 from fewstep.models.network import Network
@@ -30,7 +33,7 @@ class Choice:
 
     `engine`: its name, or OFF. `network`: whose forward a pass runs: the one that was loaded, or its weights in the
     numbers of the engine; `companions` stand in the place of those of the decoder. `note`: why the plain path is taken
-    though the engine was asked for, in a sentence.
+    though the engine was asked for, in a sentence. `kind`: the class of the loop; `more`: what it is made with beside.
     """
 
     engine: str
@@ -38,6 +41,12 @@ class Choice:
     run_pass: RunPass
     companions: Mapping[str, Network] = field(default_factory=dict)
     note: str | None = None
+    kind: type[Loop] = Loop
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def loop_options(self) -> dict[str, Any]:
+        """What `loop_for` is given beside the network, the decoder and the requests."""
+        return {"run_pass": self.run_pass, "companions": self.companions, "kind": self.kind, **self.more}
 
     @property
     def dtype(self) -> str:
@@ -55,6 +64,7 @@ class Engines:
         self.network = network
         self._run_pass = run_pass
         self._on_cpu: dict[tuple[Network, torch.dtype], CpuNetwork | FewstepError] = {}
+        self._on_gpu: dict[Network, FusedNetwork | FewstepError] = {}
 
     def choice(self, decoder: Decoder, setting: EngineSetting, *, records: bool = False) -> Choice:
         """How the passes of this decoder are run; `records`: hidden rows are recorded, as training reads them."""
@@ -69,12 +79,34 @@ class Engines:
         try:
             if self.network.device.type == "cpu":
                 return self._cpu(decoder)
+            if self.network.device.type == "cuda":
+                return self._cuda(decoder)
         except FewstepError as error:
             return self._plain(str(error))
         return self._plain(f"there is no engine yet for {self.network.device.type}")
 
     def _plain(self, note: str | None) -> Choice:
         return Choice(engine=OFF, network=self.network, run_pass=run_pass, note=note)
+
+    def _cuda(self, decoder: Decoder) -> Choice:
+        """Captured passes on fused layers, in the numbers of the network."""
+        networks = {"target": self.network, **decoder.traits.companions}
+        fused = {name: self._fused(each) for name, each in networks.items()}
+        return Choice(engine="cuda", network=self.network, run_pass=run_pass, kind=CapturedLoop, more={"fused": fused})
+
+    def _fused(self, network: Network) -> FusedNetwork:
+        """FewstepError if it cannot be run so; told once more each time that it is asked for."""
+        if any(parameter.requires_grad for parameter in network.module.parameters()):
+            raise FewstepError(f"{network.name} is being trained")
+        if network not in self._on_gpu:
+            try:
+                self._on_gpu[network] = fused_network(network)
+            except FewstepError as error:
+                self._on_gpu[network] = error
+        found = self._on_gpu[network]
+        if isinstance(found, FewstepError):
+            raise found
+        return found
 
     def _cpu(self, decoder: Decoder) -> Choice:
         """Fused layers; in bfloat16 if nobody asked for other numbers, unless the decoder promises the text of another.

@@ -24,17 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from fewstep.engine.parity import difference
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.gated import GatedAdapter
-from fewstep.models.network import Network, Plan
+from fewstep.models.network import Network
 from fewstep.models.shared import LeanLinear
 
 FEW_ROWS = 8
 """A product of fewer rows, in float32, is faster with weights as they are: reading them takes the time."""
-
-_NUM_TRIED = 16
-"""Rows by which a network is compared with the stock one: enough for packed weights."""
 
 _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest part by which rows may differ from the stock module's, by its numbers: sums are added up in another order."""
@@ -96,10 +94,10 @@ class CpuNetwork(Network):
         self._dtype = dtype
         try:
             self._layers = [_Layer(layer, self.adapter) for layer in self.module.base_model.layers]
-            is_usual = self._difference(network) <= _ALLOWED[network.dtype]
+            is_usual = difference(self, network) <= _ALLOWED[network.dtype]
             for layer in self._layers:
                 layer.pack(dtype)
-            is_usual &= self._difference(network) <= _ALLOWED[dtype]
+            is_usual &= difference(self, network) <= _ALLOWED[dtype]
         except (AttributeError, TypeError, RuntimeError) as error:  # code of any class, which may have other parts
             raise FewstepError(f"the layers of {network.name} have other parts than usual ({error})") from error
         if not is_usual:
@@ -129,25 +127,6 @@ class CpuNetwork(Network):
         for index, layer in enumerate(self._layers):
             rows_ND = layer(rows_ND, (R, Q), turn, mask, index, cache)
         return cast(Tensor, base.norm(rows_ND.view(R, Q, D))).to(self.module.dtype)
-
-    def _difference(self, network: Network) -> float:
-        """How far this network's rows are from the stock one's, as a part of them: of a few tokens, the last of which
-        those before do not see.
-        """
-        row_1Q, context_length_1 = torch.arange(_NUM_TRIED)[None], torch.tensor([_NUM_TRIED - 2])
-        plan = Plan(
-            kind="few rows",
-            tokens_RQ=row_1Q % network.vocab_size,
-            positions_RQ=row_1Q,
-            blocks_RQ=network.role.blocks(row_1Q, context_length_1[:, None]),
-            slots_RQ=None,
-            scored_RS=row_1Q,
-            context_length_R=context_length_1,
-            adapted_RQ=None if network.adapter is None else row_1Q >= _NUM_TRIED // 2,
-        )
-        with torch.no_grad():
-            ours, theirs = self.hidden(plan).float(), network.hidden(plan).float()
-        return float((ours - theirs).norm() / theirs.norm())
 
 
 class _Layer:

@@ -36,8 +36,7 @@ class Loops:
         """A loop for these requests; `options` as for `loop_for`."""
         decoder = self.decoder(settings)
         choice = self._engines.choice(decoder, settings.engine, records=record is not None)
-        how: dict[str, Any] = {"record": record, "run_pass": choice.run_pass, "companions": choice.companions}
-        return loop_for(choice.network, decoder, requests, **how, **options)
+        return loop_for(choice.network, decoder, requests, record=record, **choice.loop_options(), **options)
 
     def choice(self, settings: GenerationSettings) -> Choice:
         """How passes are run with these settings, where nothing is recorded."""
@@ -46,7 +45,8 @@ class Loops:
     def with_slots(self, decoder: Decoder, engine: EngineSetting, **options: Any) -> Loop:
         """A loop for requests to come; `options` as for `Loop`."""
         choice = self._engines.choice(decoder, engine)
-        return Loop(choice.network, decoder, run_pass=choice.run_pass, companions=choice.companions, **options)
+        how = choice.loop_options()
+        return how.pop("kind")(choice.network, decoder, **how, **options)
 
     def decoder(self, settings: GenerationSettings) -> Decoder:
         """The decoder that the settings make for this network."""

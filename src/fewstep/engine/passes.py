@@ -156,13 +156,11 @@ class Pass:
             self._graph = graph
 
     def _choose(self, slots_r: Tensor) -> None:
-        """Rows beyond the requests stand for some slot that is not among them, and leave it as it is."""
-        num_slots, count = len(self._slots.state.front_R), len(slots_r)
-        other = next(slot for slot in range(num_slots) if slot not in slots_r)
-        rows_r = torch.full((self._shape.rows,), other)
-        rows_r[:count] = slots_r
+        """Rows beyond the requests are copies of the first, which are done."""
+        rows_r = slots_r[:1].repeat(self._shape.rows)
+        rows_r[: len(slots_r)] = slots_r
         self._chosen[0].copy_(rows_r, non_blocking=True)
-        self._chosen[1].fill_(count)
+        self._chosen[1].fill_(len(slots_r))
 
     def _plain(self, *tensors: Tensor) -> list[Tensor | None]:
         return self._run(self._slots.networks, *tensors)
@@ -175,24 +173,23 @@ class Pass:
         slots, rest = self._slots, iter(tensors)
         state = before = slots.state.map(lambda _: next(rest))
         caches = {name: each.with_blocks(next(rest)) for name, each in slots.caches.items()}
-        slots_r = is_one_r = None
+        slots_r = row_r = None
         if self._chosen:
             slots_r, count = rest
+            row_r = torch.arange(len(slots_r), device=slots_r.device)
             before = state.select(slots_r)
-            is_one_r = torch.arange(len(slots_r), device=slots_r.device) < count
-            before = replace(before, done_R=before.done_R | ~is_one_r)
+            before = replace(before, done_R=before.done_R | (row_r >= count))
+            row_r = torch.where(row_r < count, row_r, 0)
         views = {name: each.view(slots_r, self._shape.cache_length) for name, each in caches.items()}
         accepted, scores = run_pass(networks, slots.decoder, before, views, self._shape)
         after = accepted.state
-        if slots_r is not None and is_one_r is not None:
-            after = replace(after, done_R=torch.where(is_one_r, after.done_R, state.done_R[slots_r]))
         for kept, old, new in zip(*(one.tensors().values() for one in (state, before, after)), strict=True):
             if new is old:
                 continue
-            if slots_r is None:
+            if slots_r is None or row_r is None:
                 kept.copy_(new)
             else:
-                kept.index_copy_(0, slots_r, new)
+                kept.index_copy_(0, slots_r, new[row_r])
         found = told(state)
         if not slots.keep_hidden:
             return [found]

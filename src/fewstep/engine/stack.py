@@ -30,10 +30,11 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fewstep.engine.attention import SPLIT_ATTENTION, LayerCache, attending
+from fewstep.engine.parity import difference, few_rows
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.gated import GatedAdapter
-from fewstep.models.network import Network, Plan
+from fewstep.models.network import Network
 
 Shared = tuple[Tensor | None, ...]
 """Mask, cosine, sine, slots, requests and adapted rows."""
@@ -111,31 +112,13 @@ def fused(network: Network) -> FusedNetwork:
     """FewstepError, with the reason, for a network that cannot be run so: its rows come out otherwise."""
     try:
         made = FusedNetwork(network)
-        plan = _few_rows(network)
-        with torch.no_grad():
-            ours, theirs = (one.hidden(plan).float() for one in (made, network))
+        found = difference(made, network)
     except Exception as error:  # code of any class, called in a way that it may not know
         reason = " ".join(str(error).split())[:160]
         raise FewstepError(f"the layers of {network.name} cannot be fused ({reason})") from error
-    allowed = 1e-3 if network.dtype == torch.float32 else 0.1
-    if float((ours - theirs).norm() / theirs.norm()) > allowed:
+    if found > (1e-3 if network.dtype == torch.float32 else 0.1):
         raise FewstepError(f"the layers of {network.name} compute something else when they are fused")
     return made
-
-
-def _few_rows(network: Network) -> Plan:
-    """An uncached forward of a few tokens, the last of which is not seen by those before."""
-    row_1Q = torch.arange(8, device=network.device)[None]
-    return Plan(
-        kind="few rows",
-        tokens_RQ=row_1Q % network.vocab_size,
-        positions_RQ=row_1Q,
-        blocks_RQ=network.role.blocks(row_1Q, torch.tensor([[6]], device=network.device)),
-        slots_RQ=None,
-        scored_RS=row_1Q,
-        context_length_R=torch.tensor([6], device=network.device),
-        adapted_RQ=None if network.adapter is None else row_1Q >= 4,
-    )
 
 
 class _Now(threading.local):
@@ -346,7 +329,7 @@ def _sharing_an_input(network: Network) -> list[list[str]]:
     hooks = [part.register_forward_pre_hook(note(name)) for name, part in linear.items()]
     try:
         with torch.no_grad():
-            network.hidden(_few_rows(network))
+            network.hidden(few_rows(network))
     finally:
         for hook in hooks:
             hook.remove()

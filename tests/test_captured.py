@@ -1,0 +1,193 @@
+"""The loop of captured passes against the plain one: the same tokens, passes and events, whatever the decoder.
+
+On a CPU a pass is traced and not captured, and what would be compiled runs as it was traced: the rest is the same code.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import CASES, case
+from helpers.networks import decoder_of, network, requests, same
+
+from fewstep.decode.admission import positions_needed
+from fewstep.decode.decoder import Decoder
+from fewstep.decode.generator import answer
+from fewstep.decode.loop import Loop, decode
+from fewstep.decode.own_policies import OwnPolicy
+from fewstep.decode.requests import Event, Record, Request
+from fewstep.engine.captured import CapturedLoop
+from fewstep.engine.stack import fused
+from fewstep.errors import FewstepError
+from fewstep.models.network import Network
+
+
+@pytest.fixture(autouse=True)
+def _without_a_compiler() -> Iterator[None]:
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def captured(net: Network, decoder: Decoder, asked: list[Request], *, num_slots: int, **options: Any) -> CapturedLoop:
+    networks = {"target": net, **decoder.traits.companions}
+    return CapturedLoop(
+        net,
+        decoder,
+        fused={name: fused(each) for name, each in networks.items()},
+        num_slots=num_slots,
+        length=max(positions_needed(decoder, request) for request in asked),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_slots"),
+    [*((name, 1) for name in CASES), ("block", 8), ("autoregressive", 8), ("self-speculative", 8)],
+)
+def test_answers_are_those_of_the_plain_loop(name: str, num_slots: int) -> None:
+    net, decoder, asked = case(name)
+    asked = asked if num_slots > 1 else asked[:2]
+    loop = captured(net, decoder, asked, num_slots=num_slots)
+    for output, expected in zip(answer(loop, asked), decode(net, asked, decoder, batch_size=num_slots), strict=True):
+        same(output, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_requests_join_while_others_are_under_way(name: str) -> None:
+    net, decoder, asked = case(name)
+    asked = asked[:5]
+    loop, outputs = captured(net, decoder, asked, num_slots=3), dict[int, Any]()
+    for request in asked:
+        loop.submit(request)
+        outputs.update(loop.step())
+    while loop.busy:
+        outputs.update(loop.step())
+    for number, request in enumerate(asked):
+        same(outputs[number], decode(net, [request], decoder)[0])
+
+
+@pytest.mark.parametrize("name", ["block", "autoregressive", "self-speculative"])
+def test_events_are_those_of_the_plain_loop(name: str) -> None:
+    net, decoder, asked = case(name)
+    asked = asked[:4]
+    length = max(positions_needed(decoder, request) for request in asked)
+    plain = told(Loop(net, decoder, num_slots=2, length=length), asked)
+    assert told(captured(net, decoder, asked, num_slots=2), asked) == plain
+
+
+def told(loop: Loop, asked: list[Request]) -> list[list[tuple[int, int, int]]]:
+    """Of each request, the events in their order."""
+    events: list[list[tuple[int, int, int]]] = [[] for _ in asked]
+
+    def watch(index: int, event: Event) -> bool:
+        events[index].append((event.position, event.token_id, event.step))
+        return False
+
+    answer(loop, asked, watch=watch)
+    return events
+
+
+def test_a_request_is_cancelled_with_what_is_final_and_its_slot_is_free() -> None:
+    net, decoder, asked = case("block")
+    loop = captured(net, decoder, asked, num_slots=1)
+    first = loop.submit(asked[3])
+    for _ in range(3):
+        assert not loop.step()
+    output = loop.cancel(first)
+    whole = decode(net, [asked[3]], decoder)[0]
+    assert output is not None
+    assert output.finish_reason == "cancelled"
+    assert output.token_ids == whole.token_ids[: output.num_tokens]
+    (after,) = answer(loop, asked[:1])
+    same(after, decode(net, asked[:1], decoder)[0])
+
+
+@pytest.mark.parametrize("num_slots", [1, 4])
+def test_hidden_rows_are_those_of_the_plain_loop(num_slots: int) -> None:
+    net = network("bidirectional")
+    decoder, asked, record = decoder_of(net), requests(4), Record(hidden=True)
+    expected = decode(net, asked, decoder, record=record, batch_size=num_slots)
+    loop = captured(net, decoder, asked, num_slots=num_slots, record=record)
+    for output, plain in zip(answer(loop, asked), expected, strict=True):
+        torch.testing.assert_close(output.hidden_GD, plain.hidden_GD)
+
+
+def test_a_listener_sees_the_state_after_every_round() -> None:
+    net, decoder, asked = case("autoregressive")
+    seen = []
+    loop = captured(net, decoder, asked[:1], num_slots=1, listeners=[lambda state: seen.append(int(state.front_R[0]))])
+    (output,) = answer(loop, asked[:1])
+    assert len(seen) == output.num_forwards
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("name", ["block", "self-speculative"])
+def test_what_is_compiled_meanwhile_is_adopted_between_requests(name: str) -> None:
+    net, decoder, asked = case(name)
+    asked = asked[:4]
+    loop = captured(net, decoder, asked, num_slots=2)
+    expected = decode(net, asked, decoder, batch_size=2)
+    for _ in range(2):
+        for output, plain in zip(answer(loop, asked), expected, strict=True):
+            same(output, plain)
+        loop.finish_compiling()
+    (again,) = answer(loop, asked[:1])
+    same(again, expected[0])
+
+
+def test_a_policy_that_cannot_be_traced_runs_as_it_is_with_a_warning() -> None:
+    def reads_a_number(masked: Any, confidence: Any) -> Any:
+        return masked & (confidence >= confidence[masked].max()) if bool(masked.any()) else masked
+
+    net = network()
+    decoder, asked = decoder_of(net, policy=OwnPolicy(rule=reads_a_number)), requests(1)
+    loop = captured(net, decoder, asked, num_slots=1)
+    with pytest.warns(UserWarning, match="a pass cannot be captured, and runs as it is"):
+        (output,) = answer(loop, asked)
+    same(output, decode(net, asked, decoder)[0])
+
+
+def test_a_compiler_that_fails_leaves_the_pass_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("fewstep.engine.passes.compiled", fails)
+    net, decoder, asked = case("autoregressive")
+    loop = captured(net, decoder, asked[:1], num_slots=1)
+    answer(loop, asked[:1])
+    with pytest.warns(UserWarning, match="a pass is not compiled, and slower for that: no compiler"):
+        loop.finish_compiling()
+    (output,) = answer(loop, asked[:1])
+    same(output, decode(net, asked[:1], decoder)[0])
+
+
+def test_parameters_are_in_memory_once() -> None:
+    net = network("autoregressive")
+    before = {name: parameter.clone() for name, parameter in net.module.named_parameters()}
+    first, second = fused(net), fused(net)
+    attention: list[Any] = [each.stack.layers[0].self_attn for each in (first, second)]
+    assert len({each.q_proj.weight.data_ptr() for each in attention}) == 1
+    own = net.module.base_model.layers[0].self_attn
+    assert own.q_proj.weight.data_ptr() == attention[0].q_proj.weight.data_ptr()
+    assert own.k_proj.weight.data_ptr() == own.q_proj.weight.data_ptr() + own.q_proj.weight.nbytes
+    for name, parameter in net.module.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_layers_that_compute_something_else_are_refused() -> None:
+    net = network("autoregressive")
+
+    class Odd(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Module) -> None:
+            super().__init__()
+            self.linear, self.num_calls = linear, 0
+
+        def forward(self, x: Any) -> Any:
+            self.num_calls += 1
+            return self.linear(x) * self.num_calls
+
+    net.module.base_model.layers[0].mlp.down_proj = Odd(net.module.base_model.layers[0].mlp.down_proj)
+    with pytest.raises(FewstepError, match="compute something else when they are fused"):
+        fused(net)
