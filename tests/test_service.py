@@ -12,6 +12,7 @@ import torch
 from helpers.networks import network, same
 from helpers.services import DECODERS, PROMPTS, alone, asked, model, read, run_in
 
+import fewstep
 from fewstep.decode.loop import Loop
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.refusals import (
@@ -24,6 +25,7 @@ from fewstep.engine.refusals import (
 from fewstep.engine.service import Handle, Service
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
+from fewstep.tasks.gsm_symbolic import problems
 
 LONG = {"max_new_tokens": 40, "early_stop": False}
 
@@ -170,6 +172,22 @@ def test_an_infill_is_a_request_with_a_canvas() -> None:
     output = run_in(lambda: Service(lm), program)
     assert output.token_ids == expected.token_ids
     assert output.num_tokens == 5
+
+
+def test_the_bundled_student_and_the_causal_model_answer_together() -> None:
+    lms = {name: fewstep.load(name, dtype="float32", device="cpu") for name in ("gsm-student", "gsm-ar")}
+    questions = [problem.question for problem in problems("test", 3)]
+    several = [(name, question, {"max_new_tokens": 24}) for name in lms for question in questions]
+    several.append(("gsm-ar", questions[0], {"max_new_tokens": 24, "decoder": "speculative", "draft": "gsm-student"}))
+
+    async def program(service: Service) -> None:
+        handles = [await service.submit(question, model=name, **settings) for name, question, settings in several]
+        for handle, (name, question, settings) in zip(handles, several, strict=True):
+            output = await handle.output()
+            assert output.text == lms[name].generate(question, engine="off", **settings).text
+        assert {group.model for group in service.statistics().groups} == set(lms)
+
+    run_in(lambda: Service(lms, num_slots=2), program)
 
 
 # Giving up
