@@ -27,10 +27,9 @@ class Desk:
 
     def submit(self, name: str, prompt: str = "ab", **settings: Any) -> int:
         job: Job = self.service._job(
-            prompt,
             name,
+            self.service.models[name].encode(prompt),
             {**LONG, **settings},
-            raw=False,
             canvas=None,
             time_limit_s=None,
             number=self.count,

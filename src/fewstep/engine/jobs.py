@@ -8,7 +8,6 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.requests import Event, Output, Request
 from fewstep.engine.choice import EngineSetting
 from fewstep.engine.language_model import LanguageModel
-from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 from fewstep.models.text import AnswerText
 
@@ -72,13 +71,16 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """Of one request: that it has got a slot, tokens that became final, and at last its output or why it has none."""
+    """Of one request: that it is queued, that it has got a slot, tokens that became final, and at last its output or
+    why it has none.
+    """
 
     number: int
+    job: Job | None = None
     begun: bool = False
     events: tuple[Event, ...] = ()
     output: Output | None = None
-    error: FewstepError | None = None
+    error: Exception | None = None
 
     @property
     def ends(self) -> bool:

@@ -125,6 +125,11 @@ class Scheduler:
             for group in self._groups
         ]
 
+    def close(self) -> None:
+        """Free all memory."""
+        self._groups, self._queue, self._where = [], {}, {}
+        self._turns.clear()
+
     # Ends before the end
 
     def _jobs(self) -> Iterator[Job]:

@@ -1,10 +1,12 @@
 """Many requests at once: an asynchronous face of the scheduler, for a server or any other program with an event loop.
 
-One thread runs the networks; what it tells goes to the event loop, once a round. Prompts are encoded, and settings
-checked, in a second thread, so that the event loop never waits for either.
+One thread runs the networks; what it tells goes to the event loop, once a round. It makes decoders too, between two
+rounds: a draft may have to be loaded for one, and loading changes settings of torch on which passes depend. Prompts are
+encoded in a second thread, so that neither the event loop nor a pass waits for that.
 """
 
 import asyncio
+import functools
 import itertools
 import math
 import queue
@@ -82,7 +84,7 @@ class Handle:
     more, or that `async with` leaves, cancels its request.
     """
 
-    def __init__(self, job: Job, cancel: Callable[[int], None]) -> None:
+    def __init__(self, job: Job, mail: "Mailbox", cancel: Callable[[int], None]) -> None:
         self.number = job.number
         self.num_prompt_tokens = len(job.request.prompt_ids)
         self.text = ""
@@ -90,7 +92,7 @@ class Handle:
         """Every token that is final, by position: those behind an open position too, in the order of their steps."""
         self._model = job.model
         self._answer = job.model.answer_text(job.stop)
-        self._mail = Mailbox()
+        self._mail = mail
         self._over = False  # whether all was taken
         self._abandon = weakref.finalize(self, cancel, job.number)
         self._abandon.atexit = False
@@ -162,10 +164,11 @@ class Mailbox:
     """What was told of a request and not taken yet; used in the event loop alone."""
 
     def __init__(self) -> None:
+        self.job: Job | None = None
         self.output: Output | None = None
-        self.error: FewstepError | None = None
+        self.error: Exception | None = None
         self._events: list[Event] = []
-        self._changed, self._ended = asyncio.Event(), asyncio.Event()
+        self._taken, self._changed, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @property
     def ended(self) -> bool:
@@ -174,7 +177,10 @@ class Mailbox:
     def put(self, news: News) -> None:
         """More of the answer, or its end."""
         self._events += news.events
+        self.job = news.job or self.job
         self.output, self.error = news.output, news.error
+        if news.job or news.ends:
+            self._taken.set()
         if news.ends:
             self._ended.set()
         if news.ends or news.events:
@@ -186,6 +192,14 @@ class Mailbox:
         if not self.ended:
             self._changed.clear()
         return events, self.output
+
+    async def taken(self) -> Job:
+        """The request, once it is checked and queued. The error of one that is refused."""
+        await self._taken.wait()
+        if self.job is None:
+            assert self.error is not None
+            raise self.error
+        return self.job
 
     async def something(self) -> None:
         """Until there is something to take, or the end."""
@@ -227,6 +241,7 @@ class Worker:
             while self._once():
                 pass
         finally:
+            self._scheduler.close()
             self._died()
 
     def _once(self) -> bool:
@@ -281,12 +296,12 @@ class Service:
         self._room = Room(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
         self._recorder = Recorder(memory_bytes)
         self._numbers = itertools.count()
-        self._queued: set[int] = set()  # those that are being prepared among them
+        self._queued: set[int] = set()  # those that are being checked among them
         self._mail: dict[int, Mailbox] = {}
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
-        self._preparer = ThreadPoolExecutor(1, "fewstep-prepare")
+        self._encoder = ThreadPoolExecutor(1, "fewstep-encode")
         self._worker = Worker(Scheduler(self._room, self.settings.sharing, self._recorder), self._post, self._post_end)
 
     async def __aenter__(self) -> "Service":
@@ -323,32 +338,22 @@ class Service:
         number = next(self._numbers)
         self._queued.add(number)
         self._idle.clear()
-
-        def prepare() -> Job:
-            return self._job(
-                prompt,
-                self._model(model),
-                settings,
-                raw=raw,
-                canvas=canvas,
-                number=number,
-                submitted_s=submitted_s,
-                time_limit_s=time_limit_s,
-            )
-
         try:
-            job = await asyncio.get_running_loop().run_in_executor(self._preparer, prepare)
+            named = self._model(model)
+            encode = functools.partial(_ids, self.models[named], prompt, raw=raw)
+            prompt_ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
             self._check_open()
         except BaseException as error:
-            if isinstance(error, FewstepError):
-                self._recorder.ended("refused")
-            self._queued.discard(number)
-            self._settle()
+            self._forget(number, refused=isinstance(error, FewstepError))
             raise
-        handle = Handle(job, self._cancel)
-        self._mail[number] = handle._mail
-        self._worker.tell(lambda scheduler: scheduler.submit(job))
-        return handle
+        known = {"number": number, "submitted_s": submitted_s, "time_limit_s": time_limit_s, "canvas": canvas}
+        mail = self._mail[number] = Mailbox()
+        self._worker.tell(lambda scheduler: self._take(scheduler, named, prompt_ids, settings, **known))
+        try:
+            return Handle(await mail.taken(), mail, self._cancel)
+        except asyncio.CancelledError:
+            self._cancel(number)
+            raise
 
     def statistics(self) -> Statistics:
         """What the service has done and does now; from any thread."""
@@ -374,7 +379,7 @@ class Service:
         await self.drain()
         self._worker.stop()
         await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
-        self._preparer.shutdown(wait=False)
+        self._encoder.shutdown(wait=False)
 
     # In the event loop
 
@@ -397,6 +402,19 @@ class Service:
     def _settle(self) -> None:
         if not self._mail and not self._queued:
             self._idle.set()
+
+    def _forget(self, number: int, *, refused: bool) -> None:
+        if refused:
+            self._recorder.ended("refused")
+        self._queued.discard(number)
+        self._settle()
+
+    def _model(self, name: str | None) -> str:
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models))
+        if name not in self.models:
+            raise FewstepError(f"unknown model {name!r}; {suggestion(name or '', self.models)}")
+        return name
 
     def _deliver(self, news: Sequence[News]) -> None:
         for one in news:
@@ -434,22 +452,24 @@ class Service:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver_end)
 
-    # In the preparer
+    # In the scheduler's thread
 
-    def _model(self, name: str | None) -> str:
-        if name is None and len(self.models) == 1:
-            return next(iter(self.models))
-        if name not in self.models:
-            raise FewstepError(f"unknown model {name!r}; {suggestion(name or '', self.models)}")
-        return name
+    def _take(self, scheduler: Scheduler, *arguments: Any, **known: Any) -> list[News]:
+        try:
+            job = self._job(*arguments, **known)
+        # Whatever a request made of its settings, it is told of it: a thread that ended here would leave all waiting.
+        except Exception as error:
+            self._recorder.ended("refused")
+            return [News(number=known["number"], error=error)]
+        scheduler.submit(job)
+        return [News(number=job.number, job=job)]
 
     def _job(
         self,
-        prompt: Prompt | Sequence[int],
         model_name: str,
+        prompt_ids: list[int],
         settings: Mapping[str, Any],
         *,
-        raw: bool,
         canvas: Sequence[int] | None,
         time_limit_s: float | None,
         **known: Any,
@@ -460,7 +480,7 @@ class Service:
         chosen = GenerationSettings.of(**settings)
         decoder = model.decoder(**settings)
         request = replace(
-            chosen.request(_ids(model, prompt, raw=raw), canvas=None if canvas is None else list(canvas)),
+            chosen.request(prompt_ids, canvas=None if canvas is None else list(canvas)),
             policy=decoder.policy,
         )
         if self.settings.strict:
