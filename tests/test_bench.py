@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from fewstep.decode.generator import answer
+from fewstep.decode.loop import Loop
 from fewstep.decode.policies import Scheduled, evenly, scheduled
 from fewstep.decode.requests import Request
 from fewstep.engine.language_model import LanguageModel
@@ -293,6 +294,20 @@ def test_every_decoder_is_measured_round_by_round(role: str, decoder: str, kinds
         assert_close(row["roofline_share"], row["floor_ms"] / row["step_ms_median"])
         assert row["measured_bandwidth_gb_s"] == 2
         assert row["bytes_read"] >= Sizes.of(lm.network.module).weight_bytes
+
+
+def test_what_is_compiled_meanwhile_is_waited_for_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    monkeypatch.setattr(Loop, "finish_compiling", lambda loop: told.append("compiled"), raising=False)
+    step = Loop.step
+    monkeypatch.setattr(Loop, "step", lambda loop: [told.append("step"), step(loop)][1])
+    lm = LanguageModel(tiny_network(block_size=4))
+    policy = scheduled([4])
+    variant = Variant(
+        lm=lm, settings={"policy": policy}, batches=[requests_of(lm, 1, 6, policy, new=8)], told={}, is_fixed=True
+    )
+    variant.prepare(1)
+    assert told == ["step"] * 4 + ["compiled"] + ["step"] * 2  # watched, warmed up, and once more
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does() -> None:
