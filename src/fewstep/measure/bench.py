@@ -145,8 +145,8 @@ class Variant:
         watch, decoder, dtype = Watch(), self.decoder, self.choice.network.dtype
         before, started_s = _allocated(self.device), time.perf_counter()
 
-        def answered(batch: Sequence[Request], *listeners: Listener, **settings: Any) -> None:
-            answer = self._answer(batch, *listeners, **settings)
+        def answered(batch: Sequence[Request], *listeners: Listener) -> None:
+            answer = self._answer(batch, *listeners)
             self.first_round_seconds = self.first_round_seconds or answer.round_seconds[0]
             self.warm_up_answers += 1
 
