@@ -29,6 +29,7 @@ def doctor(json: Json = None) -> None:
             ["platform", report["platform"]],
             *([name, version] for name, version in report["packages"].items()),
             ["cpu", f"{report['cpu_threads']} threads"],
+            ["engine on the cpu", report["cpu_engine"]],
             ["gpu", ", ".join(f"{gpu['name']}, {gpu['memory_gb']} GB" for gpu in report["gpus"]) or "none"],
             ["free disk here", f"{report['free_disk_gb']} GB"],
             ["bundled models", ", ".join(report["bundled_models"]) or "none"],
@@ -53,6 +54,7 @@ def _examine() -> dict[str, Any]:
         },
         "cpu_threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
+        "cpu_engine": _cpu_engine(),
         "gpus": [
             {"name": properties.name, "memory_gb": round(properties.total_memory / 1e9)}
             for index in range(torch.cuda.device_count())
@@ -66,6 +68,16 @@ def _examine() -> dict[str, Any]:
         },
         "self_check": _self_check(),
     }
+
+
+def _cpu_engine() -> str:
+    """The numbers in which the engine computes what may be rounded, or why there is none."""
+    from fewstep.engine.cpu import has_bfloat16
+    from fewstep.engine.language_model import LanguageModel
+    from fewstep.models.tiny import tiny_network
+
+    note = LanguageModel(tiny_network()).choice().note
+    return note or ("bfloat16" if has_bfloat16() else "float32, since the processor does not multiply bfloat16")
 
 
 def _self_check() -> str:

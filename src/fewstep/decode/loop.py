@@ -192,7 +192,7 @@ class Loop:
         """One round: admit what is queued, give every live request one step; returns those that it completed."""
         num_requests = min(len(self._live) + len(self._queue), self.num_slots)
         num_requests = self.num_slots if self.strict else num_requests
-        with sparing_threads(self.network.device, self._num_parameters, num_requests):
+        with sparing_threads(self.state.done_R.device, self._num_parameters, num_requests):
             completed_r = self._round()
             self._seen = dict(self._live)
             return self._collect(completed_r)

@@ -36,6 +36,7 @@ class KVCache(Cache):
         self._request_R1 = torch.arange(num_requests, device=device)[:, None]
         self._subset: Tensor | None = None
         self._picked: Tensor | slice = slice(None)  # the same requests, as they are read fastest
+        self._alone = False  # one request alone is written with less work
         self._length = self.num_slots
 
     def view(self, requests_r: Tensor | None, length: int) -> "KVCache":
@@ -61,6 +62,7 @@ class KVCache(Cache):
     def place(self, slots_RQ: Tensor, blocks_RQ: Tensor) -> None:
         """Announce the rows of the next forward: their slots and block numbers."""
         self._slots_RQ = slots_RQ
+        self._alone = self._subset is None and len(slots_RQ) == 1
         self.all_blocks[self._request_R1, slots_RQ] = blocks_RQ
         self.all_blocks[:, self.scratch] = INVISIBLE
 
@@ -69,8 +71,14 @@ class KVCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write [R, H, Q, E] into a layer's announced slots; returns the keys and values of the view [R, H, K, E]."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys.transpose(1, 2)[self._request_R1, self._slots_RQ] = key_states.transpose(1, 2)
-        values.transpose(1, 2)[self._request_R1, self._slots_RQ] = value_states.transpose(1, 2)
+        if self._alone:
+            keys[0].index_copy_(1, self._slots_RQ[0], key_states[0])
+            values[0].index_copy_(1, self._slots_RQ[0], value_states[0])
+        else:
+            keys.transpose(1, 2)[self._request_R1, self._slots_RQ] = key_states.transpose(1, 2)
+            values.transpose(1, 2)[self._request_R1, self._slots_RQ] = value_states.transpose(1, 2)
+        if self._subset is None:
+            return keys[:, :, : self._length], values[:, :, : self._length]
         return self._read(keys.transpose(1, 2)).transpose(1, 2), self._read(values.transpose(1, 2)).transpose(1, 2)
 
     def _read(self, slots_RK: Tensor) -> Tensor:
@@ -94,6 +102,7 @@ class KVCache(Cache):
         """The part of one layer for such a forward, on these tensors; its layer's index is 0."""
         view = self.view(requests_r, length)
         view.keys, view.values, view._slots_RQ = keys_RHKE[None], values_RHKE[None], slots_RQ
+        view._alone = False
         if requests_r is None:
             view._request_R1 = torch.arange(len(slots_RQ), device=slots_RQ.device)[:, None]
         return view

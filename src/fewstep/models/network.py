@@ -237,7 +237,7 @@ class Network:
                 tree_TT = tree_TT & within_sliding_window(guessed_RT, guessed_RT, sliding_window)[:, 0]
         if tree_TT is not None and plan.slots_RQ is not None:
             show_tree(mask, plan.slots_RQ, tree_TT)
-        return added_to_scores(mask, self.attention_dtype)
+        return added_to_scores(mask, cache.keys.dtype if cached and cache is not None else self.attention_dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 of rows after the final norm, [..., D] -> [..., V]; what is never drawn gets -inf."""

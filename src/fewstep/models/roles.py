@@ -88,7 +88,7 @@ class Role:
     def blocks(self, positions: Tensor, context_length: Tensor) -> Tensor:
         """Block number of each position; integers that broadcast, e.g. positions [R, Q] and context_length [R, 1]."""
         if self.name == "autoregressive":
-            return positions.expand(torch.broadcast_shapes(positions.shape, context_length.shape))
+            return torch.broadcast_tensors(positions, context_length)[0]
         in_context = positions < context_length
         response = positions - context_length
         if self.name == "bidirectional":
