@@ -163,3 +163,18 @@ def test_a_draft_that_no_engine_runs_leaves_the_plain_path() -> None:
     decoder = Speculative(role=target.role, draft=draft, window=4)
     chosen = choices.Engines(target).choice(replace(decoder), "auto")
     assert (chosen.engine, chosen.note is not None) == ("off", True)
+
+
+def test_weights_that_were_changed_since_are_those_that_answer() -> None:
+    network = lively("block_causal")
+    lm = LanguageModel(network)
+    before = lm.generate("what is 2+2?", max_new_tokens=12)
+    first, again = lm.choice().network, lm.choice().network
+    with torch.no_grad():
+        for weight in network.module.base_model.parameters():
+            weight.mul_(-0.7)
+    after = lm.generate("what is 2+2?", max_new_tokens=12)
+    assert first is again
+    assert lm.choice().network is not first
+    assert after.token_ids == lm.generate("what is 2+2?", max_new_tokens=12, engine="off").token_ids
+    assert after.token_ids != before.token_ids

@@ -64,6 +64,7 @@ class Engines:
         self.network = network
         self._run_pass = run_pass
         self._on_cpu: dict[tuple[Network, torch.dtype], CpuNetwork | FewstepError] = {}
+        self._state_of: dict[Network, list[tuple[int, int]]] = {}
         self._on_gpu: dict[Network, FusedNetwork | FewstepError] = {}
 
     def choice(self, decoder: Decoder, setting: EngineSetting, *, records: bool = False) -> Choice:
@@ -119,7 +120,14 @@ class Engines:
         return Choice(engine="cpu", network=network, companions=found, run_pass=run_pass)
 
     def _cpu_network(self, network: Network, *, rounds: bool) -> CpuNetwork:
-        """FewstepError if it cannot be run so; told once more each time that it is asked for."""
+        """FewstepError if it cannot be run so; told once more each time that it is asked for.
+
+        It is made anew when weights have been changed since, as training does.
+        """
+        state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in network.module.parameters()]
+        if self._state_of.setdefault(network, state) != state:
+            self._state_of[network] = state
+            self._on_cpu = {key: made for key, made in self._on_cpu.items() if key[0] is not network}
         dtype = torch.bfloat16 if rounds and network.may_round and has_bfloat16() else network.dtype
         if (network, dtype) not in self._on_cpu:
             try:
