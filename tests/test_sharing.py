@@ -1,5 +1,6 @@
 """What requests of a loop share changes no token: prompts in pieces, keys and values taken over, fixed shapes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,8 @@ from fewstep.decode.sampling import Sampling
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.sharing import Sharing, unit_of_contexts
 from fewstep.decode.speculative import Speculative
+from fewstep.engine.captured import CapturedLoop
+from fewstep.engine.stack import fused
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network, Plan
 from fewstep.models.tiny import tiny_network
@@ -35,6 +38,13 @@ CASES = [
     "bidirectional context",
     "diffusion",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _without_a_compiler() -> Iterator[None]:
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 def case(name: str) -> tuple[Network, Decoder]:
@@ -330,3 +340,34 @@ def test_contexts_are_cut_where_every_network_allows_it() -> None:
     assert unit_of_contexts([causal]) == 1
     assert unit_of_contexts([causal, four, six]) == 12
     assert unit_of_contexts([four, tiny_network()]) is None
+
+
+# Captured passes
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "speculative", "block-causal context", "shifted", "jacobi"])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_loop_of_captured_passes_shares_beginnings_and_cuts_prompts_too(name: str, num_slots: int) -> None:
+    net, decoder = case(name)
+    beginning = prompt(33)
+    several = [
+        Request(prompt_ids=[*beginning[:length], 7 + length], max_new_tokens=4 + length % 9, seed=length)
+        for length in (33, 4, 33, 20, 1, 33)
+    ]
+    networks = {"target": net, **decoder.traits.companions}
+    loop = CapturedLoop(
+        net,
+        decoder,
+        fused={name: fused(each) for name, each in networks.items()},
+        num_slots=num_slots,
+        length=LENGTH,
+        sharing=Sharing(prefill_rows=8, reuse_prefixes=True),
+    )
+    outputs: dict[int, Output] = {}
+    for request in several:
+        loop.submit(request)
+        outputs.update(loop.step())
+    for _ in range(300):
+        outputs.update(loop.step())
+    right(net, decoder, several, [outputs[number] for number in range(len(several))])
+    assert loop.num_reused > 0

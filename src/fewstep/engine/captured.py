@@ -72,7 +72,7 @@ class CapturedLoop(Loop):
         return memory_XR.pin_memory() if self.network.device.type == "cuda" else memory_XR
 
     def _round(self) -> Tensor:
-        if self._queue:
+        if self._queue or self.admitting:
             self._hear(0)
         begun = self.admitting
         if begun and not self._live:
