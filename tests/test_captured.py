@@ -10,12 +10,14 @@ import pytest
 import torch
 from helpers.cases import CASES, case
 from helpers.networks import decoder_of, network, requests, same
+from test_stock_architectures import RUN, network_of, prompts, stock_module
 
 from fewstep.decode.admission import positions_needed
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import answer
 from fewstep.decode.loop import Loop, decode
 from fewstep.decode.own_policies import OwnPolicy
+from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Event, Record, Request
 from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.stack import fused
@@ -161,6 +163,37 @@ def test_a_compiler_that_fails_leaves_the_pass_as_it_is(monkeypatch: pytest.Monk
         loop.finish_compiling()
     (output,) = answer(loop, asked[:1])
     same(output, decode(net, asked[:1], decoder)[0])
+
+
+SOME_FAMILIES = [
+    *("llama, longrope", "mistral, window", "qwen2, window in the second layer", "qwen3", "phi", "phi3"),
+    *(
+        "gemma2, window",
+        "gemma3, window",
+        "olmo2",
+        "cohere2, window",
+        "granite",
+        "smollm3",
+        "exaone4, window",
+        "gpt_neox",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", SOME_FAMILIES)
+def test_stock_classes_give_the_tokens_of_the_plain_loop(name: str) -> None:
+    net = network_of(stock_module(*RUN[name]))
+    decoder = PromptLookup(role=net.role)
+    asked = [Request(prompt_ids=prompt, max_new_tokens=6) for prompt in prompts(5, 19)]
+    loop = captured(net, decoder, asked, num_slots=2)
+    for output, expected in zip(answer(loop, asked), decode(net, asked, decoder), strict=True):
+        same(output, expected)
+
+
+def test_a_class_that_cannot_be_fused_is_refused_with_the_reason() -> None:
+    net = network_of(stock_module(*RUN["mixtral"]))
+    with pytest.raises(FewstepError, match="the layers of a model cannot be fused"):
+        fused(net)
 
 
 def test_parameters_are_in_memory_once() -> None:

@@ -35,7 +35,7 @@ def split_attention(
     block_rows = min(_MOST_ROWS, max(16, triton.next_power_of_2(group * Q)))
     tiles = triton.cdiv(group * Q, block_rows)
     processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
-    wanted = triton.cdiv(2 * processors, R * num_heads * tiles)
+    wanted = max(1, processors // (R * num_heads * tiles))  # one wave of programs: each part has to be put together
     per_split = triton.cdiv(triton.cdiv(K, min(wanted, triton.cdiv(K, _KEYS))), _KEYS) * _KEYS
     splits = triton.cdiv(K, per_split)
     out = queries.new_empty((R, Q, H, E))

@@ -149,7 +149,9 @@ class Stack:
                 if hasattr(part, "layer_idx"):
                     part.layer_idx = 0  # type: ignore[assignment]  # a layer is given the part of the cache that is its own
         self._tensors = [{**dict(layer.named_parameters()), **dict(layer.named_buffers())} for layer in self.layers]
+        self._kinds = [_kind(layer) for layer in self.layers]
         self._functions: dict[Any, Callable[..., Tensor]] = {}
+        self.cache_name = "past_key_values"
 
     @contextmanager
     def running(self, cache: KVCache | None, *, compiled: bool = False, dry: bool = False) -> Iterator[None]:
@@ -191,7 +193,7 @@ class Stack:
         own = self._tensors[index]
         arguments = [*tensors, *kept, *own.values()]
         described = [(tuple(one.shape), one.stride(), one.dtype) if one is not None else None for one in arguments]
-        key: tuple[Any, ...] = (now.compiled, length, tuple(own), *described)
+        key: tuple[Any, ...] = (now.compiled, self._kinds[index], length, tuple(own), *described)
         is_new = key not in self._functions
         if is_new:
             make = compiled if now.compiled else traced
@@ -219,7 +221,7 @@ class Stack:
             given = {
                 "attention_mask": mask,
                 "position_embeddings": (cosine, sine),
-                "past_key_values": view,
+                self.cache_name: view,
                 "use_cache": view is not None,
             }
             parameters = dict(zip(names, arguments[num_given:], strict=True))
@@ -256,14 +258,17 @@ class _StandIn(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: KVCache | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Tensor:
-        gate, cache = self._stack.gate, past_key_values
+        gate, cache = self._stack.gate, None
+        for name, given in others.items():  # some classes have a name of their own for it
+            if isinstance(given, KVCache):
+                self._stack.cache_name, cache = name, given
         slots, requests, length = (None, None, 0) if cache is None else cache.placed
-        shared = attention_mask, *position_embeddings, slots, requests, None if gate is None else gate.rows_RQ1
-        given = self._stack.unless_held(self._index, shared)
-        return _layer(hidden_states, *given, self._stack.number, self._index, length)
+        rows = None if gate is None else gate.rows_RQ1
+        shared: Shared = (attention_mask, *position_embeddings, slots, requests, rows)
+        shared = self._stack.unless_held(self._index, shared)
+        return _layer(hidden_states, *shared, self._stack.number, self._index, length)
 
 
 @torch.library.custom_op("fewstep::layer", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -285,6 +290,16 @@ def _layer(
 @_layer.register_fake
 def _(hidden: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(hidden)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells a layer's function from that of another, besides its tensors: the plain settings of its parts."""
+    return tuple(
+        (name, setting, value)
+        for name, part in layer.named_modules()
+        for setting, value in sorted(vars(part).items())
+        if isinstance(value, bool | int | float | str)
+    )
 
 
 @dataclass
