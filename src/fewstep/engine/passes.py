@@ -10,6 +10,7 @@ than a second. Compiling takes seconds, or many: a thread does it meanwhile, on 
 the result between requests.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,9 @@ from fewstep.decode.state import State
 from fewstep.engine.stack import FusedNetwork, compiled, traced
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network
+
+_ALONE = threading.Lock()
+"""Held by who compiles or captures a pass: what a compiler does on the device would spoil a capture."""
 
 COMPILED_AFTER = 32
 """A pass that has run so often is worth compiling."""
@@ -75,6 +79,7 @@ class Pass:
             self._chosen = [torch.zeros(shape.rows, dtype=torch.long, device=device), torch.zeros((), device=device)]
         self._num_runs = 0
         self._function: Callable[..., Any] = self._plain
+        self._is_captured = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._passed: Passed | None = None
         self._compiling: Future[Callable[..., Any]] | None = None
@@ -86,8 +91,11 @@ class Pass:
         if self._chosen:
             self._choose(slots_r)
         self._num_runs += 1
-        if self._num_runs == 2:
-            self._capture(self._traced() if self._fuse else self._plain)
+        if self._num_runs > 1 and not self._is_captured and _ALONE.acquire(blocking=False):
+            try:
+                self._capture(self._traced() if self._fuse else self._plain)
+            finally:
+                _ALONE.release()
         if self._num_runs == COMPILED_AFTER and not self._is_final:
             self._compiling = _compiler().submit(self._compile)
         if self._graph is None or self._passed is None:
@@ -100,13 +108,18 @@ class Pass:
         """Go on with compiled code if there is some; `wait`: until there is."""
         if self._is_final or not (wait or (self._compiling is not None and self._compiling.done())):
             return
-        self._is_final = True
         try:
             function = self._compile() if self._compiling is None else self._compiling.result()
         except Exception as error:  # a compiler may fail in any way, and the pass is right without it
             warnings.warn(f"a pass is not compiled, and slower for that: {_line(error)}", stacklevel=2)
+            self._is_final = True
             return
-        self._capture(function, compiled=True)
+        if _ALONE.acquire(blocking=wait):  # else at the next occasion
+            try:
+                self._capture(function, compiled=True)
+            finally:
+                _ALONE.release()
+            self._is_final = True
 
     @property
     def _arguments(self) -> list[Tensor]:
@@ -115,21 +128,28 @@ class Pass:
     def _traced(self) -> Callable[..., Any]:
         """The pass on fused layers; the plain one, with a warning, if a decoder or policy cannot be traced."""
         try:
-            return traced(self._on_fused, self._arguments)
+            function = traced(self._on_fused, self._arguments)
         except Exception as error:  # such as a policy of someone's own that reads a number
             self._is_final = True
             warnings.warn(f"a pass cannot be captured, and runs as it is: {_line(error)}", stacklevel=2)
             return self._plain
+        self._try(function, compiled=False)
+        return function
 
     def _compile(self) -> Callable[..., Any]:
-        """In any thread, while passes run: on tensors of its own, and without the cache."""
-        function = compiled(self._on_fused, self._arguments)
-        dummies = [torch.zeros_like(one) for one in self._arguments]
+        """In any thread, while captured passes run."""
+        with _ALONE:
+            function = compiled(self._on_fused, self._arguments)
+            self._try(function, compiled=True)
+        return function
+
+    def _try(self, function: Callable[..., Any], *, compiled: bool) -> None:
+        """Run it on tensors of its own, without the cache, so that all its kernels are made and loaded."""
+        nobodys = [torch.zeros_like(one) for one in self._arguments]
         with torch.no_grad(), ExitStack() as running:
             for name, network in self._slots.fused.items():
-                running.enter_context(network.stack.running(self._slots.caches.get(name), compiled=True, dry=True))
-            function(*dummies)
-        return function
+                running.enter_context(network.stack.running(self._slots.caches.get(name), compiled=compiled, dry=True))
+            function(*nobodys)
 
     def _capture(self, function: Callable[..., Any], *, compiled: bool = False) -> None:
         """From now on the pass is this function; on a GPU as a graph, if there is memory for it."""
@@ -140,7 +160,7 @@ class Pass:
                     running.enter_context(network.stack.running(self._slots.caches.get(name), compiled=compiled))
                 return function(*arguments)
 
-        self._function, self._graph = run, None
+        self._function, self._graph, self._is_captured = run, None, True
         if self._tensors[0].device.type != "cuda":
             return
         graph = torch.cuda.CUDAGraph()
