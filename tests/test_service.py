@@ -273,6 +273,22 @@ def test_two_hundred_requests_of_mixed_length_a_third_cancelled_midway() -> None
     run_in(lambda: Service(lms, num_slots=4), program, seconds=120)
 
 
+@pytest.mark.parametrize("rounds_of_the_event_loop", [0, 1, 3])
+def test_a_client_that_is_gone_while_it_submits_leaves_nothing(rounds_of_the_event_loop: int) -> None:
+    async def program(service: Service) -> None:
+        task = asyncio.create_task(service.submit("ab", max_new_tokens=200, early_stop=False))
+        for _ in range(rounds_of_the_event_loop):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await service.drain(5)
+        await settled(service)
+        nothing_is_left(service)
+
+    run_in(lambda: Service(model("autoregressive")), program)
+
+
 @pytest.mark.parametrize("how", ["task", "garbage"])
 def test_a_client_that_is_gone_frees_its_slot(how: str) -> None:
     lm = model("autoregressive")
