@@ -1,6 +1,5 @@
 """What requests of a loop share changes no token: prompts in pieces, keys and values taken over, fixed shapes."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from fewstep.decode.sampling import Sampling
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.sharing import Sharing, unit_of_contexts
 from fewstep.decode.speculative import Speculative
+from fewstep.engine import passes
 from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.stack import fused
 from fewstep.errors import FewstepError
@@ -41,10 +41,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def _without_a_compiler() -> Iterator[None]:
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
+def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are captured, and none is compiled meanwhile."""
+    monkeypatch.setattr(passes, "COMPILED_AFTER", 1 << 30)
 
 
 def case(name: str) -> tuple[Network, Decoder]:
