@@ -185,7 +185,13 @@ def accuracy(count: int, **settings: Any) -> Evaluate:
 
     def evaluate_network(network: Network, step: int) -> dict[str, float]:
         report = evaluate(
-            LanguageModel(network), items, batch_size=count, warm_up=False, max_new_tokens=MAX_ANSWER, **settings
+            LanguageModel(network),
+            items,
+            batch_size=count,
+            warm_up=False,
+            max_new_tokens=MAX_ANSWER,
+            engine="off",
+            **settings,
         )
         print(f"sample at step {step}: {report.records[0].text!r}", flush=True)
         return {"accuracy": report.accuracy, "tokens_per_forward": report.tokens_per_forward}

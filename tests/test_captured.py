@@ -20,6 +20,8 @@ from fewstep.decode.own_policies import OwnPolicy
 from fewstep.decode.prompt_lookup import PromptLookup
 from fewstep.decode.requests import Event, Record, Request
 from fewstep.engine.captured import CapturedLoop
+from fewstep.engine.choice import Engines
+from fewstep.engine.language_model import load
 from fewstep.engine.stack import fused
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
@@ -163,6 +165,26 @@ def test_a_compiler_that_fails_leaves_the_pass_as_it_is(monkeypatch: pytest.Monk
         loop.finish_compiling()
     (output,) = answer(loop, asked[:1])
     same(output, decode(net, asked[:1], decoder)[0])
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this device too, `auto` takes the engine for GPUs."""
+    monkeypatch.setattr(Engines, "_cpu", Engines._cuda)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("name", ["gsm-student", "gsm-draft"])
+def test_a_bundled_model_answers_and_streams_through_it(name: str) -> None:
+    lm, question = load(name, device="cpu", dtype="float32"), "What is 3 + 4?"
+    assert lm.choice().engine == "cuda"
+    expected = lm.generate(question, max_new_tokens=12, engine="off")
+    for _ in range(2):
+        same(lm.generate(question, max_new_tokens=12), expected)
+    stream = lm.stream(question, max_new_tokens=12)
+    ids = {event.position: event.token_id for event in stream}
+    assert stream.output is not None
+    assert stream.output.token_ids == expected.token_ids == [ids[position] for position in sorted(ids)]
 
 
 SOME_FAMILIES = [

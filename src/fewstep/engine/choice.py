@@ -97,8 +97,6 @@ class Engines:
 
     def _fused(self, network: Network) -> FusedNetwork:
         """FewstepError if it cannot be run so; told once more each time that it is asked for."""
-        if any(parameter.requires_grad for parameter in network.module.parameters()):
-            raise FewstepError(f"{network.name} is being trained")
         if network not in self._on_gpu:
             try:
                 self._on_gpu[network] = fused_network(network)

@@ -37,7 +37,9 @@ class Samples:
             raise FewstepError("samples need at least one held-out prompt")
         self._prompts = list(prompts)
         self._file, self._monitor = file, monitor
-        self._num_shown, self._batch_size, self._settings = num_shown, batch_size, settings
+        self._num_shown, self._batch_size = num_shown, batch_size
+        # An engine prepares itself for weights that stay as they are.
+        self._settings = {"engine": "off", **settings}
 
     def check(self, network: Network, names: Sequence[str]) -> None:
         """FewstepError if this network cannot answer a prompt with these settings (naming it by one of `names`), or if

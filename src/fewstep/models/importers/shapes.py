@@ -156,7 +156,6 @@ def random_network(name: str, *, dtype: str = "auto", device: str = "auto", seed
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config, dtype=numbers)
     module.generation_config.eos_token_id = None  # the tokenizer alone says what ends an answer
-    module.requires_grad_(False)  # an engine passes over a network that is being trained
     network = Network(module, role, tokenizer, name=name)
     network.may_round = dtype == "auto"
     return network
