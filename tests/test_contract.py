@@ -275,3 +275,18 @@ def test_the_contract_is_small() -> None:
     members = {name for name in vars(Decoder) if not name.startswith("_")} | set(Decoder.__annotations__)
     assert len(members) == 10
     assert len(fields(State)) <= 16
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.decode.admission.free_memory", lambda device: 10_000_000)
+    net = network("autoregressive")
+    asked = requests(2, max_new_tokens=200) * 50
+    with pytest.raises(FewstepError, match=r"100 requests of \d+ positions at a time take .* GB free; choose a batch"):
+        loop_for(net, decoder_of(net), asked, batch_size=100)
+    assert loop_for(net, decoder_of(net), asked, batch_size=2).num_slots == 2
+
+
+def test_other_blocks_than_in_training_come_with_a_warning() -> None:
+    lm = LanguageModel(network())
+    with pytest.warns(UserWarning, match="the model was trained in blocks of 4 positions; in blocks of 8 its rows see"):
+        lm.decoder(block_size=8)

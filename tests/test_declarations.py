@@ -142,7 +142,7 @@ def test_a_policy_is_a_function_and_one_line(newcomers: None, run: Run, tmp_path
         same(lm.generate("what is 2+2?", **settings, max_new_tokens=12), expected)
         save_network(lm.network, tmp_path / name)
         options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-        base = ("generate", "what is 2+2?", "--model", tmp_path / name, "--max-new-tokens", 12)
+        base = ("generate", "what is 2+2?", "--model", tmp_path / name, "--max-new-tokens", 12, "--dtype", "float32")
         assert run(*base, "--policy", name, *options).out == f"{expected.text}\n"
         assert f"the policy {name} takes no gaps" in run(*base, *options, "--gaps", 2).err
     assert "Enough at once (policy twice: 0.9)." in run("infill", "--help").out

@@ -79,7 +79,8 @@ def requests(count: int = 8, **options: Any) -> list[Request]:
     """Prompts of 1 to 22 tokens, limits of 9 to 23."""
     return [
         Request(
-            prompt_ids=[5 + (7 * i + 3 * j) % 50 for j in range(1 + 3 * i)], max_new_tokens=9 + 2 * i, seed=i, **options
+            prompt_ids=[5 + (7 * i + 3 * j) % 50 for j in range(1 + 3 * i)],
+            **{"max_new_tokens": 9 + 2 * i, "seed": i, **options},
         )
         for i in range(count)
     ]

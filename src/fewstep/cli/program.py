@@ -36,6 +36,7 @@ def run_program(name: str, run: Callable[[], Any]) -> NoReturn:
 def _code_of(name: str, run: Callable[[], Any]) -> int:
     # Notices about the internals of these libraries tell a user of ours nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|torch)")
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"  # where in the code is no user's business
     try:
         code = run()
     except typer.TyperException as error:

@@ -8,6 +8,7 @@ from fewstep.decode.requests import Canvas, Request
 from fewstep.decode.steps import begin, check_settings
 from fewstep.errors import FewstepError
 from fewstep.models.cache import bytes_per_position
+from fewstep.models.load import free_memory
 from fewstep.models.network import Network
 
 
@@ -34,6 +35,21 @@ def bytes_of_slot(
     traits = decoder.traits
     networks = (network, *{**traits.companions, **(companions or {})}.values()) if traits.cached else ()
     return state + (length + 1) * sum(bytes_per_position(each.module.config, each.attention_dtype) for each in networks)
+
+
+def check_memory(
+    network: Network, decoder: Decoder, num_slots: int, length: int, companions: Mapping[str, Network] | None = None
+) -> None:
+    """FewstepError if so many slots of this length do not fit in the free memory, saying how many do."""
+    free = free_memory(network.device)
+    each = bytes_of_slot(network, decoder, length, companions)
+    if free is None or num_slots * each <= free:
+        return
+    raise FewstepError(
+        f"{num_slots} requests of {length} positions at a time take {num_slots * each / 1e9:.1f} GB for their keys, "
+        f"values and texts, and {network.device} has {free / 1e9:.1f} GB free; choose a batch size of at most "
+        f"{max(1, free // each)}, or fewer new tokens"
+    )
 
 
 def check_request(network: Network, decoder: Decoder, request: Request) -> Canvas:

@@ -4,6 +4,7 @@ Blocks are decoded left to right. Since no row sees a later block, a finished bl
 they are computed from its final tokens, and that commit shares the forward of the next block's first step.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,7 +47,12 @@ class Block(Finalising):
     def build(cls, resources: Resources, *, policy: ChosenPolicy, block_size: BlockSize = None) -> "Block":
         """By default with the threshold, gaps and blocks of the network's role."""
         role = resources.role
-        if block_size is not None and role.name == "block_causal":
+        if block_size not in (None, role.block_size) and role.name == "block_causal":
+            warnings.warn(
+                f"the model was trained in blocks of {role.block_size} positions; in blocks of {block_size} its rows "
+                "see others than in training, and it may solve less",
+                stacklevel=2,
+            )
             role = replace(role, block_size=block_size)
         return cls(role=role, policy=policy.made(resources, default="threshold"))
 

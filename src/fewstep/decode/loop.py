@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.decode.admission import check_request, positions_needed
+from fewstep.decode.admission import check_memory, check_request, positions_needed
 from fewstep.decode.decoder import (
     DRAWINGS,
     Accepted,
@@ -40,6 +40,9 @@ from fewstep.models.threads import sparing_threads
 
 CACHE_LENGTH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
+
+SURE_TO_FIT = 1 << 14
+"""Positions of all slots up to which nobody asks whether there is memory for them."""
 
 ROOM_FOR_STOP_TOKENS = 4
 """A request may name this many stop tokens, or as many as the network has."""
@@ -417,6 +420,8 @@ def loop_for(
     """
     lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
+    if num_slots * length > SURE_TO_FIT:
+        check_memory(network, decoder, num_slots, length, companions)
     made: dict[str, Any] = {
         "num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass, "companions": companions,
     }  # fmt: skip
