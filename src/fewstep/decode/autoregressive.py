@@ -1,13 +1,14 @@
 """Autoregressive decoding with a KV cache: blocks of a single token, scored by the last pending row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
 from fewstep.decode.causal import Causal
-from fewstep.decode.decoder import Accepted, Shape, cached_plan, grouped_passes
+from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
 from fewstep.decode.sampling import confidence
 from fewstep.decode.state import State
 from fewstep.decode.steps import draw_tokens, finalise
@@ -19,6 +20,10 @@ class Autoregressive(Causal):
     """One token per pass. Plan shapes: `decode` (one row a request) and `prefill`."""
 
     name: ClassVar[str] = "autoregressive"
+
+    @cached_property
+    def traits(self) -> Traits:
+        return replace(super().traits, steady=(Shape("decode", 1),))
 
     def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         for members, width in grouped_passes(pending_R, shapes=(1,), active=0):

@@ -51,7 +51,7 @@ class Causal(Finalising):
 
     @cached_property
     def traits(self) -> Traits:
-        return Traits(roles=("autoregressive",), cached=True, pass_length=1, steady=(Shape("decode", 1),))
+        return Traits(roles=("autoregressive",), cached=True, pass_length=1)
 
     def canvas(self, request: Request) -> Canvas:
         if request.canvas is not None:

@@ -169,6 +169,7 @@ class Pass:
             with torch.cuda.graph(graph, pool=self._slots.pool, capture_error_mode="thread_local"):
                 self._passed = Passed(*run(*self._arguments))
         except torch.OutOfMemoryError:
+            self._function, self._is_final = self._plain, True
             warnings.warn(
                 "there is no memory left to capture a pass, which runs as it is; use fewer slots", stacklevel=2
             )
