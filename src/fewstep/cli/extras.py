@@ -9,6 +9,7 @@ EXTRAS = {
     "eval": {"matplotlib": "matplotlib", "math-verify": "math_verify"},
     "gsm": {"reasoning-gym": "reasoning_gym"},
     "gguf": {"gguf": "gguf"},
+    "quantize": {"torchao": "torchao"},
 }
 """Extra -> distribution -> module that it installs."""
 

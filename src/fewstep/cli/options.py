@@ -59,12 +59,15 @@ class PlaceOptions:
 
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL)] = "auto"
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: weights of the layers in 8 bits, on a CPU.", rich_help_panel=_MODEL)
+    ] = None
 
     def load(self, name: str, role: "RoleName | None" = None) -> "LanguageModel":
         """The model `name` in this place; FewstepError if it cannot be loaded."""
         import fewstep
 
-        return fewstep.load(name, role=role, dtype=self.dtype, device=self.device)
+        return fewstep.load(name, role=role, dtype=self.dtype, device=self.device, quantize=self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)

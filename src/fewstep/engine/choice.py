@@ -143,6 +143,8 @@ def _check_fits(network: Network, dtype: torch.dtype) -> None:
     """FewstepError if the engine does not compute in these numbers, or cannot keep a second copy of the weights."""
     if not torch.backends.mkldnn.is_available():
         raise FewstepError("this build of torch has no oneDNN, whose products the engine uses on a CPU")
+    if network.quantized is not None:
+        raise FewstepError(f"weights in {network.quantized} are multiplied by the plain path")
     if dtype not in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise FewstepError(f"on a CPU the engine computes in float32 or bfloat16, and {network.name} is in {name}")

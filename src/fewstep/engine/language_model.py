@@ -16,6 +16,7 @@ from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
+from fewstep.models.quantize import quantize as quantize_weights
 from fewstep.models.roles import Role, RoleName
 from fewstep.models.switch import with_adapter
 from fewstep.models.text import (
@@ -42,9 +43,16 @@ def load(
     device: str = "auto",
     *,
     block_size: int | None = None,
+    quantize: str | None = None,
 ) -> "LanguageModel":
-    """Load a bundled name, a folder or a hub id; see `models.load.load_network`."""
-    return LanguageModel(load_network(name, role=role, dtype=dtype, device=device, block_size=block_size))
+    """Load a bundled name, a folder or a hub id; see `models.load.load_network`.
+
+    `quantize="int8"` rounds the weights of the layers to 8 bits, see `models.quantize`.
+    """
+    network = load_network(name, role=role, dtype=dtype, device=device, block_size=block_size)
+    if quantize is not None:
+        quantize_weights(network, quantize)
+    return LanguageModel(network)
 
 
 class GeneratorFor(Protocol):

@@ -78,6 +78,7 @@ class Network:
 
     `never_drawn`: ids at -inf in all logits, which are the mask token and the rows of the head that no token has.
     `calibration`: what the checkpoint promises of its threshold, set when it is loaded as it is.
+    `quantized`: the kind of its weights, if they were rounded when it was loaded.
     `may_round`: nobody asked for these numbers, so that an engine may compute in coarser ones.
     `base`: the network without the adapter, whose parameters this one shares; None if it has none.
     `end_of_tokens`: rows of the head up to the last that a token has. `most_recorded`: tokens of a whole distribution,
@@ -102,6 +103,7 @@ class Network:
         self.adapter = adapter
         self.calibration: Calibration | None = None
         self.may_round = False
+        self.quantized: str | None = None
         self.base: Network | None = None
         self.architecture = examine(module, name)
         self.vocab_size: int = module.config.vocab_size
