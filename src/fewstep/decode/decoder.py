@@ -39,7 +39,7 @@ def drawing_of(request: Request) -> Drawing:
 
 @dataclass(frozen=True)
 class Shape:
-    """The whole key of a captured graph: passes of equal shape have the same tensor shapes and the same computation.
+    """Passes of equal shape have the same tensor shapes and the same computation, so they can be captured as one graph.
 
     A decoder's `passes` names the plan's kind and how many rows it has room for (`width` counts pending rows, in an
     uncached forward all rows); the loop adds the number of requests, how many slots of the cache attention reads (0
@@ -138,7 +138,8 @@ class Decoder(Protocol):
     def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         """Split live requests into groups: indices into them, and the passes of their step; every request once.
 
-        CPU tensors: `pending_R` as in State, `length_R` the positions a request takes up, in whole blocks.
+        CPU tensors: `pending_R` as in State, `length_R` the positions a request takes up, in whole blocks. Without a
+        cache `pending_R` may be that of the round before, so it must not matter.
         """
 
     def plan(self, state: State, shape: Shape) -> Plan:
