@@ -10,7 +10,7 @@ the host waits as the plain loop does.
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
 from fewstep.decode.loop import Loop, told
+from fewstep.decode.outputs import new_events
 from fewstep.decode.requests import Event
 from fewstep.engine.passes import Pass, Passed, Slots
 from fewstep.engine.stack import FusedNetwork
@@ -30,10 +31,14 @@ SHORTEST_CACHE = 256
 
 @dataclass(frozen=True)
 class _Round:
-    """A round that the host has not heard of: its slots, and where what it leaves will be once the event has come."""
+    """A round that the host has not heard of: its slots, and where what it leaves will be once the event has come.
+
+    `rows`: what `Loop.events` reads of a state, if someone is told of events.
+    """
 
     live: list[int]
     told_XR: Tensor
+    rows: list[Tensor]
     event: torch.cuda.Event | None
 
 
@@ -55,11 +60,13 @@ class CapturedLoop(Loop):
         )
         self._passes: dict[tuple[Shape, bool], Pass] = {}
         self._told_XR = told(self.state)
+        self._tells_events = False
+        self._events: list[tuple[int, Event]] = []
         self._host_memory = deque(self._new_host_memory() for _ in range(3))
         self._in_flight: deque[_Round] = deque()
         self._completed: list[int] = []
         self._is_steady = False
-        self._steps_before_R = self.state.num_forwards_R.clone()
+        self._steps_before_R = torch.zeros_like(self._pending_R)  # of which the host was told events
         self._attends_by_parts = self.dtype != torch.float32 and all(one.stack.splits for one in fused.values())
 
     def finish_compiling(self) -> None:
@@ -67,9 +74,15 @@ class CapturedLoop(Loop):
         for each in self._passes.values():
             each.adopt(wait=True)
 
-    def _new_host_memory(self) -> Tensor:
-        memory_XR = torch.empty_like(self._told_XR, device="cpu")
-        return memory_XR.pin_memory() if self.network.device.type == "cuda" else memory_XR
+    def _new_host_memory(self) -> list[Tensor]:
+        """Room for what a round tells, and for its rows."""
+        on_device = [self._told_XR, *self._told_of_events()]
+        memory = [torch.empty_like(each, device="cpu") for each in on_device]
+        return [each.pin_memory() for each in memory] if self.network.device.type == "cuda" else memory
+
+    def _told_of_events(self) -> list[Tensor]:
+        state = self.state
+        return [state.tokens_RL, state.step_RL, state.confidence_RL, state.num_forwards_R]
 
     def _round(self) -> Tensor:
         if self._queue or self.admitting:
@@ -98,8 +111,7 @@ class CapturedLoop(Loop):
     def _admit(self) -> None:
         before = set(self._live)
         super()._admit()
-        begun = torch.tensor([slot for slot in self._live if slot not in before], dtype=torch.long)
-        self._steps_before_R[begun.to(self.network.device)] = 0
+        self._steps_before_R[[slot for slot in self._live if slot not in before]] = 0
 
     def _may_run_ahead(self, live_r: Tensor) -> bool:
         """Whether passes are known that are right whatever the last round left, and all requests share them."""
@@ -120,9 +132,12 @@ class CapturedLoop(Loop):
             groups = list(self.decoder.passes(self._pending_R[live_r], self._length_R[live_r]))
         for members, shapes in groups:
             self._run(live_r[members], shapes)
-        told_XR = self._host_memory.popleft()
+        told_XR, *rows = self._host_memory.popleft()
         told_XR.copy_(self._told_XR, non_blocking=True)
-        self._in_flight.append(_Round(live_r.tolist(), told_XR, _recorded(told_XR)))
+        if self._tells_events:
+            for host, device in zip(rows, self._told_of_events(), strict=True):
+                host.copy_(device, non_blocking=True)
+        self._in_flight.append(_Round(live_r.tolist(), told_XR, rows, _recorded(told_XR)))
         if traits.observe is not None:
             self._hear(0)
             self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
@@ -181,16 +196,35 @@ class CapturedLoop(Loop):
             if heard.event is not None:
                 heard.event.synchronize()
             self._note(heard.told_XR.clone())
-            self._host_memory.append(heard.told_XR)
+            if self._tells_events:
+                self._events += self._events_of(heard.live, *heard.rows)
+            self._host_memory.append([heard.told_XR, *heard.rows])
             ended = [slot for slot in heard.live if self._pending_R[slot] < 0 and slot in self._live]
             self._completed += [slot for slot in ended if slot not in self._completed]
 
+    def _events_of(
+        self, slots: Iterable[int], tokens_RL: Tensor, step_RL: Tensor, confidence_RL: Tensor, steps_R: Tensor
+    ) -> list[tuple[int, Event]]:
+        """What has become final in these slots since they were told of last."""
+        found = []
+        for slot in slots:
+            ticket = self._live.get(slot)
+            if ticket is not None and slot not in self._completed:
+                rows = tokens_RL[slot], step_RL[slot], confidence_RL[slot], self._steps_before_R[slot]
+                found += [(ticket.number, event) for event in new_events(ticket.request, *rows)]
+                self._steps_before_R[slot] = steps_R[slot]
+        return found
+
     def events(self) -> list[tuple[int, Event]]:
-        """See Loop; what has become final since the last call."""
-        with torch.no_grad():
+        """See Loop; of the rounds that the host has heard of since the last call."""
+        if not self._tells_events:  # nobody has asked before: from now on every round tells
+            self._tells_events = True
             self._hear(0)
-            found = super().events()
-            self._steps_before_R = self.state.num_forwards_R.clone()
+            slots = {slot: ticket for slot, ticket in self._seen.items() if slot not in self._live} | self._live
+            live, self._live, completed, self._completed = self._live, slots, self._completed, []
+            self._events = self._events_of(slots, *(each.cpu() for each in self._told_of_events()))
+            self._live, self._completed = live, completed
+        found, self._events = self._events, []
         return found
 
     def _stop(self, slot: int) -> None:
