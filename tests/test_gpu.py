@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.engine.attention import attend, attend_cached
 from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.language_model import load
