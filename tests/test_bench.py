@@ -298,7 +298,7 @@ def test_every_decoder_is_measured_round_by_round(role: str, decoder: str, kinds
 
 def test_what_is_compiled_meanwhile_is_waited_for_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     told = list[str]()
-    monkeypatch.setattr(Loop, "finish_compiling", lambda loop: told.append("compiled"), raising=False)
+    monkeypatch.setattr(Loop, "compile_passes", lambda loop: told.append("compiled"), raising=False)
     step = Loop.step
     monkeypatch.setattr(Loop, "step", lambda loop: [told.append("step"), step(loop)][1])
     lm = LanguageModel(tiny_network(block_size=4))

@@ -3,6 +3,9 @@
 On a CPU a pass is traced and not captured, and what would be compiled runs as it was traced: the rest is the same code.
 """
 
+import gc
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +21,7 @@ from fewstep.decode.generator import answer
 from fewstep.decode.loop import Loop, decode
 from fewstep.decode.own_policies import OwnPolicy
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.requests import Event, Record, Request
+from fewstep.decode.requests import Event, Request
 from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.choice import Engines
 from fewstep.engine.language_model import load
@@ -108,16 +111,6 @@ def test_a_request_is_cancelled_with_what_is_final_and_its_slot_is_free() -> Non
     same(after, decode(net, asked[:1], decoder)[0])
 
 
-@pytest.mark.parametrize("num_slots", [1, 4])
-def test_hidden_rows_are_those_of_the_plain_loop(num_slots: int) -> None:
-    net = network("bidirectional")
-    decoder, asked, record = decoder_of(net), requests(4), Record(hidden=True)
-    expected = decode(net, asked, decoder, record=record, batch_size=num_slots)
-    loop = captured(net, decoder, asked, num_slots=num_slots, record=record)
-    for output, plain in zip(answer(loop, asked), expected, strict=True):
-        torch.testing.assert_close(output.hidden_GD, plain.hidden_GD)
-
-
 def test_a_listener_sees_the_state_after_every_round() -> None:
     net, decoder, asked = case("autoregressive")
     seen = []
@@ -128,7 +121,7 @@ def test_a_listener_sees_the_state_after_every_round() -> None:
 
 
 @pytest.mark.parametrize("name", ["block", "self-speculative"])
-def test_what_is_compiled_meanwhile_is_adopted_between_requests(name: str) -> None:
+def test_compiled_passes_give_the_same_answers(name: str) -> None:
     net, decoder, asked = case(name)
     asked = asked[:4]
     loop = captured(net, decoder, asked, num_slots=2)
@@ -136,7 +129,7 @@ def test_what_is_compiled_meanwhile_is_adopted_between_requests(name: str) -> No
     for _ in range(2):
         for output, plain in zip(answer(loop, asked), expected, strict=True):
             same(output, plain)
-        loop.finish_compiling()
+        loop.compile_passes()
     (again,) = answer(loop, asked[:1])
     same(again, expected[0])
 
@@ -157,12 +150,12 @@ def test_a_compiler_that_fails_leaves_the_pass_as_it_is(monkeypatch: pytest.Monk
     def fails(*_: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr("fewstep.engine.passes.compiled", fails)
+    monkeypatch.setattr("fewstep.engine.captured_pass.compiled", fails)
     net, decoder, asked = case("autoregressive")
     loop = captured(net, decoder, asked[:1], num_slots=1)
     answer(loop, asked[:1])
     with pytest.warns(UserWarning, match="a pass is not compiled, and slower for that: no compiler"):
-        loop.finish_compiling()
+        loop.compile_passes()
     (output,) = answer(loop, asked[:1])
     same(output, decode(net, asked[:1], decoder)[0])
 
@@ -185,6 +178,62 @@ def test_a_bundled_model_answers_and_streams_through_it(name: str) -> None:
     ids = {event.position: event.token_id for event in stream}
     assert stream.output is not None
     assert stream.output.token_ids == expected.token_ids == [ids[position] for position in sorted(ids)]
+
+
+def test_requests_that_stop_early_leave_the_others_and_later_streams_alone() -> None:
+    net, decoder, asked = case("autoregressive")
+    loop = captured(net, decoder, asked, num_slots=2)
+    events: list[tuple[int, int]] = []
+
+    def watch(index: int, event: Event) -> bool:
+        events.append((index, event.position))
+        return index == 1 and event.position == 2
+
+    outputs = answer(loop, asked[:3], watch=watch)
+    assert 3 <= outputs[1].num_tokens <= 5
+    for index in (0, 2):
+        same(outputs[index], decode(net, [asked[index]], decoder)[0])
+        assert [place for which, place in events if which == index] == list(range(outputs[index].num_tokens))
+    answer(loop, asked[:2])
+    assert told(loop, asked[:2]) == told(Loop(net, decoder, num_slots=2, length=loop.length), asked[:2])
+
+
+def test_who_asks_late_is_told_of_everything() -> None:
+    net, decoder, asked = case("block")
+    loop = captured(net, decoder, asked, num_slots=1)
+    loop.submit(asked[3])
+    for _ in range(3):
+        loop.step()
+    found = {event.position: event.token_id for _, event in loop.events()}
+    whole = decode(net, [asked[3]], decoder)[0]
+    ready = [place for place, step in enumerate(whole.step_G.tolist()) if 0 < step <= 3]
+    assert found == {place: int(whole.canvas_ids_G[place]) for place in ready}
+
+
+@pytest.mark.parametrize("name", ["block", "self-speculative", "jacobi"])
+def test_passes_of_some_of_the_requests_are_fused_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.engine.captured.FREE_ROWS", 0)
+    monkeypatch.setattr("fewstep.decode.decoder.FREE_ROWS", 0)
+    net, decoder, asked = case(name)
+    loop = captured(net, decoder, asked, num_slots=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = answer(loop, asked)
+    assert any(part for _, part in loop._passes)
+    for output, expected in zip(outputs, decode(net, asked, decoder), strict=True):
+        same(output, expected)
+
+
+def test_a_loop_that_is_gone_has_given_its_memory_back() -> None:
+    net, decoder, asked = case("autoregressive")
+    loop = captured(net, decoder, asked[:1], num_slots=1)
+    answer(loop, asked[:1])
+    keys = weakref.ref(loop._caches["target"].keys)
+    gc.disable()
+    del loop
+    gone = keys() is None
+    gc.enable()
+    assert gone
 
 
 SOME_FAMILIES = [

@@ -79,4 +79,4 @@ def test_captured_passes_give_the_tokens_of_the_plain_path(name: str, batch_size
         for output, other in zip(lm.generate(QUESTIONS, **asked), plain, strict=True):
             assert (output.token_ids, output.num_forwards) == (other.token_ids, other.num_forwards)
         assert isinstance(lm._kept, CapturedLoop)
-        lm._kept.finish_compiling()
+        lm._kept.compile_passes()

@@ -17,7 +17,6 @@ from fewstep.decode.sampling import Sampling
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.sharing import Sharing, unit_of_contexts
 from fewstep.decode.speculative import Speculative
-from fewstep.engine import passes
 from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.stack import fused
 from fewstep.errors import FewstepError
@@ -38,12 +37,6 @@ CASES = [
     "bidirectional context",
     "diffusion",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes are captured, and none is compiled meanwhile."""
-    monkeypatch.setattr(passes, "COMPILED_AFTER", 1 << 30)
 
 
 def case(name: str) -> tuple[Network, Decoder]:

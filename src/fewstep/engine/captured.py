@@ -10,7 +10,7 @@ the host waits as the plain loop does.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
+from fewstep.decode.intake import Ticket
 from fewstep.decode.loop import Loop, told
 from fewstep.decode.outputs import new_events
-from fewstep.decode.requests import Event
-from fewstep.engine.passes import Pass, Passed, Slots
+from fewstep.decode.requests import Event, Request
+from fewstep.engine.captured_pass import CapturedPass, LoopMemory
 from fewstep.engine.stack import FusedNetwork
 from fewstep.models.network import Network
 
@@ -30,7 +31,7 @@ SHORTEST_CACHE = 256
 
 
 @dataclass(frozen=True)
-class _Round:
+class _InFlight:
     """A round that the host has not heard of: its slots, and where what it leaves will be once the event has come.
 
     `rows`: what `Loop.events` reads of a state, if someone is told of events.
@@ -48,31 +49,39 @@ class CapturedLoop(Loop):
     def __init__(
         self, network: Network, decoder: Decoder, *, fused: Mapping[str, FusedNetwork], **options: Any
     ) -> None:
+        if options.get("record") is not None:
+            raise ValueError("hidden rows are recorded by the plain loop")
         super().__init__(network, decoder, **options)
-        self._slots = Slots(
+        self._memory = LoopMemory(
             networks=self._networks,
             fused=fused,
             decoder=decoder,
             state=self.state,
             caches=self._caches,
-            keep_hidden=self._hidden_RLD is not None,
             pool=torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None,
         )
-        self._passes: dict[tuple[Shape, bool], Pass] = {}
+        self._passes: dict[tuple[Shape, bool], CapturedPass] = {}
         self._told_XR = told(self.state)
         self._tells_events = False
         self._events: list[tuple[int, Event]] = []
         self._host_memory = deque(self._new_host_memory() for _ in range(3))
-        self._in_flight: deque[_Round] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._completed: list[int] = []
         self._is_steady = False
         self._steps_before_R = torch.zeros_like(self._pending_R)  # of which the host was told events
         self._attends_by_parts = self.dtype != torch.float32 and all(one.stack.splits for one in fused.values())
 
-    def finish_compiling(self) -> None:
-        """Compile the passes that have run so far, and wait for it: for who measures."""
+    def compile_passes(self) -> None:
+        """Compile the passes that have run twice so far, which takes seconds; from then on they are faster."""
         for each in self._passes.values():
-            each.adopt(wait=True)
+            each.compile()
+
+    def submit(self, request: Request) -> int:
+        """See Loop. An idle loop forgets who was told of events."""
+        if not self.busy:
+            self._hear(0)
+            self._events, self._tells_events = [], False
+        return super().submit(request)
 
     def _new_host_memory(self) -> list[Tensor]:
         """Room for what a round tells, and for its rows."""
@@ -88,13 +97,10 @@ class CapturedLoop(Loop):
         if self._queue or self.admitting:
             self._hear(0)
         begun = self.admitting
-        if begun and not self._live:
-            for each in self._passes.values():
-                each.adopt()
         self._admit()
         live_r = (self._pending_R >= 0).nonzero()[:, 0]
         if len(live_r):
-            self._is_steady = not begun and self._may_run_ahead(live_r)
+            self._is_steady = not begun and self._may_run_ahead()
             if not self._is_steady:
                 self._hear(0)
                 live_r = (self._pending_R >= 0).nonzero()[:, 0]
@@ -113,7 +119,7 @@ class CapturedLoop(Loop):
         super()._admit()
         self._steps_before_R[[slot for slot in self._live if slot not in before]] = 0
 
-    def _may_run_ahead(self, live_r: Tensor) -> bool:
+    def _may_run_ahead(self) -> bool:
         """Whether passes are known that are right whatever the last round left, and all requests share them."""
         if self.listeners or self.decoder.traits.observe is not None:
             return False
@@ -137,7 +143,7 @@ class CapturedLoop(Loop):
         if self._tells_events:
             for host, device in zip(rows, self._told_of_events(), strict=True):
                 host.copy_(device, non_blocking=True)
-        self._in_flight.append(_Round(live_r.tolist(), told_XR, rows, _recorded(told_XR)))
+        self._in_flight.append(_InFlight(live_r.tolist(), told_XR, rows, _recorded(told_XR)))
         if traits.observe is not None:
             self._hear(0)
             self._observe([shapes for _, shapes in groups], time.perf_counter() - started_s, live_r, front_R)
@@ -149,11 +155,7 @@ class CapturedLoop(Loop):
         drawing = DRAWINGS[int(self._drawing_R[slots_r].max())]
         for shape in shapes:
             shape = replace(shape, rows=rows, cache_length=self._cache_length(slots_r), drawing=drawing)
-            passed = self._pass_for(shape, part=not whole)(slots_r)
-            if self._hidden_RLD is not None and passed.positions_RS is not None:
-                slots_R = torch.arange(rows) if whole else slots_r
-                self._keep(slots_R.to(self.network.device), passed)
-            self._told_XR = passed.told_XR
+            self._told_XR = self._pass_for(shape, part=not whole)(slots_r)
             self._num_passes += 1
 
     def _are_cheap(self, count: int, shapes: Sequence[Shape]) -> bool:
@@ -162,15 +164,6 @@ class CapturedLoop(Loop):
             return count == self.num_slots
         widest = max(shape.width for shape in shapes) + self.decoder.traits.pass_length
         return self.num_slots * widest <= FREE_ROWS
-
-    def _keep(self, slots_r: Tensor, passed: Passed) -> None:
-        assert self._hidden_RLD is not None
-        assert passed.positions_RS is not None
-        assert passed.chosen_RS is not None
-        assert passed.hidden_RSD is not None
-        count = len(slots_r)
-        kept_rS = torch.where(passed.chosen_RS[:count], passed.positions_RS[:count], self.length)
-        self._hidden_RLD[slots_r[:, None], kept_rS] = passed.hidden_RSD[:count]
 
     def _cache_length(self, slots_r: Tensor) -> int:
         """Slots that attention reads; our own kernel passes over those that no row sees."""
@@ -181,12 +174,12 @@ class CapturedLoop(Loop):
         needed = int(self._front_R[slots_r].max()) + 2 * self.decoder.traits.pass_length
         return min(SHORTEST_CACHE << max(0, (needed - 1) // SHORTEST_CACHE).bit_length(), self.length + 1)
 
-    def _pass_for(self, shape: Shape, *, part: bool) -> Pass:
+    def _pass_for(self, shape: Shape, *, part: bool) -> CapturedPass:
         """Captured passes by their shape. A prefill is seldom run twice, so its layers are not compiled."""
         key = shape, part
         if key not in self._passes:
             decodes = not self.decoder.traits.cached or shape.width <= self.decoder.traits.pass_length
-            self._passes[key] = Pass(self._slots, shape, part=part, fuse=decodes)
+            self._passes[key] = CapturedPass(self._memory, shape, part=part, fuse=decodes)
         return self._passes[key]
 
     def _hear(self, most: int) -> None:
@@ -197,39 +190,36 @@ class CapturedLoop(Loop):
                 heard.event.synchronize()
             self._note(heard.told_XR.clone())
             if self._tells_events:
-                self._events += self._events_of(heard.live, *heard.rows)
+                going_on = [slot for slot in heard.live if slot in self._live and slot not in self._completed]
+                self._events += self._events_of({slot: self._live[slot] for slot in going_on}, heard.rows)
             self._host_memory.append([heard.told_XR, *heard.rows])
             ended = [slot for slot in heard.live if self._pending_R[slot] < 0 and slot in self._live]
             self._completed += [slot for slot in ended if slot not in self._completed]
 
-    def _events_of(
-        self, slots: Iterable[int], tokens_RL: Tensor, step_RL: Tensor, confidence_RL: Tensor, steps_R: Tensor
-    ) -> list[tuple[int, Event]]:
-        """What has become final in these slots since they were told of last."""
-        found = []
-        for slot in slots:
-            ticket = self._live.get(slot)
-            if ticket is not None and slot not in self._completed:
-                rows = tokens_RL[slot], step_RL[slot], confidence_RL[slot], self._steps_before_R[slot]
-                found += [(ticket.number, event) for event in new_events(ticket.request, *rows)]
-                self._steps_before_R[slot] = steps_R[slot]
+    def _events_of(self, tickets: Mapping[int, Ticket], rows: Sequence[Tensor]) -> list[tuple[int, Event]]:
+        """What has become final in these slots since they were told of last; `rows` as `_told_of_events`."""
+        found: list[tuple[int, Event]] = []
+        for slot, ticket in tickets.items():
+            tokens_L, step_L, confidence_L, num_steps = (each[slot] for each in rows)
+            events = new_events(ticket.request, tokens_L, step_L, confidence_L, self._steps_before_R[slot])
+            found += [(ticket.number, event) for event in events]
+            self._steps_before_R[slot] = num_steps
         return found
 
     def events(self) -> list[tuple[int, Event]]:
         """See Loop; of the rounds that the host has heard of since the last call."""
         if not self._tells_events:  # nobody has asked before: from now on every round tells
-            self._tells_events = True
             self._hear(0)
-            slots = {slot: ticket for slot, ticket in self._seen.items() if slot not in self._live} | self._live
-            live, self._live, completed, self._completed = self._live, slots, self._completed, []
-            self._events = self._events_of(slots, *(each.cpu() for each in self._told_of_events()))
-            self._live, self._completed = live, completed
+            self._tells_events = True
+            self._events = self._events_of(self._seen, [each.cpu() for each in self._told_of_events()])
         found, self._events = self._events, []
         return found
 
     def _stop(self, slot: int) -> None:
         self._hear(0)
+        number = self._live[slot].number
         super()._stop(slot)
+        self._events = [one for one in self._events if one[0] != number]
         self._completed = [one for one in self._completed if one != slot]
 
 

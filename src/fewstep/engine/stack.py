@@ -34,7 +34,8 @@ from fewstep.engine.parity import difference, few_rows
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.gated import GatedAdapter
-from fewstep.models.network import Network
+from fewstep.models.network import Network, Plan
+from fewstep.models.roles import INVISIBLE
 
 Shared = tuple[Tensor | None, ...]
 """Mask, cosine, sine, slots, requests and adapted rows."""
@@ -107,6 +108,19 @@ class FusedNetwork(Network):
         self.module.base_model.layers = self.stack.stand_ins()
         self.never_drawn = self.never_drawn.to(self.device)
 
+    def hidden(self, plan: Plan, cache: KVCache | None = None) -> Tensor:
+        with self.stack.running(cache):
+            return super().hidden(plan, cache)
+
+    def _mask(self, plan: Plan, cache: KVCache | None, sliding_window: int | None) -> Tensor:
+        """As the network's, but that rows of nobody see one slot: what no row sees is not read."""
+        mask = super()._mask(plan, cache, sliding_window)
+        if plan.slots_RQ is None or sliding_window is not None:
+            return mask
+        is_nobodys_RQ = plan.blocks_RQ == INVISIBLE
+        later_K = torch.arange(mask.shape[-1], device=mask.device) > 0
+        return mask.masked_fill((is_nobodys_RQ[:, :, None] & later_K)[:, None], float("-inf"))
+
 
 def fused(network: Network) -> FusedNetwork:
     """FewstepError, with the reason, for a network that cannot be run so: its rows come out otherwise."""
@@ -116,7 +130,7 @@ def fused(network: Network) -> FusedNetwork:
     except Exception as error:  # code of any class, called in a way that it may not know
         reason = " ".join(str(error).split())[:160]
         raise FewstepError(f"the layers of {network.name} cannot be fused ({reason})") from error
-    if found > (1e-3 if network.dtype == torch.float32 else 0.1):
+    if not found <= (1e-3 if network.dtype == torch.float32 else 0.1):
         raise FewstepError(f"the layers of {network.name} compute something else when they are fused")
     return made
 

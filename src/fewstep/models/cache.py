@@ -39,16 +39,17 @@ class KVCache(Cache):
         self._alone = False  # one request alone is written with less work
         self._length = self.num_slots
 
-    def view(self, requests_r: Tensor | None, length: int) -> "KVCache":
+    def view(self, requests_r: Tensor | None, length: int, *, looks: bool = True) -> "KVCache":
         """The same memory for a forward of these requests (None = all), none of which has a row at or past `length`.
 
         Attention then reads `length` slots only; for a subset of the requests it reads a copy, unless they are
-        neighbours, as one request always is, on a CPU.
+        neighbours, as one request always is, on a CPU. `looks`: whether it may look at which ones they are; a trace
+        cannot.
         """
         view = copy(self)
         if requests_r is not None:
             view._subset = view._picked = requests_r
-            if requests_r.device.type == "cpu" and bool((requests_r.diff() == 1).all()):
+            if looks and requests_r.device.type == "cpu" and bool((requests_r.diff() == 1).all()):
                 view._picked = slice(int(requests_r[0]), int(requests_r[-1]) + 1)
             view._request_R1 = requests_r[:, None]
         view._length = min(length, self.num_slots)
@@ -100,7 +101,7 @@ class KVCache(Cache):
         self, keys_RHKE: Tensor, values_RHKE: Tensor, slots_RQ: Tensor, requests_r: Tensor | None, length: int
     ) -> "KVCache":
         """The part of one layer for such a forward, on these tensors; its layer's index is 0."""
-        view = self.view(requests_r, length)
+        view = self.view(requests_r, length, looks=False)
         view.keys, view.values, view._slots_RQ = keys_RHKE[None], values_RHKE[None], slots_RQ
         view._alone = False
         if requests_r is None:
