@@ -134,6 +134,31 @@ def test_compiled_passes_give_the_same_answers(name: str) -> None:
     same(again, expected[0])
 
 
+@pytest.mark.parametrize("reading", ["item", "nonzero"])
+def test_a_policy_that_waits_for_the_device_runs_as_it_is_with_a_warning(reading: str) -> None:
+    def waits(masked: Any, confidence: Any) -> Any:
+        least = 0.5 * confidence.max().item() if reading == "item" else 0.5 + 0 * len(confidence.nonzero())
+        return masked & (confidence >= least)
+
+    net = network()
+    decoder, asked = decoder_of(net, policy=OwnPolicy(rule=waits)), requests(1)
+    with pytest.warns(UserWarning, match="a pass cannot be captured, and runs as it is"):
+        (output,) = answer(captured(net, decoder, asked, num_slots=1), asked)
+    same(output, decode(net, asked, decoder)[0])
+
+
+def test_a_policy_that_leaves_what_no_later_pass_scores_has_it_finalised() -> None:
+    def best(masked: Any, confidence: Any) -> Any:
+        return masked & (confidence >= confidence.amax(1, keepdim=True))
+
+    net = network("shifted block_causal")
+    decoder, asked = decoder_of(net, policy=OwnPolicy(rule=best)), requests(2)
+    expected = decode(net, asked, decoder)
+    assert expected[0].step_G[0] == 1
+    for output, plain in zip(answer(captured(net, decoder, asked, num_slots=2), asked), expected, strict=True):
+        same(output, plain)
+
+
 def test_a_policy_that_cannot_be_traced_runs_as_it_is_with_a_warning() -> None:
     def reads_a_number(masked: Any, confidence: Any) -> Any:
         return masked & (confidence >= confidence[masked].max()) if bool(masked.any()) else masked

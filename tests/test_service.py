@@ -569,6 +569,44 @@ def test_an_error_inside_a_pass_fails_its_requests_and_the_service_goes_on(error
         run_in(lambda: Service(lms, num_slots=4), program)
 
 
+@pytest.mark.parametrize("prompt", [[10**12], [-1, 5], [2**70], b"abc", 5])
+def test_a_prompt_that_is_none_is_refused_in_a_sentence(prompt: Any) -> None:
+    async def program(service: Service) -> None:
+        with pytest.raises(FewstepError, match=r"none for the id|a prompt is a text, messages or token ids"):
+            await service.submit(prompt)
+
+    run_in(lambda: Service(model("block")), program)
+
+
+def test_a_tokenizer_that_fails_ends_its_own_request_alone() -> None:
+    lm, other = model("block"), model("autoregressive")
+
+    async def program(service: Service) -> None:
+        with mock.patch.object(type(lm.answer_text()), "add", side_effect=RuntimeError("no such token")):
+            broken = await service.submit("what is 2+2?", model="block", stop="never", max_new_tokens=12)
+            whole = await service.submit("what is 2+2?", model="other", max_new_tokens=12)
+            assert (await whole.output()).num_tokens > 0
+            with pytest.raises(PassFailedError, match="could not be turned into text"):
+                await broken.output()
+        nothing_is_left(service)
+
+    run_in(lambda: Service({"block": lm, "other": other}), program)
+
+
+def test_a_policy_that_cannot_be_compared_fails_its_own_request_alone() -> None:
+    def rule(confidence: Any, width: Any = None) -> Any:
+        return confidence >= 0.5
+
+    async def program(service: Service) -> None:
+        first = await service.submit("what is 2+2?", policy=rule, width=torch.ones(2), max_new_tokens=12)
+        with pytest.raises(Exception, match="Boolean value of Tensor"):
+            await service.submit("what is 2+2?", policy=rule, width=torch.ones(2), max_new_tokens=12)
+        await first.output()
+        await (await service.submit("what is 2+2?", max_new_tokens=12)).output()
+
+    run_in(lambda: Service(model("block")), program)
+
+
 def test_a_loop_for_which_the_device_has_no_memory_gets_fewer_slots() -> None:
     lm, several, made = model("block"), asked("block", 4), []
     expected, begin = alone(lm, several), Loop.__init__

@@ -18,7 +18,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any, cast, get_args
 
@@ -83,10 +83,15 @@ class PassFacts:
         FewstepError for anything but such a boolean tensor. Of a policy from elsewhere only masked positions count, and
         the most certain one is taken where it chooses none, if it is paced in the last step: else a request never ends.
         """
-        chosen = self.policy(**{name: getattr(self, fact) for name, fact in reads(self.policy).items()})
-        if type(self.policy) in BUILT_IN:
+        is_ours = type(self.policy) in BUILT_IN
+        # What final positions would be given now depends on which rows are beside them in the pass.
+        facts = self if is_ours else replace(self, confidence=self.confidence.masked_fill(~self.masked, 0.0))
+        chosen = self.policy(**{name: getattr(facts, fact) for name, fact in reads(self.policy).items()})
+        if is_ours:
             return chosen
         _check_chosen(self.policy, chosen, self.masked)
+        if self.settled is not None:  # no later pass has the row that scores them
+            chosen = chosen | (self.settled & self.masked)
         if isinstance(self.policy, OwnPolicy):
             return chosen
         some = or_best(chosen, self.certainty, self.masked)

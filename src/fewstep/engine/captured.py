@@ -21,6 +21,7 @@ from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
 from fewstep.decode.intake import Ticket
 from fewstep.decode.loop import Loop, told
 from fewstep.decode.outputs import new_events
+from fewstep.decode.policies import BUILT_IN
 from fewstep.decode.requests import Event, Request
 from fewstep.engine.captured_pass import CapturedPass, LoopMemory
 from fewstep.engine.stack import FusedNetwork
@@ -75,6 +76,10 @@ class CapturedLoop(Loop):
         """Compile the passes that have run twice so far, which takes seconds; from then on they are faster."""
         for each in self._passes.values():
             each.compile()
+
+    def fits(self, network: Network, decoder: Decoder, **made: Any) -> bool:
+        """See Loop. A policy of someone's own may have changed since it was traced, and be equal to itself."""
+        return type(decoder.policy) in BUILT_IN and super().fits(network, decoder, **made)
 
     def submit(self, request: Request) -> int:
         """See Loop. An idle loop forgets who was told of events."""

@@ -65,7 +65,7 @@ class Engines:
         self._run_pass = run_pass
         self._on_cpu: dict[tuple[Network, torch.dtype], CpuNetwork | FewstepError] = {}
         self._state_of: dict[Network, list[tuple[int, int]]] = {}
-        self._on_gpu: dict[Network, FusedNetwork | FewstepError] = {}
+        self._on_gpu: dict[Network, tuple[FusedNetwork | FewstepError | None, tuple[int, ...]]] = {}
 
     def choice(self, decoder: Decoder, setting: EngineSetting, *, records: bool = False) -> Choice:
         """How the passes of this decoder are run; `records`: hidden rows are recorded, as training reads them."""
@@ -97,14 +97,16 @@ class Engines:
 
     def _fused(self, network: Network) -> FusedNetwork:
         """FewstepError if it cannot be run so; told once more each time that it is asked for."""
-        if network not in self._on_gpu:
+        found, places = self._on_gpu.get(network, (None, ()))
+        if places != _places(network):  # nobody has tried, or it has other weights since
             try:
-                self._on_gpu[network] = fused_network(network)
+                found = fused_network(network)
             except FewstepError as error:
-                self._on_gpu[network] = error
-        found = self._on_gpu[network]
+                found = error
+            self._on_gpu[network] = found, _places(network)
         if isinstance(found, FewstepError):
             raise found
+        assert found is not None
         return found
 
     def _cpu(self, decoder: Decoder) -> Choice:
@@ -137,6 +139,11 @@ class Engines:
         if isinstance(found, FewstepError):
             raise found
         return found
+
+
+def _places(network: Network) -> tuple[int, ...]:
+    """Where its parameters are in memory. Fused layers share these, and none that are put in their stead."""
+    return tuple(parameter.data_ptr() for parameter in network.module.parameters())
 
 
 def _check_fits(network: Network, dtype: torch.dtype) -> None:

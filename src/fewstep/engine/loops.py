@@ -44,7 +44,9 @@ class Loops:
 
     def with_slots(self, decoder: Decoder, engine: EngineSetting, **options: Any) -> Loop:
         """A loop for requests to come; `options` as for `Loop`."""
-        choice = self._engines.choice(decoder, engine)
+        sharing = options.get("sharing")
+        is_strict = sharing is not None and sharing.strict  # which the plain path alone knows
+        choice = self._engines.choice(decoder, "off" if is_strict else engine)
         how = choice.loop_options()
         return how.pop("kind")(choice.network, decoder, **how, **options)
 

@@ -24,7 +24,6 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.refusals import PassFailedError, TimeLimitError
 from fewstep.engine.room import Room
 from fewstep.engine.statistics import GroupStatistics, Recorder
-from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 
 MOST_LOOPS = 16
@@ -158,7 +157,10 @@ class Scheduler:
             self._leave_queue(job)
             return job.finished(None, time.monotonic())
         seats, inside = self._leave(job)
-        return job.finished(seats.loop.cancel(inside), time.monotonic())
+        try:
+            return job.finished(seats.loop.cancel(inside), time.monotonic())
+        except Exception:  # the next round of its loop says what is wrong, to all that are in it
+            return job.finished(None, time.monotonic())
 
     def _leave_queue(self, job: Job) -> None:
         _, group = self._queue.pop(job.number)
@@ -188,7 +190,7 @@ class Scheduler:
                 if seats is not None:
                     self._sit(job, seats)
                     news.append(News(number=job.number, begun=True))
-            except FewstepError as error:  # what only the loop can tell of a request
+            except Exception as error:  # what only the loop can tell of a request, or what its decoder raises
                 self._leave_queue(job)
                 self._recorder.ended("failed")
                 news.append(News(number=job.number, error=error))
@@ -281,19 +283,24 @@ class Scheduler:
         seats.last_used_s = time.monotonic()
         try:
             completed = dict(seats.loop.step())
-            events = seats.loop.events()
+            return self._tell(seats, completed, seats.loop.events())
         # Whatever a pass raised, its requests are told of it: a thread that ended here would leave all waiting.
         except Exception as error:
             return self._fail(seats, error)
-        return self._tell(seats, completed, events)
 
     def _tell(self, seats: Seats, completed: dict[int, Output], events: Sequence[tuple[int, Event]]) -> list[News]:
         now_s = time.monotonic()
         told: dict[int, list[Event]] = {inside: [] for inside in completed}
-        stopped = []
+        stopped, broken = [], dict[int, Exception]()
         for inside, event in events:
             told.setdefault(inside, []).append(event)
-            if seats.jobs[inside].tell(event, now_s):
+            try:
+                if seats.jobs[inside].tell(event, now_s):
+                    stopped.append(inside)
+            except (
+                Exception
+            ) as error:  # a tokenizer that cannot decode what the network wrote, say: no business of others
+                broken[inside] = error
                 stopped.append(inside)
         for inside in dict.fromkeys(stopped):
             if inside not in completed and (output := seats.loop.cancel(inside)) is not None:
@@ -304,7 +311,15 @@ class Scheduler:
             job, output = seats.jobs[inside], completed.get(inside)
             if output is not None:
                 self._leave(job)
-                output = job.finished(output, time.monotonic())
+                try:
+                    output = job.finished(output, time.monotonic())
+                except Exception as error:
+                    broken[inside] = error
+                if inside in broken:
+                    self._recorder.ended("failed")
+                    lost = PassFailedError(f"the answer could not be turned into text ({_first_line(broken[inside])})")
+                    news.append(News(number=job.number, events=tuple(found), error=lost))
+                    continue
                 self._recorder.ended("completed")
                 self._recorder.completed(output, (job.first_token_s or now_s) - job.submitted_s)
             news.append(News(number=job.number, events=tuple(found), output=output))
@@ -328,7 +343,7 @@ class Scheduler:
             f"a pass of {group.model.network.name} with the {group.decoder.name} decoder failed "
             f"({_first_line(error)}); {advice}"
         )
-        told.__cause__ = error
+        told.__cause__ = error.with_traceback(None)  # its frames would hold the memory of the loop
         failed = list(seats.jobs.values())
         for job in failed:
             self._leave(job)

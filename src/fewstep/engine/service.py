@@ -457,11 +457,11 @@ class Service:
     def _take(self, scheduler: Scheduler, *arguments: Any, **known: Any) -> list[News]:
         try:
             job = self._job(*arguments, **known)
+            scheduler.submit(job)
         # Whatever a request made of its settings, it is told of it: a thread that ended here would leave all waiting.
         except Exception as error:
             self._recorder.ended("refused")
             return [News(number=known["number"], error=error)]
-        scheduler.submit(job)
         return [News(number=job.number, job=job)]
 
     def _job(
@@ -507,7 +507,14 @@ class Service:
 
 def _ids(model: LanguageModel, prompt: Any, *, raw: bool) -> list[int]:
     """Token ids are taken as they are; all else is encoded."""
-    is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
-    if is_ids and all(isinstance(one, int) and not isinstance(one, bool) for one in prompt):
-        return list(prompt)
-    return model.encode(prompt, raw=raw)
+    if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
+        raise FewstepError(f"a prompt is a text, messages or token ids, got {type(prompt).__name__}")
+    ids = [] if isinstance(prompt, str) else [one for one in prompt if type(one) is int]
+    if not ids or len(ids) < len(prompt):
+        return model.encode(prompt, raw=raw)
+    vocab_size = model.network.vocab_size
+    if outside := [one for one in ids if not 0 <= one < vocab_size]:
+        raise FewstepError(
+            f"{model.network.name} has embeddings for {vocab_size} tokens, and none for the id {outside[0]} of a prompt"
+        )
+    return ids

@@ -64,6 +64,12 @@ def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
 _PART = 4096
 _WRITTEN_OUT = {torch.ops.aten.logsumexp.default: _logsumexp}
 
+_WAITING = {
+    getattr(torch.ops.aten, name).default
+    for name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+}
+"""Operators whose result's shape, or the program's next step, depends on numbers: a graph cannot hold them."""
+
 _TRACING = threading.RLock()
 """A trace puts its own tensors into modules, for a while."""
 
@@ -75,6 +81,8 @@ def traced(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[.
     """
     with _TRACING:
         graph = make_fx(function, _WRITTEN_OUT, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    if waits := [node for node in graph.graph.nodes if node.target in _WAITING]:
+        raise RuntimeError(f"it waits for a number of the device ({waits[0].target})")
     device = next(one.device for one in arguments if one is not None)
     for node in graph.graph.find_nodes(op="get_attr"):
         constant = getattr(graph, node.target)
