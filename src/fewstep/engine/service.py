@@ -507,9 +507,10 @@ class Service:
 
 def _ids(model: LanguageModel, prompt: Any, *, raw: bool) -> list[int]:
     """Token ids are taken as they are; all else is encoded."""
-    if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
-        raise FewstepError(f"a prompt is a text, messages or token ids, got {type(prompt).__name__}")
-    ids = [] if isinstance(prompt, str) else [one for one in prompt if type(one) is int]
+    if isinstance(prompt, bytes):
+        raise FewstepError("the prompt must be text or a list of messages, got bytes; decode them first")
+    is_several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    ids = [one for one in prompt if type(one) is int] if is_several else []
     if not ids or len(ids) < len(prompt):
         return model.encode(prompt, raw=raw)
     vocab_size = model.network.vocab_size
