@@ -39,6 +39,7 @@ RATIOS = {
     "student: plain float32 / engine": ("student, plain float32", "student, engine"),
     "causal: transformers / plain": ("causal, transformers", "causal, plain"),
     "causal: transformers / engine": ("causal, transformers", "causal, engine"),
+    "causal / the student drafts for it, both in the engine": ("causal, engine", "causal, engine, the student drafts"),
     "causal / drafter, both in the engine": ("causal, engine", "drafter, engine"),
 }
 
@@ -90,6 +91,7 @@ def main(
         "causal, plain": partial(causal.generate, engine="off"),
         "causal, engine": causal.generate,
         "causal, transformers": partial(of_transformers, causal),
+        "causal, engine, the student drafts": partial(causal.generate, decoder="speculative", draft="gsm-student"),
         "drafter, engine": drafter.generate,
     }
     kept: dict[str, list[Any]] = {name: [] for name in takers}
