@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import CASES, case
+from helpers.cases import CASES, answered_as_they_join, case
 from helpers.networks import decoder_of, network, requests, same
 from test_stock_architectures import RUN, network_of, prompts, stock_module
 
@@ -65,12 +65,7 @@ def test_answers_are_those_of_the_plain_loop(name: str, num_slots: int) -> None:
 def test_requests_join_while_others_are_under_way(name: str) -> None:
     net, decoder, asked = case(name)
     asked = asked[:5]
-    loop, outputs = captured(net, decoder, asked, num_slots=3), dict[int, Any]()
-    for request in asked:
-        loop.submit(request)
-        outputs.update(loop.step())
-    while loop.busy:
-        outputs.update(loop.step())
+    outputs = answered_as_they_join(captured(net, decoder, asked, num_slots=3), asked)
     for number, request in enumerate(asked):
         same(outputs[number], decode(net, [request], decoder)[0])
 

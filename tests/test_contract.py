@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.cases import CASES, case, speculative
+from helpers.cases import CASES, answered_as_they_join, case, speculative
 from helpers.generators import streamed
 from helpers.networks import decoder_of, network, requests, same
 from torch import Tensor
@@ -38,12 +38,7 @@ def test_every_registered_decoder_has_a_case() -> None:
 def test_each_of_a_mixed_batch_gets_what_it_gets_alone(name: str) -> None:
     net, decoder, asked = case(name)
     loop = Loop(net, decoder, num_slots=3, length=max(positions_needed(decoder, request) for request in asked))
-    outputs: dict[int, Output] = {}
-    for request in asked:  # they join while others are under way
-        loop.submit(request)
-        outputs.update(loop.step())
-    while loop.busy:
-        outputs.update(loop.step())
+    outputs = answered_as_they_join(loop, asked)
     for number, request in enumerate(asked):
         same(outputs[number], decode(net, [request], decoder)[0])
     assert len({tuple(output.token_ids) for output in outputs.values()}) == len(asked)

@@ -573,7 +573,7 @@ def test_an_error_inside_a_pass_fails_its_requests_and_the_service_goes_on(error
 def test_a_prompt_that_is_none_is_refused_in_a_sentence(prompt: Any) -> None:
     async def program(service: Service) -> None:
         with pytest.raises(FewstepError, match=r"none for the id|the prompt must be text"):
-            await service.submit(prompt)
+            await service.submit(prompt, max_new_tokens=4)
 
     run_in(lambda: Service(model("block")), program)
 

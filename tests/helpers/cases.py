@@ -3,10 +3,11 @@
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.lookahead import Lookahead
+from fewstep.decode.loop import Loop
 from fewstep.decode.medusa import Medusa
 from fewstep.decode.policies import Threshold
 from fewstep.decode.prompt_lookup import PromptLookup
-from fewstep.decode.requests import Request
+from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.decode.speculative import Speculative
@@ -18,6 +19,17 @@ CASES = [
     *("block", "diffusion", "autoregressive", "jacobi", "prompt-lookup", "speculative"),
     *("lookahead", "medusa", "self-speculative"),
 ]
+
+
+def answered_as_they_join(loop: Loop, asked: list[Request]) -> dict[int, Output]:
+    """Outputs by number; each request is submitted while those before it are under way."""
+    outputs: dict[int, Output] = {}
+    for request in asked:
+        loop.submit(request)
+        outputs.update(loop.step())
+    while loop.busy:
+        outputs.update(loop.step())
+    return outputs
 
 
 SAMPLINGS = [

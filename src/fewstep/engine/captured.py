@@ -129,10 +129,7 @@ class CapturedLoop(Loop):
         if self.listeners or self.decoder.traits.observe is not None:
             return False
         steady = self.decoder.traits.steady
-        if not self.decoder.traits.cached:
-            return True
-        widest = max((shape.width for shape in steady), default=0)
-        return bool(steady) and self.num_slots * (widest + self.decoder.traits.pass_length) <= FREE_ROWS
+        return not self.decoder.traits.cached or (bool(steady) and self._are_free(steady))
 
     def _enqueue(self, live_r: Tensor) -> None:
         """A step of these requests, and the copy of what it leaves to the host."""
@@ -167,6 +164,10 @@ class CapturedLoop(Loop):
         """Whether a pass of all slots costs about as much as one of so many, and may have slots without a request."""
         if count == self.num_slots or not self.decoder.traits.cached:
             return count == self.num_slots
+        return self._are_free(shapes)
+
+    def _are_free(self, shapes: Sequence[Shape]) -> bool:
+        """Whether passes of all slots take about as long as reading the weights."""
         widest = max(shape.width for shape in shapes) + self.decoder.traits.pass_length
         return self.num_slots * widest <= FREE_ROWS
 

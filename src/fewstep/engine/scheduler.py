@@ -297,9 +297,8 @@ class Scheduler:
             try:
                 if seats.jobs[inside].tell(event, now_s):
                     stopped.append(inside)
-            except (
-                Exception
-            ) as error:  # a tokenizer that cannot decode what the network wrote, say: no business of others
+            # Such as a tokenizer that cannot decode what the network wrote: no business of other requests.
+            except Exception as error:
                 broken[inside] = error
                 stopped.append(inside)
         for inside in dict.fromkeys(stopped):

@@ -477,14 +477,14 @@ class Service:
         """The request, checked. FewstepError if it cannot be answered."""
         limits = ServiceSettings(time_limit_s=time_limit_s)
         model = self.models[model_name]
+        if self.settings.strict:
+            settings = {**settings, "engine": "off"}
         chosen = GenerationSettings.of(**settings)
         decoder = model.decoder(**settings)
         request = replace(
             chosen.request(prompt_ids, canvas=None if canvas is None else list(canvas)),
             policy=decoder.policy,
         )
-        if self.settings.strict:
-            settings = {**settings, "engine": "off"}
         choice = model.choice(**settings)
         network = choice.network
         self.settings.sharing.check(decoder)
@@ -494,7 +494,7 @@ class Service:
             model=model,
             model_name=model_name,
             decoder=decoder,
-            engine="off" if self.settings.strict else chosen.engine,
+            engine=chosen.engine,
             network=network,
             request=request,
             length=length,
@@ -509,13 +509,7 @@ def _ids(model: LanguageModel, prompt: Any, *, raw: bool) -> list[int]:
     """Token ids are taken as they are; all else is encoded."""
     if isinstance(prompt, bytes):
         raise FewstepError("the prompt must be text or a list of messages, got bytes; decode them first")
-    is_several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-    ids = [one for one in prompt if type(one) is int] if is_several else []
-    if not ids or len(ids) < len(prompt):
-        return model.encode(prompt, raw=raw)
-    vocab_size = model.network.vocab_size
-    if outside := [one for one in ids if not 0 <= one < vocab_size]:
-        raise FewstepError(
-            f"{model.network.name} has embeddings for {vocab_size} tokens, and none for the id {outside[0]} of a prompt"
-        )
-    return ids
+    is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    if is_ids and all(type(one) is int for one in prompt):
+        return list(prompt)
+    return model.encode(prompt, raw=raw)

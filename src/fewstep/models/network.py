@@ -145,6 +145,11 @@ class Network:
     def check_ids(self, ids: Iterable[int]) -> None:
         """FewstepError naming the first token that has no row in the network's embeddings."""
         outside = next((one for one in ids if not 0 <= one < self.vocab_size), None)
+        if outside is not None and not 0 <= outside < len(self.tokenizer):
+            raise FewstepError(
+                f"{self.name} has embeddings for {self.vocab_size} tokens, and none for the id {outside}, which is no "
+                "token of its tokenizer either"
+            )
         if outside is not None:
             raise FewstepError(
                 f"{self.name} has embeddings for {self.vocab_size} tokens, and none for the token "
