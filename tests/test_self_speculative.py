@@ -124,7 +124,7 @@ def test_auto_tries_every_cycle_and_length_and_gives_the_same_texts(own_texts: l
     assert {f"{kind} {m}" for kind in ("draft", "verify") for m in (6, 3, 2)} <= tried
     assert tried <= set(decoder.parts)
     again = self_speculative(network, cycle="auto", window=6)
-    assert again.pace is decoder.pace, "what has been learnt is kept with the adapter"
+    assert again.chooser is decoder.chooser, "what has been learnt is kept with the adapter"
 
 
 def test_sampled_texts_of_auto_are_those_of_autoregressive_decoding(base: Network) -> None:

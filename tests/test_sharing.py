@@ -273,13 +273,13 @@ def test_the_slot_that_was_free_for_longest_is_overwritten_first() -> None:
 def test_long_factors_are_not_taken_over_as_short_ones() -> None:
     net, decoder = case("autoregressive")
     loop = loop_of(net, decoder, reuse_prefixes=True)
-    assert loop._intake is not None
-    assert loop._intake._prefixes is not None
-    loop._intake._prefixes._boundaries = [30]
+    assert loop._prefiller is not None
+    assert loop._prefiller._prefixes is not None
+    loop._prefiller._prefixes._boundaries = [30]
     first, longer = prompt(20), prompt(40)
     run(loop, [Request(prompt_ids=first, max_new_tokens=4)])
-    assert loop._intake._prefixes.longest(longer, 39) == (-1, 0)
-    assert loop._intake._prefixes.longest(prompt(30), 29)[1] == 20
+    assert loop._prefiller._prefixes.longest(longer, 39) == (-1, 0)
+    assert loop._prefiller._prefixes.longest(prompt(30), 29)[1] == 20
 
 
 # Fixed shapes

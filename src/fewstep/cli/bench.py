@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fewstep.models.network import Network
     from fewstep.models.roles import RoleName
 
-_WHAT, _PACE, _RUN = "Model", "What is decoded", "Measurement"
+_WHAT, _DECODED, _RUN = "Model", "What is decoded", "Measurement"
 _ENGINES = ("auto", "off")
 _DEFAULT_CONTEXT = 256
 _DEFAULT_TOKENS_PER_STEP = 6
@@ -49,8 +49,8 @@ class BenchDecodingOptions(DecodingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pace:
-    """How fast blocks are finalised: as the network decides, or fixed: so many tokens a step, or by a schedule."""
+class _Acceptance:
+    """How many tokens of a block a step accepts: as the network decides, or fixed by a number or a schedule."""
 
     is_fixed: bool
     tokens_per_step: int | None
@@ -110,18 +110,20 @@ def bench(
         typer.Option(
             metavar="LIST",
             help=f"Decoders, such as block,autoregressive,diffusion. Of {', '.join(DECODERS)}.",
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="LIST", help="auto, off, or auto,off to time both.", rich_help_panel=_PACE)
+        str, typer.Option(metavar="LIST", help="auto, off, or auto,off to time both.", rich_help_panel=_DECODED)
     ] = "auto",
     batch_size: Annotated[
-        str, typer.Option(metavar="LIST", help="Requests at once, such as 1,8,32.", rich_help_panel=_PACE)
+        str, typer.Option(metavar="LIST", help="Requests at once, such as 1,8,32.", rich_help_panel=_DECODED)
     ] = "1",
     block_size: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Tokens per block, such as 16,32; as the model says.", rich_help_panel=_PACE),
+        typer.Option(
+            metavar="LIST", help="Tokens per block, such as 16,32; as the model says.", rich_help_panel=_DECODED
+        ),
     ] = None,
     context: Annotated[
         str | None,
@@ -129,15 +131,15 @@ def bench(
             metavar="LIST",
             help=f"Tokens of a prompt, such as 256,2048; {_DEFAULT_CONTEXT} for random tokens, else as long as the "
             "prompts are.",
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
     ] = None,
-    max_new_tokens: Annotated[Count, typer.Option(help="New tokens of an answer.", rich_help_panel=_PACE)] = 256,
+    max_new_tokens: Annotated[Count, typer.Option(help="New tokens of an answer.", rich_help_panel=_DECODED)] = 256,
     prompts: Annotated[
         Literal["real", "random"] | None,
         typer.Option(
             help="Problems of gsm-symbolic, or random tokens; real for a model, random for a shape.",
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
     ] = None,
     input_file: Annotated[
@@ -146,7 +148,7 @@ def bench(
             "--input",
             metavar="FILE",
             help='Real prompts: JSON lines {"prompt"} or {"messages"}, optionally with "id".',
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
         Touches.READS,
     ] = None,
@@ -155,7 +157,7 @@ def bench(
         typer.Option(
             help="Let each step finalise at most this many tokens of a block, split evenly, whatever the weights say "
             f"({_DEFAULT_TOKENS_PER_STEP} for a shape).",
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
     ] = None,
     schedule: Annotated[
@@ -163,7 +165,7 @@ def bench(
         typer.Option(
             metavar="FILE",
             help="Let steps finalise as many tokens as those of a real model did; see --record.",
-            rich_help_panel=_PACE,
+            rich_help_panel=_DECODED,
         ),
         Touches.READS,
     ] = None,
@@ -218,7 +220,7 @@ def bench(
         option: _counts(text, option)
         for option, text in (("--batch-size", batch_size), ("--block-size", block_size), ("--context", context))
     }
-    _check_pace(tokens_per_step, schedule, decoding)
+    _check_acceptance(tokens_per_step, schedule, decoding)
     if prompts == "random" and input_file is not None:
         raise FewstepError("--input has real prompts, and --prompts says random; leave one of them out")
     if STANDARD_OUTPUT in (record, profile):
@@ -232,7 +234,7 @@ def bench(
     from fewstep.measure.bench import report, run_variants
     from fewstep.measure.schedule import check_recordable, read_schedule, recorded
 
-    wanted = _Pace(
+    wanted = _Acceptance(
         is_fixed=not (shape is None and tokens_per_step is None and schedule is None),
         tokens_per_step=tokens_per_step,
         schedule=None if schedule is None else read_schedule(schedule),
@@ -245,7 +247,7 @@ def bench(
         lm=lm,
         told={"model": lm.network.name if shape is None else None, "shape": shape},
         texts=None if is_random else texts or _questions(answers * max(sizes["--batch-size"])),
-        pace=wanted,
+        acceptance=wanted,
         role_is_free=shape is not None and role is None,
         settings={**decoding.given(), "max_new_tokens": max_new_tokens},
         num_answers=answers,
@@ -383,7 +385,7 @@ class _Asked:
     lm: "LanguageModel"
     told: Mapping[str, Any]
     texts: Sequence[Any] | None
-    pace: _Pace
+    acceptance: _Acceptance
     role_is_free: bool
     settings: Mapping[str, Any]
     num_answers: int
@@ -410,8 +412,8 @@ class _Asked:
         # Real prompts differ, so each is asked once if there are enough; random ones are as good again.
         num_batches = 1 if self.texts is None else max(1, min(self.num_answers, len(self.texts) // batch_size))
         policies: list[Any] = [None] * (num_batches * batch_size)
-        if self.pace.is_fixed and "policy" in taken:
-            policies = self.pace.policies(lm.decoder(**settings).block_size, len(policies))
+        if self.acceptance.is_fixed and "policy" in taken:
+            policies = self.acceptance.policies(lm.decoder(**settings).block_size, len(policies))
             settings["policy"] = policies[0]
         started_s = time.perf_counter()
         lm.choice(**settings)  # an engine may prepare itself when it is first asked for
@@ -435,7 +437,9 @@ class _Asked:
                 "context": context or round(sum(map(len, prompts)) / len(prompts)),
                 "max_new_tokens": settings["max_new_tokens"],
                 "prompts": "random" if self.texts is None else "real",
-                "tokens_per_step_at_most": max(policies[0].counts) if self.pace.is_fixed and policies[0] else None,
+                "tokens_per_step_at_most": max(policies[0].counts)
+                if self.acceptance.is_fixed and policies[0]
+                else None,
             },
             engine_seconds=engine_seconds,
             is_fixed=not self._stops and (policies[0] is not None or made.name == "autoregressive"),
@@ -481,7 +485,7 @@ class _Asked:
         return real_prompts(lm, self.texts, count, context)
 
     def _request(self, ids: list[int], policy: "Scheduled | None", settings: Mapping[str, Any]) -> "Request":
-        """What is paced, or of random weights, does not stop: its end-of-text would be one by chance."""
+        """Fixed acceptance and random weights do not stop: an end-of-text would be one by chance."""
         from fewstep.engine.settings import GenerationSettings
 
         request = replace(GenerationSettings.of(**settings).request(ids), policy=policy)
@@ -490,7 +494,7 @@ class _Asked:
     @property
     def _stops(self) -> bool:
         """Whether an end-of-text ends an answer."""
-        stops: bool = self.settings.get("early_stop", not (self.pace.is_fixed or self.told["shape"]))
+        stops: bool = self.settings.get("early_stop", not (self.acceptance.is_fixed or self.told["shape"]))
         return stops
 
 
@@ -559,7 +563,7 @@ def _counts(text: str | None, option: str) -> list[int]:
     return [fitted(number, Count, option) for number in numbers(text, int, option)]
 
 
-def _check_pace(tokens_per_step: int | None, schedule: Path | None, decoding: DecodingOptions) -> None:
+def _check_acceptance(tokens_per_step: int | None, schedule: Path | None, decoding: DecodingOptions) -> None:
     if tokens_per_step is not None and schedule is not None:
         raise FewstepError("--tokens-per-step and --schedule both say how many tokens a step finalises; give one")
     given = decoding.given()

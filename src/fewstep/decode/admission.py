@@ -72,14 +72,14 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
     asked = max(asked, getattr(decoder, "canvas_length", None) or 0)
     networks = (network, *decoder.traits.companions.values())
     for each in networks:  # before a canvas is made, which may be of any size
-        _check_room(each, decoder, len(request.prompt_ids), asked)
+        _check_positions(each, decoder, len(request.prompt_ids), asked)
     canvas = decoder.canvas(request)
     for each in networks:
         each.check_ids([*request.prompt_ids, *canvas.tokens])
     return canvas
 
 
-def _check_room(network: Network, decoder: Decoder, num_given: int, num_new: int) -> None:
+def _check_positions(network: Network, decoder: Decoder, num_given: int, num_new: int) -> None:
     """FewstepError if a text of this length exceeds the network's positions, or what can be computed exactly, or leaves
     no room for the decoder's guesses.
     """

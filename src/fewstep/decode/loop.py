@@ -27,10 +27,10 @@ from fewstep.decode.decoder import (
     whole_blocks,
 )
 from fewstep.decode.generator import Generator, answer
-from fewstep.decode.intake import Intake, Ticket, strict_groups
 from fewstep.decode.outputs import new_events, output_of, with_record
-from fewstep.decode.requests import Event, Output, Record, Request
-from fewstep.decode.sharing import Sharing
+from fewstep.decode.prefill import Prefiller
+from fewstep.decode.requests import Event, Output, Record, Request, Ticket
+from fewstep.decode.sharing import Sharing, strict_groups
 from fewstep.decode.state import State
 from fewstep.decode.steps import begin, free_slots
 from fewstep.errors import FewstepError
@@ -132,7 +132,7 @@ class Loop:
         self._free = list(range(num_slots))[::-1]
         self._num_submitted = 0
         self.strict = sharing is not None and sharing.strict
-        self._intake = None if sharing is None else Intake(sharing, decoder, self._networks, self._caches)
+        self._prefiller = None if sharing is None else Prefiller(sharing, decoder, self._networks, self._caches)
         self.num_prefilled = self.num_reused = self._num_passes = 0
         # The host's copy of what decides the passes of a round.
         self._pending_R = torch.full((num_slots,), -1)
@@ -166,7 +166,7 @@ class Loop:
     @property
     def num_passes(self) -> int:
         """Passes of all networks so far."""
-        return self._num_passes + (0 if self._intake is None else self._intake.num_passes)
+        return self._num_passes + (0 if self._prefiller is None else self._prefiller.num_passes)
 
     @property
     def live(self) -> dict[int, int]:
@@ -264,7 +264,7 @@ class Loop:
     @property
     def admitting(self) -> bool:
         """Whether the next round lets a request begin, or goes on with a prompt that is prefilled in pieces."""
-        return bool(self._queue and self._free) or (self._intake is not None and self._intake.busy)
+        return bool(self._queue and self._free) or (self._prefiller is not None and self._prefiller.busy)
 
     def _note(self, told_XR: Tensor) -> None:
         """Keep on the host what the round left."""
@@ -288,13 +288,13 @@ class Loop:
         )
 
     def _admit(self) -> None:
-        intake, joining = self._intake, list[tuple[list[int], State]]()
-        if intake is None:
+        prefiller, joining = self._prefiller, list[tuple[list[int], State]]()
+        if prefiller is None:
             count = min(len(self._queue), len(self._free))
             tickets, slots = [self._queue.popleft() for _ in range(count)], [self._free.pop() for _ in range(count)]
         else:
-            joining = intake.go_on()
-            tickets, slots = intake.choose(self._queue, self._free)
+            joining = prefiller.go_on()
+            tickets, slots = prefiller.choose(self._queue, self._free)
         if tickets:
             self._live.update(zip(slots, tickets, strict=True))
             for slot, ticket in zip(slots, tickets, strict=True):
@@ -304,7 +304,7 @@ class Loop:
             for cache in self._caches.values():
                 cache.reset(is_new_R.to(self.network.device))
             rows = self._begin(tickets)
-            rows = rows if intake is None else intake.prepared(rows)
+            rows = rows if prefiller is None else prefiller.prepared(rows)
             self.num_prefilled += int((rows.front_R - rows.cached_R).sum())
             self.num_reused += int(rows.cached_R.sum()) if self._caches else 0
             joining.append((slots, rows))
@@ -388,8 +388,8 @@ class Loop:
         for row, slot in enumerate(slots_r.tolist()):
             ticket = self._live.pop(slot)
             self._free.append(slot)
-            if self._intake is not None:
-                self._intake.leave(slot, ticket, state, row)
+            if self._prefiller is not None:
+                self._prefiller.leave(slot, ticket, state, row)
             seconds = finished_s - ticket.submitted_s
             output = output_of(ticket.request, ticket.canvas, state, row, seconds=seconds)
             if hidden_rLD is not None and self.record is not None:

@@ -52,6 +52,16 @@ class Canvas:
     num_steps: int = 1
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """The host's side of a submitted request."""
+
+    number: int
+    request: Request
+    canvas: Canvas
+    submitted_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What an Output keeps of a finalised token's distribution: the `hidden` row it came from, its `top_k` tokens."""

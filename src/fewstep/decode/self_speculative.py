@@ -19,7 +19,7 @@ forward sees.
   lengths, as the draft's own confidences have it: a is accepted with the chance that the guesses before it are right
   and the one after them is not. A branch is kept if it began at the right place, or earlier and has guessed what became
   final since; of several the latest. Where none did, the next pass drafts only, as the first one of a request does.
-- `auto`: one or the other, and the length of drafts among a few, by what gives most tokens a second: see `pace`. A
+- `auto`: one or the other, and the length of drafts among a few, by what gives most tokens a second: see `chooser`. A
   fused pass then verifies no more guesses than one of its requests may hope to have accepted, rounded up to one of the
   same few lengths.
 
@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.causal import Causal, accept_agreed, keep_agreed
+from fewstep.decode.cycles import WITH_DRAFT, WITHOUT_DRAFT, CycleChooser, DraftCycle
 from fewstep.decode.declarations import Details
 from fewstep.decode.decoder import Accepted, Shape, Traits, cached_plan, grouped_passes
-from fewstep.decode.pace import WITH_DRAFT, WITHOUT_DRAFT, Choice, Pace
 from fewstep.decode.requests import Canvas, Output, Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import confidence
@@ -73,7 +73,7 @@ Cycle = Literal["two-pass", "fused", "auto"]
 _WORTH_A_ROW = 0.05
 """Verified are guesses that are accepted with at least this chance."""
 
-_PACES: WeakKeyDictionary[GatedAdapter, dict[Any, Pace]] = WeakKeyDictionary()
+_CHOOSERS: WeakKeyDictionary[GatedAdapter, dict[Any, CycleChooser]] = WeakKeyDictionary()
 """What has been learnt of an adapter outlives the decoders that are built for it."""
 
 
@@ -162,20 +162,20 @@ class SelfSpeculative(Causal):
         return kinds
 
     @cached_property
-    def pace(self) -> Pace | None:
+    def chooser(self) -> CycleChooser | None:
         """What `auto` goes by, kept with the adapter."""
         if self.cycle != "auto":
             return None
-        choices = [
-            choice
+        cycles = [
+            cycle
             for length in self.lengths
-            for choice in (
-                Choice("fused", length, (_fused(length, length),), (_draft(length),)),
-                Choice("two-pass", length, (_draft(length), _verify(length))),
+            for cycle in (
+                DraftCycle("fused", length, (_fused(length, length),), (_draft(length),)),
+                DraftCycle("two-pass", length, (_draft(length), _verify(length))),
             )
         ]
         key = self.window, self.num_branches, self.adapter.mask_embedding.device, self.adapter.mask_embedding.dtype
-        return _PACES.setdefault(self.adapter, {}).setdefault(key, Pace(choices))
+        return _CHOOSERS.setdefault(self.adapter, {}).setdefault(key, CycleChooser(cycles))
 
     @classmethod
     def build(cls, resources: Resources, **given: Any) -> Self:
@@ -198,7 +198,7 @@ class SelfSpeculative(Causal):
             num_guessed=self.window + 1,
             pass_length=1 + max(parts.rows for parts in self.parts.values()),
             branching=True,
-            observe=None if self.pace is None else self.pace.observe,
+            observe=None if self.chooser is None else self.chooser.observe,
             steady=self._steady(),
         )
 
@@ -215,10 +215,10 @@ class SelfSpeculative(Causal):
     def passes(self, pending_R: Tensor, length_R: Tensor) -> Iterator[tuple[Tensor, Sequence[Shape]]]:
         masks = guesses = self.window
         cycle = self.cycle
-        if self.pace is not None:
-            choice = self.pace.choose(len(pending_R))
-            cycle, masks = choice.cycle, choice.length
-            num_worth = self.pace.num_worth(choice, len(pending_R))
+        if self.chooser is not None:
+            chosen = self.chooser.choose(len(pending_R))
+            cycle, masks = chosen.kind, chosen.length
+            num_worth = self.chooser.num_worth(chosen, len(pending_R))
             guesses = min(one for one in self.lengths if one >= num_worth)
         widths = (WITH_DRAFT, WITHOUT_DRAFT)
         if cycle == "two-pass":

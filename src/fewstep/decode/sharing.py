@@ -14,9 +14,11 @@ from math import lcm
 from typing import Annotated
 
 import numpy as np
+import torch
 from annotated_types import Ge
+from torch import Tensor
 
-from fewstep.decode.decoder import Decoder
+from fewstep.decode.decoder import Decoder, Shape
 from fewstep.errors import FewstepError
 from fewstep.models.network import Network
 from fewstep.values import check_fields
@@ -52,6 +54,15 @@ class Sharing:
                 "strict passes do not depend on how long others took, by which cycle auto chooses; set the cycle to "
                 "two-pass or fused"
             )
+
+
+def strict_groups(decoder: Decoder, pending_R: Tensor, length_R: Tensor) -> list[tuple[Tensor, tuple[Shape, ...]]]:
+    """As `decoder.passes`; each request has the passes that it would have alone."""
+    members: dict[tuple[Shape, ...], list[int]] = {}
+    for i in range(len(pending_R)):
+        ((_, shapes),) = decoder.passes(pending_R[i, None], length_R[i, None])
+        members.setdefault(tuple(shapes), []).append(i)
+    return [(torch.tensor(several), shapes) for shapes, several in members.items()]
 
 
 def unit_of_contexts(networks: Iterable[Network]) -> int | None:

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.decoder import DRAWINGS, FREE_ROWS, Decoder, Shape
-from fewstep.decode.intake import Ticket
 from fewstep.decode.loop import Loop, told
 from fewstep.decode.outputs import new_events
 from fewstep.decode.policies import BUILT_IN
-from fewstep.decode.requests import Event, Request
+from fewstep.decode.requests import Event, Request, Ticket
 from fewstep.engine.captured_pass import CapturedPass, LoopMemory
 from fewstep.engine.stack import FusedNetwork
 from fewstep.models.network import Network

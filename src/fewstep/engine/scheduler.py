@@ -21,8 +21,8 @@ from fewstep.decode.sharing import Sharing
 from fewstep.engine.choice import EngineSetting
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.memory_limit import MemoryLimit
 from fewstep.engine.refusals import PassFailedError, TimeLimitError
-from fewstep.engine.room import Room
 from fewstep.engine.statistics import GroupStatistics, Recorder
 from fewstep.models.network import Network
 
@@ -75,8 +75,8 @@ def can_share_passes(one: Decoder, other: Decoder) -> bool:
 class Scheduler:
     """Runs jobs to their end. What it is told and what it tells is in the order of the calls."""
 
-    def __init__(self, room: Room, sharing: Sharing, recorder: Recorder) -> None:
-        self._room = room
+    def __init__(self, memory_limit: MemoryLimit, sharing: Sharing, recorder: Recorder) -> None:
+        self._memory_limit = memory_limit
         self._sharing = sharing
         self._recorder = recorder
         self._groups: list[Group] = []
@@ -94,7 +94,7 @@ class Scheduler:
         group = next((one for one in self._groups if one.takes(job)), None)
         if group is None:
             self._groups = [one for one in self._groups if one.seats or one.num_queued]
-            group = Group(job.model, job.model_name, job.decoder, job.engine, job.network, self._room.num_slots)
+            group = Group(job.model, job.model_name, job.decoder, job.engine, job.network, self._memory_limit.num_slots)
             self._groups.append(group)
         group.num_queued += 1
         self._queue[job.number] = job, group
@@ -215,7 +215,7 @@ class Scheduler:
         fitting = [
             seats
             for seats in group.seats
-            if (seats.loop.length == job.length if self._room.strict else seats.loop.length >= job.length)
+            if (seats.loop.length == job.length if self._memory_limit.strict else seats.loop.length >= job.length)
         ]
         free = [seats for seats in fitting if seats.num_free]
         if free:
@@ -232,7 +232,7 @@ class Scheduler:
         if lacking < 1:
             return None
         while True:
-            fitting = self._room.slots_within(self._num_free_bytes(), job.slot_bytes)
+            fitting = self._memory_limit.slots_within(self._num_free_bytes(), job.slot_bytes)
             idle = sorted((one for one in self._all_seats() if not one.jobs), key=lambda one: one.last_used_s)
             if fitting >= lacking or not idle:
                 break
@@ -254,14 +254,14 @@ class Scheduler:
                     group.decoder, group.engine, num_slots=num_slots, length=length, sharing=self._sharing
                 )
             except (RuntimeError, MemoryError) as error:  # what torch raises where memory ends
-                if num_slots == 1 or self._room.strict:
+                if num_slots == 1 or self._memory_limit.strict:
                     raise PassFailedError(
                         f"a slot of {length} positions could not be made ({_first_line(error)}); ask for fewer tokens"
                     ) from error
                 num_slots = group.most_slots = num_slots // 2
 
     def _num_free_bytes(self) -> int:
-        return self._room.limit - sum(seats.num_bytes for seats in self._all_seats())
+        return self._memory_limit.num_bytes - sum(seats.num_bytes for seats in self._all_seats())
 
     def _all_seats(self) -> Iterator[Seats]:
         return (seats for group in self._groups for seats in group.seats)
@@ -335,7 +335,7 @@ class Scheduler:
         """The requests of a loop whose pass raised an error get it; the loop and its memory are given up."""
         group = next(group for group in self._groups if seats in group.seats)
         advice = "try again"
-        if _is_out_of_memory(error) and group.most_slots > 1 and not self._room.strict:
+        if _is_out_of_memory(error) and group.most_slots > 1 and not self._memory_limit.strict:
             group.most_slots = max(1, seats.loop.num_slots // 2)
             advice = f"from now on {group.most_slots} requests share a pass; try again"
         told = PassFailedError(

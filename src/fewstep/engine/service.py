@@ -25,8 +25,8 @@ from fewstep.decode.requests import Event, Output
 from fewstep.decode.sharing import Sharing
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel, Prompt
+from fewstep.engine.memory_limit import DEFAULT_SHARE, UNKNOWN_MEMORY, MemoryLimit
 from fewstep.engine.refusals import PassFailedError, QueueFullError, StoppingError
-from fewstep.engine.room import DEFAULT_SHARE, UNKNOWN_MEMORY, Room
 from fewstep.engine.scheduler import Scheduler
 from fewstep.engine.settings import GenerationSettings
 from fewstep.engine.statistics import Recorder, Statistics
@@ -293,7 +293,7 @@ class Service:
             raise FewstepError("a service needs a model; give at least one")
         device = next(iter(self.models.values())).network.device
         memory_bytes = self.settings.memory_bytes or int((free_memory(device) or UNKNOWN_MEMORY) * DEFAULT_SHARE)
-        self._room = Room(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
+        self._memory_limit = MemoryLimit(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
         self._recorder = Recorder(memory_bytes)
         self._numbers = itertools.count()
         self._queued: set[int] = set()  # those that are being checked among them
@@ -302,7 +302,9 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._encoder = ThreadPoolExecutor(1, "fewstep-encode")
-        self._worker = Worker(Scheduler(self._room, self.settings.sharing, self._recorder), self._post, self._post_end)
+        self._worker = Worker(
+            Scheduler(self._memory_limit, self.settings.sharing, self._recorder), self._post, self._post_end
+        )
 
     async def __aenter__(self) -> "Service":
         self._start()
@@ -489,7 +491,7 @@ class Service:
         network = choice.network
         self.settings.sharing.check(decoder)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
-        length, slot_bytes = self._room.slot_for(choice, decoder, positions)
+        length, slot_bytes = self._memory_limit.slot_for(choice, decoder, positions)
         return Job(
             model=model,
             model_name=model_name,

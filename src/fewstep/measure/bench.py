@@ -35,7 +35,7 @@ from fewstep.errors import FewstepError
 from fewstep.files import write_whole
 from fewstep.measure.bandwidth import DeviceRates, wait_for
 from fewstep.measure.energy import sampled_power
-from fewstep.measure.passes import Round, Watch
+from fewstep.measure.passes import RoundWork, Watch
 from fewstep.models.load import free_memory
 from fewstep.models.network import Network
 
@@ -86,7 +86,7 @@ class Variant:
     engine_seconds: float = 0.0
     is_fixed: bool = False
 
-    rounds: list[list[Round]] = field(default_factory=list, init=False)  # of each batch
+    rounds: list[list[RoundWork]] = field(default_factory=list, init=False)  # of each batch
     answers: list[list[Answer]] = field(init=False)  # of each batch, timed
     warm_up_seconds: float = field(default=0.0, init=False)
     warm_up_answers: int = field(default=0, init=False)
@@ -414,7 +414,7 @@ def report(variant: Variant, rates: DeviceRates, *, price_per_hour: float | None
 def step_rows(variant: Variant, rates: DeviceRates) -> list[dict[str, Any]]:
     """The figures of each kind of step, in the order in which they first came."""
     limits, choice = rates.limits, variant.choice
-    seconds, rounds = dict[str, list[float]](), dict[str, list[Round]]()
+    seconds, rounds = dict[str, list[float]](), dict[str, list[RoundWork]]()
     for watched, answers in zip(variant.rounds, variant.answers, strict=True):
         for answer in answers:
             told_apart = _told_apart(watched, len(answer.round_seconds))
@@ -449,7 +449,7 @@ def step_rows(variant: Variant, rates: DeviceRates) -> list[dict[str, Any]]:
     return rows
 
 
-def _told_apart(rounds: Sequence[Round], count: int) -> Sequence[Round]:
+def _told_apart(rounds: Sequence[RoundWork], count: int) -> Sequence[RoundWork]:
     """The rounds of an answer as they were watched, without those that an engine ran ahead. An answer that took quite
     another number of rounds, as near ties in bfloat16 may make it, is told by its commonest kind after the first round.
     """

@@ -23,8 +23,8 @@ from fewstep.models.network import Network
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round of the requests of a batch.
+class RoundWork:
+    """What one round of the requests of a batch must read and compute.
 
     `kind`: those of its passes, such as "denoise" or "draft + verify"; "prefill" for the first with a KV cache.
     `works`: of each forward. `tokens`: that became final, of all requests.
@@ -72,7 +72,7 @@ class Watch:
 
     def rounds(
         self, network: Network, decoder: Decoder, requests: Sequence[Request], dtype: torch.dtype
-    ) -> list[Round]:
+    ) -> list[RoundWork]:
         """The rounds of these requests, which were decoded in these numbers while it listened; it forgets them."""
         seen, self._seen = self._seen, []
         planned = _Planned(network, decoder, requests, dtype)
@@ -106,7 +106,7 @@ class _Planned:
         self._sizes = {name: Sizes.of(each.module, dtype) for name, each in networks.items()}
         self._plans: dict[Shape, tuple[str, int, int, int]] = {}
 
-    def round(self, before: _Seen, after: _Seen) -> Round:
+    def round(self, before: _Seen, after: _Seen) -> RoundWork:
         """The one between two states of the host's view."""
         live_r = (before.pending_R >= 0).nonzero()[:, 0]
         lengths_r = torch.full((len(live_r),), max(self._lengths))
@@ -116,7 +116,7 @@ class _Planned:
             for shape in shapes:
                 kinds.append(shape.kind)
                 works.append(self._work(shape, before.pending_R[slots], before.front_R[slots]))
-        return Round(" + ".join(dict.fromkeys(kinds)), works, before.num_open - after.num_open)
+        return RoundWork(" + ".join(dict.fromkeys(kinds)), works, before.num_open - after.num_open)
 
     def _work(self, shape: Shape, pending_r: Tensor, front_r: Tensor) -> Work:
         """Of a forward of these requests. Rows that are inert are no work, but for a draft's, which are not known."""

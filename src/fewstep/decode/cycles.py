@@ -24,7 +24,7 @@ _KEPT = 9
 """Of the latest rounds of a shape the times are kept."""
 
 _TIMED_AGAIN = 128
-"""After so many rounds the oldest times of a choice are forgotten, and `_TIMED` rounds time it again: the machine may
+"""After so many rounds the oldest times of a cycle are forgotten, and `_TIMED` rounds time it again: the machine may
 have been busy then.
 """
 
@@ -36,23 +36,26 @@ Kinds = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A cycle and the tokens of its drafts; `round`: its passes, `redraft`: those after it lost its draft, if any."""
+class DraftCycle:
+    """A kind of cycle, and the tokens of its drafts.
 
-    cycle: Literal["two-pass", "fused"]
+    `round`: its passes. `redraft`: those after it lost its draft, if any.
+    """
+
+    kind: Literal["two-pass", "fused"]
     length: int
     round: Kinds
     redraft: Kinds = ()
 
 
 @dataclass
-class Pace:
+class CycleChooser:
     """What has been seen of one model on one device.
 
     `most_worth`: guesses that the most hopeful request of the last round would have verified.
     """
 
-    choices: Sequence[Choice]
+    cycles: Sequence[DraftCycle]
     most_worth: int = 0
     _seconds: dict[tuple[Kinds, int], deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_KEPT))
@@ -97,33 +100,33 @@ class Pace:
                 self._drafts_kept += left > 0
 
     def _forget_oldest(self, size: int) -> None:
-        """Of the choice that was timed longest ago, once all are timed, so that it is timed again."""
-        if all(self._is_timed(choice, size) for choice in self.choices):
-            oldest = min(self.choices, key=lambda choice: self._latest[choice.round, size])
+        """Of the cycle that was timed longest ago, once all are timed, so that it is timed again."""
+        if all(self._is_timed(cycle, size) for cycle in self.cycles):
+            oldest = min(self.cycles, key=lambda cycle: self._latest[cycle.round, size])
             self._seconds[oldest.round, size].clear()
 
-    def choose(self, num_requests: int) -> Choice:
+    def choose(self, num_requests: int) -> DraftCycle:
         """One whose time is not known yet, then the one that gives most tokens a second."""
         size = _size(num_requests)
-        for choice in self.choices:
-            if not self._is_timed(choice, size):
-                return choice
-        return max(self.choices, key=lambda choice: self._tokens_per_second(choice, size))
+        for cycle in self.cycles:
+            if not self._is_timed(cycle, size):
+                return cycle
+        return max(self.cycles, key=lambda cycle: self._tokens_per_second(cycle, size))
 
-    def num_worth(self, choice: Choice, num_requests: int) -> int:
+    def num_worth(self, cycle: DraftCycle, num_requests: int) -> int:
         """How many guesses the round should verify: all while its time is not known, then those worth a row."""
-        is_timed = self._is_timed(choice, _size(num_requests))
-        return min(choice.length, self.most_worth) if is_timed else choice.length
+        is_timed = self._is_timed(cycle, _size(num_requests))
+        return min(cycle.length, self.most_worth) if is_timed else cycle.length
 
-    def _is_timed(self, choice: Choice, size: int) -> bool:
-        return len(self._seconds[choice.round, size]) >= _TIMED
+    def _is_timed(self, cycle: DraftCycle, size: int) -> bool:
+        return len(self._seconds[cycle.round, size]) >= _TIMED
 
-    def _tokens_per_second(self, choice: Choice, size: int) -> float:
-        tokens = len(choice.round) + self._accepted(choice.length)
-        seconds = statistics.median(self._seconds[choice.round, size])
-        if choice.redraft:
+    def _tokens_per_second(self, cycle: DraftCycle, size: int) -> float:
+        tokens = len(cycle.round) + self._accepted(cycle.length)
+        seconds = statistics.median(self._seconds[cycle.round, size])
+        if cycle.redraft:
             lost = 1 - self._drafts_kept / self._drafts
-            redrafts = self._seconds[choice.redraft, size]
+            redrafts = self._seconds[cycle.redraft, size]
             seconds += lost * (statistics.median(redrafts) if redrafts else seconds)
             tokens += lost
         return tokens / max(seconds, 1e-9)

@@ -1,4 +1,4 @@
-"""How requests begin in a loop that shares more than passes: prompts in pieces, keys and values of earlier requests.
+"""How prompts are prefilled where requests share more than passes: in pieces, and from keys and values of earlier ones.
 
 Until the last piece of its prompt a request has a slot, which is done in the loop's state: no pass of the others
 changes it. Pieces write to the slot's cache alone.
@@ -11,22 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.decode.decoder import Decoder, Shape, cached_plan
-from fewstep.decode.requests import Canvas, Request
+from fewstep.decode.decoder import Decoder, cached_plan
+from fewstep.decode.requests import Ticket
 from fewstep.decode.sharing import Prefixes, Sharing, unit_of_contexts
 from fewstep.decode.state import State
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """The host's side of a submitted request."""
-
-    number: int
-    request: Request
-    canvas: Canvas
-    submitted_s: float
 
 
 @dataclass(frozen=True)
@@ -48,8 +38,8 @@ class _Prefill:
     front: int
 
 
-class Intake:
-    """See `Sharing` for what is shared."""
+class Prefiller:
+    """Gives queued requests their slots, and fills the cache with their prompts. See `Sharing` for what is shared."""
 
     def __init__(
         self,
@@ -192,12 +182,3 @@ class Intake:
         context_length = torch.tensor(len(beginning.ticket.request.prompt_ids), device=self._device)
         positions_L = torch.arange(beginning.num_taken, device=self._device)
         return self._networks[name].role.blocks(positions_L, context_length)
-
-
-def strict_groups(decoder: Decoder, pending_R: Tensor, length_R: Tensor) -> list[tuple[Tensor, tuple[Shape, ...]]]:
-    """As `decoder.passes`; each request has the passes that it would have alone."""
-    members: dict[tuple[Shape, ...], list[int]] = {}
-    for i in range(len(pending_R)):
-        ((_, shapes),) = decoder.passes(pending_R[i, None], length_R[i, None])
-        members.setdefault(tuple(shapes), []).append(i)
-    return [(torch.tensor(several), shapes) for shapes, several in members.items()]

@@ -20,10 +20,10 @@ UNKNOWN_MEMORY = 1 << 32
 
 
 @dataclass(frozen=True)
-class Room:
-    """The memory limit of all slots, in bytes. `strict`: slots of one length are always `num_slots` together."""
+class MemoryLimit:
+    """What all slots may take up. `strict`: slots of one length are always `num_slots` together."""
 
-    limit: int
+    num_bytes: int
     num_slots: int
     strict: bool = False
 
@@ -35,7 +35,7 @@ class Room:
         """
         for length in (self._bucket(choice.network, decoder, positions), _shortest(positions)):
             slot_bytes = _bytes(choice, decoder, length)
-            if self.slots_within(self.limit, slot_bytes):
+            if self.slots_within(self.num_bytes, slot_bytes):
                 return length, slot_bytes
         raise self._too_large(choice, decoder, positions)
 
@@ -55,7 +55,7 @@ class Room:
         together = self.num_slots if self.strict else 1
         short, longer = (_bytes(choice, decoder, _shortest(one)) * together for one in (1, 1025))
         per_position = (longer - short) / (_shortest(1025) - _shortest(1))
-        holds = _shortest(1) + int((self.limit - short) // per_position) + 1
+        holds = _shortest(1) + int((self.num_bytes - short) // per_position) + 1
         holds = max(0, holds // CACHE_LENGTH_BUCKET * CACHE_LENGTH_BUCKET - 1)
         at_most = holds + 1 - decoder.traits.pass_length
         advice = (
@@ -64,8 +64,9 @@ class Room:
             else "give the service more memory"
         )
         return TooLargeError(
-            f"the request takes up {positions} positions of {choice.network.name}, and the {self.limit / 1e6:.3g} MB "
-            f"that slots may take hold {holds}{f' in each of {together} slots' if together > 1 else ''}; {advice}"
+            f"the request takes up {positions} positions of {choice.network.name}, and the "
+            f"{self.num_bytes / 1e6:.3g} MB that slots may take "
+            f"hold {holds}{f' in each of {together} slots' if together > 1 else ''}; {advice}"
         )
 
 
