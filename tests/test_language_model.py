@@ -139,11 +139,33 @@ def test_infilling_can_answer_a_prompt_and_start_with_the_gap() -> None:
         ({"text": "abc"}, "holds no mask token, which is '<mask>'"),
         ({"text": "a<mask>", "suffix": "b"}, "either a text"),
         ({"prefix": "a", "num_tokens": 2, "max_new_tokens": 3}, "infilling takes no max_new_tokens"),
+        ({"prefix": None, "num_tokens": 2}, "prefix must be text, got None"),
+        ({"suffix": [1], "num_tokens": 2}, "suffix must be text"),
+        ({"prefix": "a", "num_tokens": 2.5}, "num_tokens must be an integer, got 2.5"),
+        ({"prefix": "a", "num_tokens": 0}, "num_tokens must be at least 1"),
+        ({"prefix": "a", "num_tokens": 1 << 60}, "num_tokens must be at most"),
+        ({"text": b"a"}, "text must be text, got b'a'"),
+        ({"prompt": 3, "prefix": "a", "num_tokens": 2}, "the prompt must be text"),
     ],
 )
 def test_an_infill_without_meaning_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(FewstepError, match=message):
         model("bidirectional").infill(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"batch_size": odd}, "batch_size must be an integer") for odd in ("4", 2.5, None, True, [4])),
+        ({"batch_size": -1}, "batch_size must be at least 1"),
+        *(({"listeners": odd}, "listeners must be a list of functions") for odd in (3, print, [3], None, "ab")),
+        ({"record": "hidden"}, "record must be a Record"),
+        ({"on_output": 3}, "on_output must be a function"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_in_a_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        model().generate("ab", max_new_tokens=4, **options)
 
 
 def test_only_the_bidirectional_role_infills() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -421,12 +422,15 @@ def test_settings_and_prompts_that_cannot_be_are_refused_at_once() -> None:
             ("ab", {"decoder": "jacobi"}, "the role block_causal"),
             ("ab", {"model": "other"}, "unknown model 'other'"),
             ("ab", {"time_limit_s": 0}, "time_limit_s must be above 0"),
+            ("ab", {"model": ["block"]}, "model must be text"),
+            ("ab", {"canvas": 3}, "canvas must be list of integer"),
+            ("ab", {"canvas": [1.5]}, "every value of canvas must be an integer"),
             ([5, 900], {}, "has embeddings for 64 tokens"),
             (3, {}, "the prompt must be text or a list of messages"),
         ]:
             with pytest.raises(FewstepError, match=sentence):
                 await service.submit(prompt, **{"max_new_tokens": 9, **settings})
-        assert service.statistics().requests == {"refused": 8}
+        assert service.statistics().requests == {"refused": 11}
         assert await service.drain(1)
 
     run_in(lambda: Service(lm), program)
@@ -434,8 +438,10 @@ def test_settings_and_prompts_that_cannot_be_are_refused_at_once() -> None:
         Service(lm, num_slot=3)
     with pytest.raises(FewstepError, match="num_slots must be at least 1"):
         Service(lm, num_slots=0)
-    with pytest.raises(FewstepError, match="a service needs a model"):
-        Service({})
+    odd: list[Any] = [{}, None, 3, "gsm-student", [lm], {"a": 3}, {3: lm}, lm.network]
+    for models in odd:
+        with pytest.raises(FewstepError, match="a service needs a model"):
+            Service(models)
 
 
 # Sharing
@@ -693,6 +699,46 @@ def test_a_service_belongs_to_one_event_loop() -> None:
     asyncio.run(ask())  # left behind with its loop closed
     with pytest.raises(FewstepError, match="belongs to the event loop in which it began"):
         asyncio.run(ask())
+    asyncio.run(service.stop())
+    assert service._worker.ended
+
+
+def test_another_event_loop_is_told_so_instead_of_waiting_for_ever() -> None:
+    async def program(service: Service) -> None:
+        handle = await service.submit("ab", max_new_tokens=200, early_stop=False)
+        released = threading.Event()
+        service._worker.tell(lambda scheduler: [] if released.wait() else None)  # the request stays open meanwhile
+        for wrong in (service.stop, service.drain, handle.output):
+
+            def elsewhere(wrong: Any = wrong) -> None:
+                async def attempt() -> None:
+                    await wrong()
+
+                asyncio.run(asyncio.wait_for(attempt(), 5))
+
+            with pytest.raises(FewstepError, match="belongs to the event loop"):
+                await asyncio.to_thread(elsewhere)
+        released.set()
+        assert (await handle.output()).finish_reason != "cancelled"
+        await service.stop()
+        await asyncio.to_thread(lambda: asyncio.run(service.stop()))  # nothing happens the second time
+
+    run_in(lambda: Service(model("autoregressive")), program)
+
+
+def test_a_policy_that_fails_by_its_settings_fails_its_own_request_alone() -> None:
+    def rule(confidence: Any, column: float = 0.0) -> Any:
+        return confidence >= confidence.gather(1, column.long())  # type: ignore[attr-defined]
+
+    async def program(service: Service) -> None:
+        whole = await service.submit("what is 2+2?", policy=rule, column=1, max_new_tokens=40, early_stop=False)
+        with pytest.raises(FewstepError, match=r"the policy .* fails with these settings \(\w+: .*out of bounds"):
+            await service.submit("what is 2+2?", policy=rule, column=99, max_new_tokens=12)
+        assert (await whole.output()).num_tokens > 0
+        assert service.statistics().requests.get("failed", 0) == 0
+        nothing_is_left(service)
+
+    run_in(lambda: Service(model("block")), program)
 
 
 def test_a_model_without_a_decoder_cannot_be_served() -> None:

@@ -11,9 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from fewstep.decode.admission import check_memory, check_request, positions_needed
@@ -37,6 +38,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.network import Network, Scores, check_draft
 from fewstep.models.threads import sparing_threads
+from fewstep.values import fitted, shown
 
 CACHE_LENGTH_BUCKET = 64
 """Attention reads the cache up to a multiple of this, past the furthest request of the pass."""
@@ -418,6 +420,11 @@ def loop_for(
     allocated. `kind`: the class of the loop, and `more` what it is made with beside. FewstepError for the first that
     cannot be decoded.
     """
+    fitted(batch_size, Annotated[int, Ge(1)], "batch_size")
+    if not isinstance(listeners, Sequence) or not all(callable(one) for one in listeners):
+        raise FewstepError(f"listeners must be a list of functions of the state, got {shown(listeners)}")
+    if not isinstance(record, Record | None):
+        raise FewstepError(f"record must be a Record, which says what is kept of each token, got {shown(record)}")
     lengths = [positions_needed(decoder, request, check_request(network, decoder, request)) for request in requests]
     num_slots, length = min(batch_size, max(1, len(requests))), max(lengths, default=0)
     if num_slots * length > SURE_TO_FIT:

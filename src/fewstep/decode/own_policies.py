@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fewstep.decode.policies import BUILT_IN, Order, Policy, certainty, or_best, perturbed
-from fewstep.decode.state import Previous
+from fewstep.decode.sampling import confidence
+from fewstep.decode.state import NEVER, Previous
 from fewstep.errors import FewstepError, suggestion
 from fewstep.values import shown
 
@@ -260,6 +261,43 @@ def as_policy(rule: Any, settings: Mapping[str, Any] | None = None) -> Policy:
     reads(policy)
     _check_attributes(policy)
     return policy
+
+
+def check_runs(policy: Policy, block_size: int, vocab_size: int, device: torch.device) -> None:
+    """FewstepError if a policy from elsewhere fails on an invented block of one request, by its own settings.
+
+    Many requests share a pass, and one whose policy fails there would fail all of them. The block is on the CPU, so
+    that a position that is not there ends nothing but this; a policy with tensors on the device is not tried.
+    """
+    if type(policy) in BUILT_IN:
+        return
+    masked_RB = torch.ones((1, block_size), dtype=torch.bool)
+    logits_RBV = torch.arange(vocab_size).sin().expand(1, block_size, -1)
+    tokens_RB = logits_RBV.argmax(-1)
+    nothing = PreviousPass(torch.full_like(tokens_RB, NEVER), torch.zeros(masked_RB.shape))
+    facts = PassFacts(
+        policy=policy,
+        masked=masked_RB,
+        tokens=tokens_RB,
+        confidence=confidence(logits_RBV, tokens_RB),
+        logits=logits_RBV,
+        # A paced policy is given the steps left: one.
+        numbers=torch.ones((1, 1), dtype=torch.long) if policy.paced else torch.tensor([policy.numbers]).float(),
+        previous=nothing,
+        settled=None,
+        noise=lambda: torch.full(masked_RB.shape, 0.5),
+    )
+    try:
+        facts.chosen  # noqa: B018  (computed when asked for)
+    except FewstepError:
+        raise
+    except Exception as error:  # whatever a program of the user's may raise
+        if device.type != "cpu" and "device" in str(error):
+            return
+        told = str(error).splitlines()[0] if str(error) else "no message"
+        raise FewstepError(
+            f"the policy {policy!r} fails with these settings ({type(error).__name__}: {told})"
+        ) from error
 
 
 def same_kind(one: Policy, other: Policy) -> bool:

@@ -29,6 +29,7 @@ from fewstep.models.text import (
     encode_prompt,
     num_ids_to_stop,
 )
+from fewstep.values import Count, fitted, shown
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation: messages of `role` and `content`."""
@@ -187,6 +188,8 @@ class LanguageModel:
         chosen = GenerationSettings.of(**settings)
         if not isinstance(prompt, str | Sequence):
             raise FewstepError(f"a prompt is a text or a list of messages, got {type(prompt).__name__}")
+        if not (on_output is None or callable(on_output)):
+            raise FewstepError(f"on_output must be a function of an index and an output, got {shown(on_output)}")
         # A conversation is a list too, and its items are messages.
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
         prompts: Any = [prompt] if single else prompt
@@ -244,6 +247,9 @@ class LanguageModel:
         which `num_tokens` are new. Settings are those of the diffusion decoder, except `max_new_tokens`,
         `canvas_length`, `early_stop` and `alg`.
         """
+        for name, value in {"prefix": prefix, "suffix": suffix, "text": text}.items():
+            fitted(value, str if name != "text" else str | None, name)
+        fitted(num_tokens, Count | None, "num_tokens")
         for name in ("max_new_tokens", "canvas_length", "early_stop", "stop"):
             if name in settings:
                 raise FewstepError(
@@ -281,8 +287,8 @@ class LanguageModel:
         return ids
 
     def _gap(self, prefix: str, suffix: str, num_tokens: int | None) -> list[int]:
-        if num_tokens is None or num_tokens < 1:
-            raise FewstepError(f"a gap between a prefix and a suffix needs num_tokens of at least 1, got {num_tokens}")
+        if num_tokens is None:
+            raise FewstepError("a gap between a prefix and a suffix needs num_tokens of at least 1; set it")
         mask_token_id = self._mask_token_id()
         return [*self._plain_ids(prefix), *[mask_token_id] * num_tokens, *self._plain_ids(suffix)]
 

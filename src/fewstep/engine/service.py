@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from fewstep.decode.admission import check_request, positions_needed
+from fewstep.decode.own_policies import check_runs
 from fewstep.decode.requests import Event, Output
 from fewstep.decode.sharing import Sharing
 from fewstep.engine.jobs import Job, News
@@ -32,7 +33,7 @@ from fewstep.engine.settings import GenerationSettings
 from fewstep.engine.statistics import Recorder, Statistics
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.load import free_memory
-from fewstep.values import Count, check_fields
+from fewstep.values import Count, check_fields, fitted, shown
 
 UNKNOWN_RETRY_S = 1.0
 """When to try again, where no request has ended yet."""
@@ -167,6 +168,7 @@ class Mailbox:
         self.job: Job | None = None
         self.output: Output | None = None
         self.error: Exception | None = None
+        self._loop = asyncio.get_running_loop()
         self._events: list[Event] = []
         self._taken, self._changed, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -195,7 +197,7 @@ class Mailbox:
 
     async def taken(self) -> Job:
         """The request, once it is checked and queued. The error of one that is refused."""
-        await self._taken.wait()
+        await self._set(self._taken)
         if self.job is None:
             assert self.error is not None
             raise self.error
@@ -203,11 +205,16 @@ class Mailbox:
 
     async def something(self) -> None:
         """Until there is something to take, or the end."""
-        await self._changed.wait()
+        await self._set(self._changed)
 
     async def end(self) -> None:
         """Until the end."""
-        await self._ended.wait()
+        await self._set(self._ended)
+
+    async def _set(self, event: asyncio.Event) -> None:
+        if not event.is_set() and self._loop is not asyncio.get_running_loop():
+            raise FewstepError("a handle belongs to the event loop of its service; await it there")
+        await event.wait()
 
 
 Command = Callable[[Scheduler], list[News] | None]
@@ -235,6 +242,11 @@ class Worker:
 
     def join(self) -> None:
         self._thread.join()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was started and runs no more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -288,9 +300,7 @@ class Service:
             if name not in known:
                 raise FewstepError(f"unknown limit {name!r} of a service; {suggestion(name, known)}")
         self.settings = ServiceSettings(**limits)
-        self.models = {models.network.name: models} if isinstance(models, LanguageModel) else dict(models)
-        if not self.models:
-            raise FewstepError("a service needs a model; give at least one")
+        self.models = _by_name(models)
         device = next(iter(self.models.values())).network.device
         memory_bytes = self.settings.memory_bytes or int((free_memory(device) or UNKNOWN_MEMORY) * DEFAULT_SHARE)
         self._memory_limit = MemoryLimit(memory_bytes, self.settings.num_slots, strict=self.settings.strict)
@@ -342,13 +352,14 @@ class Service:
         self._idle.clear()
         try:
             named = self._model(model)
+            ids = None if canvas is None else fitted(_listed(canvas), tuple[int, ...], "canvas")
             encode = functools.partial(_ids, self.models[named], prompt, raw=raw)
             prompt_ids = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
             self._check_open()
         except BaseException as error:
             self._forget(number, refused=isinstance(error, FewstepError))
             raise
-        known = {"number": number, "submitted_s": submitted_s, "time_limit_s": time_limit_s, "canvas": canvas}
+        known = {"number": number, "submitted_s": submitted_s, "time_limit_s": time_limit_s, "canvas": ids}
         mail = self._mail[number] = Mailbox()
         self._worker.tell(lambda scheduler: self._take(scheduler, named, prompt_ids, settings, **known))
         try:
@@ -362,7 +373,12 @@ class Service:
         return self._recorder.snapshot(len(self._queued))
 
     async def drain(self, time_limit_s: float | None = None) -> bool:
-        """Take no more requests, and wait until those that are there have ended; False if they did not in time."""
+        """Take no more requests, and wait until those that are there have ended; False if they did not in time.
+
+        FewstepError in another event loop than that of the service.
+        """
+        fitted(time_limit_s, float | None, "time_limit_s")
+        self._check_loop()
         self._stopping = True
         self._settle()
         try:
@@ -372,13 +388,19 @@ class Service:
         return True
 
     async def stop(self) -> None:
-        """Take no more requests, cancel those that are there, and free all memory. Nothing happens the second time."""
-        self._stopping = True
-        if self._loop is None:
+        """Take no more requests, cancel those that are there, and free all memory. Nothing happens the second time.
+
+        FewstepError in another event loop than that of the service, unless that one is closed.
+        """
+        if self._loop is None or self._worker.ended:
+            self._stopping = True
             return
-        for number in list(self._mail):
-            self._cancel(number)
-        await self.drain()
+        if not self._loop.is_closed():  # else there is nobody to hear of the requests
+            self._check_loop()
+            self._stopping = True
+            for number in list(self._mail):
+                self._cancel(number)
+            await self.drain()
         self._worker.stop()
         await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
         self._encoder.shutdown(wait=False)
@@ -386,12 +408,14 @@ class Service:
     # In the event loop
 
     def _start(self) -> None:
-        running = asyncio.get_running_loop()
+        self._check_loop()
         if self._loop is None:
-            self._loop = running
+            self._loop = asyncio.get_running_loop()
             self._worker.start()
-        elif self._loop is not running:
-            raise FewstepError("a service belongs to the event loop in which it began; make one for each")
+
+    def _check_loop(self) -> None:
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise FewstepError("a service belongs to the event loop in which it began; use it there, or make another")
 
     def _check_open(self) -> None:
         if self._stopping:
@@ -414,8 +438,10 @@ class Service:
     def _model(self, name: str | None) -> str:
         if name is None and len(self.models) == 1:
             return next(iter(self.models))
-        if name not in self.models:
-            raise FewstepError(f"unknown model {name!r}; {suggestion(name or '', self.models)}")
+        if name is None:
+            raise FewstepError(f"this service has several models; name one of {', '.join(self.models)}")
+        if fitted(name, str, "model") not in self.models:
+            raise FewstepError(f"unknown model {name!r}; {suggestion(name, self.models)}")
         return name
 
     def _deliver(self, news: Sequence[News]) -> None:
@@ -472,7 +498,7 @@ class Service:
         prompt_ids: list[int],
         settings: Mapping[str, Any],
         *,
-        canvas: Sequence[int] | None,
+        canvas: tuple[int, ...] | None,
         time_limit_s: float | None,
         **known: Any,
     ) -> Job:
@@ -490,6 +516,7 @@ class Service:
         choice = model.choice(**settings)
         network = choice.network
         self.settings.sharing.check(decoder)
+        check_runs(decoder.policy, decoder.block_size, network.vocab_size, network.device)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
         length, slot_bytes = self._memory_limit.slot_for(choice, decoder, positions)
         return Job(
@@ -505,6 +532,21 @@ class Service:
             stop=chosen.stop,
             **known,
         )
+
+
+def _by_name(models: Any) -> dict[str, LanguageModel]:
+    """FewstepError unless it is a model, or several by name."""
+    if isinstance(models, LanguageModel):
+        return {models.network.name: models}
+    named = dict(models) if isinstance(models, Mapping) else {}
+    if not named or not all(isinstance(name, str) and isinstance(one, LanguageModel) for name, one in named.items()):
+        raise FewstepError(f"a service needs a model, or several by name; give at least one, got {shown(models)}")
+    return named
+
+
+def _listed(value: Any) -> Any:
+    """A sequence as a list; what is none as it is."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
 def _ids(model: LanguageModel, prompt: Any, *, raw: bool) -> list[int]:
