@@ -33,7 +33,7 @@ from fewstep.models.load import load_network, save_network
 from fewstep.models.medusa import MedusaHeads, load_heads, save_heads
 from fewstep.models.network import Network
 from fewstep.models.roles import Role, RoleName
-from fewstep.models.text import GrowingText, decode_text, encode_prompt
+from fewstep.models.text import GrowingText, TokenTexts, decode_text, encode_prompt
 from fewstep.models.tiny import tiny_network, tiny_tokenizer
 from fewstep.models.vocabulary import ids_without_token, set_end_tokens
 from fewstep.train.collect import distribution_of
@@ -392,6 +392,15 @@ def test_characters_appear_when_their_bytes_have_arrived(kind: str) -> None:
     assert only_grows(texts)
     assert {"ok \u00e9", "ok \u00e9\U0001f600", "ok \u00e9\U0001f600\u00e9"} <= set(texts)
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
+
+
+@pytest.mark.parametrize("kind", BYTE_TOKENIZERS)
+def test_the_texts_of_tokens_are_together_the_whole_text(kind: str) -> None:
+    tokenizer, text = BYTE_TOKENIZERS[kind](), "ok \u00e9 \U0001f600\u00e9  fin"
+    texts = TokenTexts(tokenizer)
+    added = [texts.add(one) for one in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(added) == text
+    assert {"\u00e9", "\U0001f600", "f"} <= set(added)
 
 
 @pytest.mark.parametrize("kind", BYTE_TOKENIZERS)

@@ -135,13 +135,13 @@ def spelt_settings() -> dict[str, Declared]:
     return found | {alias: declared for declared in found.values() for alias in declared.details.aliases}
 
 
-def read_setting(name: str, text: str) -> Any:
+def read_setting(name: str, text: str, *, called: str | None = None) -> Any:
     """The value that a text such as the 0.9 of `threshold=0.9` spells. FewstepError if it spells none.
 
-    `name`: one of `spelt_settings`.
+    `name`: one of `spelt_settings`; an error calls it by the name of its option, or as `called` says.
     """
     registered = {"decoder": DECODERS, "policy": POLICIES}
     if name in registered:
         check_registered(name, text, registered[name])
         return text
-    return spelt_in(text, spelt_settings()[name].type, option_name(name))
+    return spelt_in(text, spelt_settings()[name].type, called or option_name(name))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
 
-from fewstep.cli.lanes import Lane, draw
+from fewstep.cli.lanes import Lane, draw, drawn_live
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, PlaceOptions, TaskOptions
 from fewstep.cli.report import print_table, write_report
@@ -30,7 +29,6 @@ NUM_TIMED = 3
 """How many problems all contestants solve in turn for the factors at the end: few, since the published teacher is slow.
 """
 
-SECONDS_PER_FRAME = 0.05
 LANE_HEIGHT = 14
 
 
@@ -204,23 +202,14 @@ def _race(number: int, problem: "Problem", contestants: Sequence[Contestant]) ->
 
 @contextmanager
 def _screen(question: str, lanes: list[Lane]) -> Iterator[Callable[[], None]]:
-    """Yields what to call after a change; it draws every SECONDS_PER_FRAME at most, in a terminal only."""
+    """Yields what to call after a change; it draws in a terminal only."""
     console = Console()
     if not console.is_terminal:
         print(question, flush=True)
         yield lambda: None
         return
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        drawn_s = 0.0
-
-        def redraw() -> None:
-            nonlocal drawn_s
-            if time.perf_counter() - drawn_s > SECONDS_PER_FRAME:
-                live.update(draw(question, lanes, height=LANE_HEIGHT), refresh=True)
-                drawn_s = time.perf_counter()
-
+    with drawn_live(console, lambda: draw(question, lanes, height=LANE_HEIGHT)) as redraw:
         yield redraw
-        live.update(draw(question, lanes, height=LANE_HEIGHT), refresh=True)
 
 
 @contextmanager

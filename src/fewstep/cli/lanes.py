@@ -1,8 +1,12 @@
 """Drawing decoders at work: each lane is one model on one problem, its canvas a row of masks that turn into tokens."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +19,34 @@ STEP_COLOURS = (
 MASK = "░"
 SILENT_TOKEN = "·"
 """Stands for a final token without text, such as the end-of-text and what follows it."""
+
+SECONDS_PER_FRAME = 0.05
+
+
+@contextmanager
+def drawn_live(
+    console: Console, draw: Callable[[], RenderableType], *, transient: bool = False
+) -> Iterator[Callable[[], None]]:
+    """Yields what to call after a change; it draws every SECONDS_PER_FRAME at most. At the end what `draw` makes then
+    stays, unless `transient`.
+    """
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=transient) as live:
+        drawn_s = 0.0
+
+        def redraw() -> None:
+            nonlocal drawn_s
+            if time.perf_counter() - drawn_s > SECONDS_PER_FRAME:
+                live.update(draw(), refresh=True)
+                drawn_s = time.perf_counter()
+
+        yield redraw
+        if not transient:
+            live.update(draw(), refresh=True)
+
+
+def colour_of(step: int) -> str:
+    """Of the tokens that became final in this pass."""
+    return STEP_COLOURS[step % len(STEP_COLOURS)]
 
 
 @dataclass
@@ -45,7 +77,7 @@ class Lane:
             elif not text:
                 drawn.append(SILENT_TOKEN, style="bright_black")
             else:
-                drawn.append(text.replace("\n", "↵ "), style=STEP_COLOURS[step % len(STEP_COLOURS)])
+                drawn.append(text.replace("\n", "↵ "), style=colour_of(step))
         return drawn
 
 

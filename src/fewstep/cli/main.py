@@ -9,6 +9,7 @@ import typer
 import fewstep
 from fewstep.cli.bench import bench
 from fewstep.cli.calibrate import calibrate
+from fewstep.cli.chat import chat
 from fewstep.cli.collect import collect
 from fewstep.cli.compare import compare
 from fewstep.cli.dashes import TextCommand
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
+    "chat": chat,
     "generate": generate,
     "infill": infill,
     "collect": collect,

@@ -13,6 +13,12 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
 
 
+def is_bundled(name: str | Path) -> bool:
+    """Whether it names a model that ships with the package."""
+    folder = local_folder(name)
+    return folder is not None and folder.resolve().parent == BUNDLED
+
+
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a bundled name or a path; None for what can only be a hub id. FewstepError for all else."""
     path = Path(name)

@@ -125,6 +125,29 @@ class GrowingText:
         return self._text
 
 
+class TokenTexts:
+    """What each id adds to the text of ids that arrive one by one: these texts together are the whole text.
+
+    An id whose bytes end inside a character adds nothing, and the one that completes it adds the character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # Decoded together with the id before it: some tokenizers drop the space in front of the first one.
+        self._before: list[int] = []
+        self._begun: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """The text that this id adds."""
+        self._begun.append(token_id)
+        text = decode_text(self._tokenizer, [*self._before, *self._begun])
+        if text.endswith(_UNKNOWN):
+            return ""
+        known = len(decode_text(self._tokenizer, self._before))
+        self._before, self._begun = self._begun, []
+        return text[known:]
+
+
 class AnswerText:
     """The text of an answer whose tokens become final in any order, as far as everything before them is final too.
 
