@@ -950,7 +950,7 @@ def test_eval_takes_a_task_by_name(run: Run, networks: dict[str, str], tmp_path:
     shown = run(*base, "--task", "jsonl", "--data", own, "--metric", "contains")
     assert shown.code == 0, shown.err
     told = json.loads(report.read_text())
-    assert (told["task"], told["metric"], set(told) - EVAL_KEYS) == ("own", "contains", {"metric", "chrf"})
+    assert (told["task"], told["metric"], set(told) - EVAL_KEYS) == ("own", "contains", {"metric", "chrf", "chrf_ci95"})
 
 
 def test_what_no_task_is_is_refused_before_a_model_is_loaded(run: Run, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fewstep.measure.metrics import (
+    chrf_interval,
     clustered_paired_interval,
     crossed_interval,
     mcnemar_exact,
@@ -14,6 +15,7 @@ from fewstep.measure.metrics import (
     wilson_interval,
 )
 from fewstep.measure.seeds import Setting, at_speed
+from fewstep.tasks.text_metrics import chrf
 
 
 def test_wilson_known_values() -> None:
@@ -124,3 +126,13 @@ def test_accuracy_at_a_speed_is_interpolated_for_each_seed() -> None:
     assert found[0].tolist() == [0.5, 0.0]
     assert found[1] == pytest.approx([2 / 3, 1.0])
     assert at_speed(settings, 2.2) is None
+
+
+def test_the_interval_of_chrf_holds_it_and_shrinks_with_more_texts() -> None:
+    texts, references = ["abcd", "abce", "xbcd", "abcd"], ["abcd"] * 4
+    few, many = chrf_interval(texts, references), chrf_interval(texts * 25, references * 25)
+    assert few.estimate == pytest.approx(chrf(texts, references)) == pytest.approx(many.estimate)
+    assert few.low <= many.low < many.estimate < many.high <= few.high
+    assert chrf_interval(texts, references) == few
+    right = chrf_interval(references, references)
+    assert (right.low, right.high) == (pytest.approx(100), pytest.approx(100))

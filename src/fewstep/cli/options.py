@@ -137,7 +137,7 @@ class TaskOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="When an answer to --data counts as right: number (default), exact, normalised or contains.",
+            help="When an answer to --data counts as right: number (default), exact, restored, normalised or contains.",
             rich_help_panel=_PROBLEMS,
         ),
     ] = None

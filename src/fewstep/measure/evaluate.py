@@ -12,10 +12,9 @@ from fewstep.engine.made_by import made_by
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
-from fewstep.measure.metrics import wilson_interval
+from fewstep.measure.metrics import chrf_interval, wilson_interval
 from fewstep.tasks.problems import Problem
 from fewstep.tasks.scoring import NUMBER, Metric
-from fewstep.tasks.text_metrics import chrf
 
 _WARM_UP_TOKENS = 32
 
@@ -127,13 +126,13 @@ class Report:
             **({"num_draft_forwards_mean": drafts} if drafts else {}),
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
             **({"answered_earlier": self.num_kept} if self.num_kept else {}),
-            **({} if self.metric == NUMBER.name else {"metric": self.metric, "chrf": self.chrf}),
+            **({} if self.metric == NUMBER.name else {"metric": self.metric, **self._chrf()}),
         }
 
-    @property
-    def chrf(self) -> float:
-        """chrF, 0 to 100, of all texts with the right answers."""
-        return chrf([record.text for record in self.records], [record.answer for record in self.records])
+    def _chrf(self) -> dict[str, Any]:
+        """chrF, 0 to 100, of all texts with the right answers, and its interval."""
+        found = chrf_interval([record.text for record in self.records], [record.answer for record in self.records])
+        return {"chrf": found.estimate, "chrf_ci95": [found.low, found.high]}
 
     def records_json(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]

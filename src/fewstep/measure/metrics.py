@@ -11,6 +11,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from fewstep.tasks.text_metrics import chrf_counts, chrf_of
+
 CONFIDENCE = 0.95
 
 
@@ -153,3 +155,20 @@ def crossed_interval(values_SI: np.ndarray, clusters: Sequence[int]) -> Interval
     degrees = max(1, int((of_items + of_seeds) ** 2 / inverse_degrees))
     half = student_quantile(degrees, CONFIDENCE) * math.sqrt(of_items + of_seeds)
     return Interval(mean, mean - half, mean + half)
+
+
+NUM_RESAMPLES = 1_000
+
+
+def chrf_interval(texts: Sequence[str], references: Sequence[str], confidence: float = CONFIDENCE) -> Interval:
+    """chrF of all texts together, 0 to 100, with its percentile interval over NUM_RESAMPLES resamples of the pairs.
+
+    The resamples are the same in every call, so the figure is a function of the texts. ValueError as `chrf`.
+    """
+    counts = chrf_counts(texts, references)
+    rng = np.random.default_rng(0)
+    # How often each pair is drawn: summing counts by these weights is the same as summing over the drawn pairs.
+    drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=NUM_RESAMPLES)
+    resampled = [chrf_of(sums) for sums in np.einsum("rp,pnc->rnc", drawn, counts)]
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(chrf_of(counts.sum(0)), float(low), float(high))

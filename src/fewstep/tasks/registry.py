@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 TASKS = {
     "gsm-symbolic": "fewstep.tasks.gsm_symbolic",
     "gsm8k": "fewstep.tasks.gsm8k",
+    "correction": "fewstep.tasks.correction",
     "jsonl": "fewstep.tasks.jsonl",
 }
 """Name -> module, whose `TASK` is the task. A new task is its module and one line here."""

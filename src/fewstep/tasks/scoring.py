@@ -73,6 +73,13 @@ NORMALISED = Metric(
     extract=normalise,
     is_correct=is_same_normalised,
 )
+RESTORED = Metric(
+    name="restored",
+    about="the texts are equal, apart from how much white space stands between words",
+    reference=words_of,
+    extract=lambda text: " ".join(text.split()),
+    is_correct=lambda text, answer: text.split() == answer.split(),
+)
 CONTAINS = Metric(
     name="contains",
     about="the normalised text contains the right answer as whole words",
@@ -81,7 +88,7 @@ CONTAINS = Metric(
     is_correct=contains,
 )
 
-METRICS = {metric.name: metric for metric in (NUMBER, EXACT, NORMALISED, CONTAINS)}
+METRICS = {metric.name: metric for metric in (NUMBER, EXACT, RESTORED, NORMALISED, CONTAINS)}
 
 
 def metric_named(name: str) -> Metric:

@@ -5,6 +5,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 _SPELLINGS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-"})
 _MEANINGFUL = frozenset("%#&@")  # punctuation by Unicode's categories, but part of what is said: 5%, C#
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -63,15 +65,33 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
     White space does not count. Precision and recall are means over the orders that both sides have n-grams of, as
     sacrebleu computes them. ValueError for another number of references, or no text.
     """
+    return chrf_of(chrf_counts(texts, references).sum(0))
+
+
+def chrf_counts(texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What chrF adds up, [pairs, N, 3]: n-grams of each order in the text, in the reference, and in both.
+
+    The text's are 0 where the reference is too short to have any. ValueError as `chrf`.
+    """
     if len(texts) != len(references) or not texts:
         raise ValueError(f"chrF needs a reference for each text, got {len(texts)} and {len(references)}")
-    precisions, recalls = [], []
+    return np.array([_pair_counts(text, reference) for text, reference in zip(texts, references, strict=True)])
+
+
+def _pair_counts(text: str, reference: str) -> list[tuple[int, int, int]]:
+    found = []
     for order in range(1, CHRF_ORDER + 1):
-        pairs = [(_ngrams(one, order), _ngrams(other, order)) for one, other in zip(texts, references, strict=True)]
-        in_texts = sum(mine.total() for mine, theirs in pairs if theirs)  # a short reference judges no long n-gram
-        in_references = sum(theirs.total() for _, theirs in pairs)
+        mine, theirs = _ngrams(text, order), _ngrams(reference, order)
+        in_text = mine.total() if theirs else 0  # a short reference judges no long n-gram
+        found.append((in_text, theirs.total(), (mine & theirs).total()))
+    return found
+
+
+def chrf_of(counts_N3: np.ndarray) -> float:
+    """chrF of the sums of `chrf_counts` over some pairs."""
+    precisions, recalls = [], []
+    for in_texts, in_references, shared in counts_N3.tolist():
         if in_texts and in_references:
-            shared = sum((mine & theirs).total() for mine, theirs in pairs)
             precisions.append(shared / in_texts)
             recalls.append(shared / in_references)
     if not any(precisions):
