@@ -313,7 +313,9 @@ def test_what_is_compiled_meanwhile_is_waited_for_before_anything_is_timed(monke
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does() -> None:
     lm = LanguageModel(tiny_network())
     (request,) = requests_of(lm, 1, 10, None)
-    with pytest.raises(FewstepError, match=r"need about .* at most \d+ fit, so choose a smaller batch"):
+    with pytest.raises(
+        FewstepError, match=r"positions at a time take .* and for a pass.* choose a batch size of at most \d+"
+    ):
         check_fits(lm, {}, request, 1 << 30)
     check_fits(lm, {}, request, 4)
 
@@ -461,6 +463,9 @@ def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (("--model", ""), "no model '', neither a folder nor a bundled name"),
+        (("--shape", ""), "unknown shape ''; choose one of"),
+        (("--record", "made.json", "--plot", "new/plot", "--json", "/proc/report.json"), "/proc/report.json"),
         (("--shape", "dream7b"), "unknown shape 'dream7b'; did you mean 'dream-7b'?"),
         (("--model", "gsm-student", "--shape", "tiny-dream"), "give one of them"),
         (("--model", "gsm-studnt"), "did you mean 'gsm-student'?"),
@@ -468,7 +473,7 @@ def test_bench_writes_a_trace_of_the_first_steps(run: Run, tmp_path: Path) -> No
         (("--engine", "of"), "unknown engine 'of'; did you mean 'off'?"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--batch-size", "a"), "--batch-size is a list of numbers"),
-        ((*SMALL, "--batch-size", "16000000"), "so choose a smaller batch"),
+        ((*SMALL, "--batch-size", "16000000"), "choose a batch size of at most"),
         ((*SMALL, "--block-size", "17"), "--block-size 17 is more than the 16 new tokens"),
         ((*SMALL, "--tokens-per-step", "9"), "--tokens-per-step 9 is more than a block has"),
         ((*SMALL, "--context", "600"), "exceeds the 512 positions"),
@@ -490,6 +495,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert sentence in run("bench", *options).sentence()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,7 +7,9 @@ compared as the system knows them, so that links, `..` and names that differ in 
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from fnmatch import fnmatch
@@ -75,11 +77,21 @@ def check_sources(touched: Sequence[Touched]) -> None:
 
 
 def _check_place(target: Touched) -> None:
-    """FewstepError for a path that nothing can be written to, which would else be found after the work."""
+    """FewstepError for a path that nothing can be written to, which would else be found after the work.
+
+    Whether the system lets us is tried with a file without a name, in the folder where the temporary file or the first
+    folder would be made.
+    """
     try:
-        os.stat(target.path)
-    except FileNotFoundError:
-        pass
+        with suppress(FileNotFoundError):
+            found = os.stat(target.path).st_mode
+            if not stat.S_ISREG(found) and not stat.S_ISDIR(found):
+                return  # a device or a pipe is written to itself
+        path = Path(os.path.realpath(target.path))
+        inside = target.touches is Touches.FILLS and path.is_dir()
+        folder = next(one for one in ((path,) if inside else path.parents) if one.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FewstepError(f"{target.option} {target.path} cannot be written: {reason}; name another place") from None

@@ -37,18 +37,42 @@ def bytes_of_slot(
     return state + (length + 1) * sum(bytes_per_position(each.module.config, each.attention_dtype) for each in networks)
 
 
+def bytes_of_rows(network: Network, decoder: Decoder, num_rows: int, length: int) -> int:
+    """About what a pass takes up for so many rows of a request, in a slot of so many positions."""
+    config, itemsize = network.module.config, network.dtype.itemsize
+    # In a layer: rows before and after its parts, queries, keys and values, and the two halves of the wide part.
+    rows = num_rows * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    attention = 2 * num_rows * length * itemsize
+    # Logits as they come, in float32, and what softmax and sorting make of them.
+    logits = decoder.traits.pass_length * network.vocab_size * (itemsize + 3 * 4)
+    return rows + attention + logits
+
+
 def check_memory(
-    network: Network, decoder: Decoder, num_slots: int, length: int, companions: Mapping[str, Network] | None = None
+    network: Network,
+    decoder: Decoder,
+    num_slots: int,
+    length: int,
+    companions: Mapping[str, Network] | None = None,
+    *,
+    num_rows: int | None = None,
 ) -> None:
-    """FewstepError if so many slots of this length do not fit in the free memory, saying how many do."""
+    """FewstepError if so many slots of this length do not fit in the free memory, saying how many do.
+
+    `num_rows`: those of a request in its largest pass. If it is given, what they take up is counted too.
+    """
     free = free_memory(network.device)
     each = bytes_of_slot(network, decoder, length, companions)
+    if num_rows is not None:
+        each += bytes_of_rows(network, decoder, num_rows, length)
     if free is None or num_slots * each <= free:
         return
+    most = free // each
+    advice = f"choose a batch size of at most {most}" if most else "not even one fits, so choose a shorter prompt"
     raise FewstepError(
         f"{num_slots} requests of {length} positions at a time take {num_slots * each / 1e9:.1f} GB for their keys, "
-        f"values and texts, and {network.device} has {free / 1e9:.1f} GB free; choose a batch size of at most "
-        f"{max(1, free // each)}, or fewer new tokens"
+        f"values and texts{'' if num_rows is None else ', and for a pass'}, and {network.device} has "
+        f"{free / 1e9:.1f} GB free; {advice}, or fewer new tokens"
     )
 
 

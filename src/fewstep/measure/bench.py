@@ -24,7 +24,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.decode.admission import bytes_of_slot, check_request, positions_needed
+from fewstep.decode.admission import check_memory, check_request, positions_needed
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, submit_all
 from fewstep.decode.loop import Listener, loop_for
@@ -36,15 +36,11 @@ from fewstep.files import write_whole
 from fewstep.measure.bandwidth import DeviceRates, wait_for
 from fewstep.measure.energy import sampled_power
 from fewstep.measure.passes import RoundWork, Watch
-from fewstep.models.load import free_memory
-from fewstep.models.network import Network
 
 _POWER_SECONDS = 3.0
 _PROFILED_ROUNDS = 12
 _MOST_AHEAD = 2
 """Rounds that an engine may have begun when the last request turns out to be done."""
-_FILLED = 0.95
-"""Of the free memory, at most."""
 
 
 @dataclass(frozen=True)
@@ -290,33 +286,11 @@ class Variant:
 
 
 def check_fits(lm: LanguageModel, settings: Mapping[str, Any], request: Request, batch_size: int) -> None:
-    """FewstepError if so many requests like this one do not fit in the free memory, saying how many do."""
-    decoder, network = lm.decoder(**settings), lm.choice(**settings).network
+    """FewstepError if so many requests like this one, and their passes, do not fit in the free memory."""
+    decoder, choice = lm.decoder(**settings), lm.choice(**settings)
     length = positions_needed(decoder, request, check_request(lm.network, decoder, request))
-    free = free_memory(network.device)
-    if free is None:
-        return
-    each = _request_bytes(network, decoder, length, len(request.prompt_ids))
-    most = int(_FILLED * free / each)
-    if most < batch_size:
-        fits = f"at most {most} fit" if most > 0 else "not even one fits"
-        raise FewstepError(
-            f"{batch_size} requests of {length} positions need about {batch_size * each / 1e9:.1f} GB beside the "
-            f"weights of {network.name}, and {network.device} has {free / 1e9:.1f} GB free; {fits}, so choose a "
-            "smaller batch or a shorter context"
-        )
-
-
-def _request_bytes(network: Network, decoder: Decoder, length: int, prompt_length: int) -> int:
-    """About: a request's slot, and the rows and logits of its largest pass."""
-    config, itemsize, traits = network.module.config, network.dtype.itemsize, decoder.traits
-    num_rows = (prompt_length if traits.cached else length) + traits.pass_length
-    # In a layer: rows before and after its parts, queries, keys and values, and the two halves of the wide part.
-    rows = num_rows * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
-    scores = 2 * num_rows * length * itemsize
-    # Logits as they come, in float32, and what softmax and sorting make of them.
-    logits = traits.pass_length * network.vocab_size * (itemsize + 3 * 4)
-    return bytes_of_slot(network, decoder, length) + rows + scores + logits
+    num_rows = (len(request.prompt_ids) if decoder.traits.cached else length) + decoder.traits.pass_length
+    check_memory(choice.network, decoder, batch_size, length, choice.companions, num_rows=num_rows)
 
 
 def busy_time(spans: Sequence[tuple[float, float]]) -> float:

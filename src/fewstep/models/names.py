@@ -25,7 +25,7 @@ def local_folder(name: str | Path) -> Path | None:
     try:
         if path.name == str(name) and (BUNDLED / path / "config.json").is_file():
             return BUNDLED / path
-        if path.is_dir():
+        if name != "" and path.is_dir():
             return path
         is_file = path.is_file()
     except (OSError, ValueError) as error:  # too long, or with a zero byte

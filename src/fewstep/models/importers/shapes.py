@@ -174,7 +174,7 @@ def _described(name: str) -> tuple[PreTrainedConfig, Role, PreTrainedTokenizerBa
 
 def check_shape(name: str) -> None:
     """FewstepError with the closest one unless it is a shape, a bundled model or a folder."""
-    if name in SHAPES or name in bundled_names() or Path(name).is_dir():
+    if name in SHAPES or name in bundled_names() or (name and Path(name).is_dir()):
         return
     raise FewstepError(f"unknown shape {name!r}; {suggestion(name, [*SHAPES, *bundled_names()])}")
 
