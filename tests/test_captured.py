@@ -292,9 +292,9 @@ def test_parameters_are_in_memory_once() -> None:
     before = {name: parameter.clone() for name, parameter in net.module.named_parameters()}
     first, second = fused(net), fused(net)
     attention: list[Any] = [each.stack.layers[0].self_attn for each in (first, second)]
-    assert len({each.q_proj.weight.data_ptr() for each in attention}) == 1
+    assert len({each.q_proj.whole.weight.data_ptr() for each in attention}) == 1
     own = net.module.base_model.layers[0].self_attn
-    assert own.q_proj.weight.data_ptr() == attention[0].q_proj.weight.data_ptr()
+    assert own.q_proj.weight.data_ptr() == attention[0].q_proj.whole.weight.data_ptr()
     assert own.k_proj.weight.data_ptr() == own.q_proj.weight.data_ptr() + own.q_proj.weight.nbytes
     for name, parameter in net.module.named_parameters():
         assert torch.equal(parameter, before[name])

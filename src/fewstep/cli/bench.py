@@ -209,7 +209,7 @@ def bench(
     is_random = prompts == "random" or (prompts is None and texts is None and shape is not None)
     asked = Asked(
         lm=lm,
-        told={"model": lm.network.name if shape is None else None, "shape": shape},
+        told={"model": lm.network.name if shape is None else None, "shape": shape, "quantize": place.quantize},
         texts=None if is_random else texts or _questions(answers * max(sizes["--batch-size"])),
         acceptance=acceptance,
         role_is_free=shape is not None and role is None,
@@ -301,8 +301,11 @@ def _loaded(place: PlaceOptions, model: str | None, shape: str | None, role: "Ro
     from fewstep.cli.bench_variants import playing
     from fewstep.engine.language_model import LanguageModel
     from fewstep.models.importers.shapes import random_network
+    from fewstep.models.quantize import quantize
 
     network = random_network(shape, dtype=place.dtype, device=place.device)
+    if place.quantize is not None:
+        quantize(network, place.quantize)
     return LanguageModel(network if role is None else playing(network, role))
 
 

@@ -60,7 +60,10 @@ class PlaceOptions:
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL)] = "auto"
     quantize: Annotated[
-        str | None, typer.Option(help="int8: weights of the layers in 8 bits, on a CPU.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            help="Weights of the layers in 8 bits: int8 on a CPU, fp8 on a GPU.", metavar="KIND", rich_help_panel=_MODEL
+        ),
     ] = None
 
     def load(self, name: str, role: "RoleName | None" = None) -> "LanguageModel":

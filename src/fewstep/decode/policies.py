@@ -427,7 +427,7 @@ def _best(count_R1: Tensor | float, certainty_RB: Tensor, masked_RB: Tensor) -> 
     return masked_RB & (ranked_RB.argsort(-1) < count_R1)
 
 
-BUILT_IN = frozenset({Threshold, Margin, EntropyBelow, Factor, FixedCount, EvenSplit, Origin, DreamSchedule})
+BUILT_IN = frozenset({Threshold, Margin, EntropyBelow, Factor, FixedCount, EvenSplit, Origin, DreamSchedule, Scheduled})
 """The policies above, which check themselves when they are built, and all are given the same of a pass."""
 
 CONFIDENT = Threshold()

@@ -41,7 +41,14 @@ class Rows:
             mine.index_copy_(0, requests_r, its)
 
     def to(self, device: torch.device) -> Self:
-        return self.map(lambda field: field.to(device))
+        """All tensors in one copy, since each by itself would be waited for."""
+        fields = sorted(self.tensors().values(), key=lambda field: -field.element_size())  # so that each is aligned
+        if device == fields[0].device:
+            return self
+        moved = torch.cat([field.reshape(-1).view(torch.uint8) for field in fields]).to(device)
+        parts = moved.split([field.numel() * field.element_size() for field in fields])
+        found = {id(field): part.view(field.dtype).view(field.shape) for field, part in zip(fields, parts, strict=True)}
+        return self.map(lambda field: found[id(field)])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """With every tensor replaced by what the function makes of it."""

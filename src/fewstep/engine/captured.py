@@ -180,7 +180,7 @@ class CapturedLoop(Loop):
         return min(SHORTEST_CACHE << max(0, (needed - 1) // SHORTEST_CACHE).bit_length(), self.length + 1)
 
     def _pass_for(self, shape: Shape, *, part: bool) -> CapturedPass:
-        """Captured passes by their shape. A prefill is seldom run twice, so its layers are not compiled."""
+        """Captured passes by their shape. A prefill of one width is seldom run, so its layers are not traced for it."""
         key = shape, part
         if key not in self._passes:
             decodes = not self.decoder.traits.cached or shape.width <= self.decoder.traits.pass_length

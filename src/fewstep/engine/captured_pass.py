@@ -44,7 +44,7 @@ class CapturedPass:
     """One kind of pass of a loop, for one whole `Shape`: plain when it first runs, captured from the second time on.
 
     With `part` it is given the slots of its requests, which are fewer than all; else it is for all slots. `fuse`:
-    whether layers are fused, and may be compiled; a prefill is captured as it is.
+    whether layers are fused as soon as it is captured; those of a prefill only when it is compiled.
     """
 
     def __init__(self, memory: LoopMemory, shape: Shape, *, part: bool, fuse: bool) -> None:
@@ -58,7 +58,7 @@ class CapturedPass:
         self._function: Callable[..., Tensor] | None = None  # None: the plain one
         self._graph: torch.cuda.CUDAGraph | None = None
         self._told_XR: Tensor | None = None
-        self._is_compiled = False
+        self._is_captured = self._is_compiled = False
 
     @torch.no_grad()
     def __call__(self, slots_r: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class CapturedPass:
     @torch.no_grad()
     def compile(self) -> None:
         """Go on compiled, from now on; it takes seconds. A warning if that fails: the pass stays as it is."""
-        if self._function is None or self._is_compiled:
+        if not self._is_captured or self._is_compiled:
             return
         try:
             function = compiled(self._on_fused, self._arguments)
@@ -122,7 +122,7 @@ class CapturedPass:
             with torch.cuda.graph(graph, pool=self._memory.pool):
                 told_XR = self._computed(function, compiled=compiled)
             self._graph, self._told_XR = graph, told_XR
-        self._function, self._is_compiled = function, compiled
+        self._function, self._is_captured, self._is_compiled = function, True, compiled
 
     def _computed(self, function: Callable[..., Tensor] | None, *, compiled: bool) -> Tensor:
         if function is None:

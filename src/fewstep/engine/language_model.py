@@ -48,7 +48,7 @@ def load(
 ) -> "LanguageModel":
     """Load a bundled name, a folder or a hub id; see `models.load.load_network`.
 
-    `quantize="int8"` rounds the weights of the layers to 8 bits, see `models.quantize`.
+    `quantize` rounds the weights of the layers to 8 bits, "int8" on a CPU, "fp8" on a GPU: see `models.quantize`.
     """
     network = load_network(name, role=role, dtype=dtype, device=device, block_size=block_size)
     if quantize is not None:

@@ -35,6 +35,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.gated import GatedAdapter
 from fewstep.models.network import Network, Plan
+from fewstep.models.quantize import Float8Linear
 from fewstep.models.roles import INVISIBLE
 
 Shared = tuple[Tensor | None, ...]
@@ -336,17 +337,15 @@ class _Product:
 class _Slice(nn.Module):
     """One of several linear modules that share an input: the first to be called computes the product of all."""
 
-    def __init__(
-        self, product: _Product, weight: nn.Parameter, bias: nn.Parameter | None, part: slice, count: int
-    ) -> None:
+    def __init__(self, product: _Product, whole: nn.Module, part: slice, count: int) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.whole = whole
         self._product, self._part, self._count = product, part, count
 
     def forward(self, x: Tensor) -> Tensor:
         product = self._product
         if product.given is not x:
-            product.given, product.made, product.asked = x, nn.functional.linear(x, self.weight, self.bias), 0
+            product.given, product.made, product.asked = x, self.whole(x), 0
         product.asked += 1
         made = cast(Tensor, product.made)
         if product.asked == self._count:
@@ -362,7 +361,7 @@ def _sharing_an_input(network: Network) -> list[list[str]]:
     def note(name: str) -> Any:
         return lambda _, arguments: seen.append((arguments[0], name))
 
-    linear = {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
+    linear = {name: part for name, part in layer.named_modules() if type(part) in (nn.Linear, Float8Linear)}
     hooks = [part.register_forward_pre_hook(note(name)) for name, part in linear.items()]
     try:
         with torch.no_grad():
@@ -372,7 +371,7 @@ def _sharing_an_input(network: Network) -> list[list[str]]:
             hook.remove()
     groups: dict[Any, list[str]] = {}
     for given, name in seen:
-        groups.setdefault((id(given), linear[name].bias is None), []).append(name)
+        groups.setdefault((id(given), type(linear[name]), linear[name].bias is None), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
@@ -380,13 +379,22 @@ def _fuse_products(layer: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Make the linear modules of each group slices of one product."""
     for names in groups:
         parts: list[Any] = [layer.get_submodule(name) for name in names]
-        weight = _in_one([part.weight for part in parts])
-        bias = None if parts[0].bias is None else _in_one([part.bias for part in parts])
-        product, start = _Product(), 0
+        whole, product, start = _whole(parts), _Product(), 0
         for name, part in zip(names, parts, strict=True):
             stop = start + part.out_features
-            layer.set_submodule(name, _Slice(product, weight, bias, slice(start, stop), len(parts)))
+            layer.set_submodule(name, _Slice(product, whole, slice(start, stop), len(parts)))
             start = stop
+
+
+def _whole(parts: Sequence[Any]) -> nn.Module:
+    """One linear module in the place of several of one kind, whose parameters become views of its own."""
+    whole = copy.copy(parts[0])
+    whole._parameters = {
+        name: None if parameter is None else _in_one([getattr(part, name) for part in parts])
+        for name, parameter in parts[0]._parameters.items()
+    }
+    whole.out_features = sum(part.out_features for part in parts)
+    return whole
 
 
 def _in_one(parameters: Sequence[nn.Parameter]) -> nn.Parameter:

@@ -100,7 +100,7 @@ def _stored_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     if hasattr(tensor, "__tensor_flatten__"):
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         return sum(part.numel() * part.element_size() for part in parts)
-    return tensor.numel() * dtype.itemsize
+    return tensor.numel() * min(tensor.element_size(), dtype.itemsize)
 
 
 # Kinds of decoding, by arithmetic alone
