@@ -327,8 +327,9 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 @dataclass
 class _Product:
-    """What several linear modules make of one input, while the last of them has not asked for its part."""
+    """What several linear modules make of one input as a whole, while the last of them has not asked for its part."""
 
+    whole: nn.Module
     given: Tensor | None = None
     made: Tensor | None = None
     asked: int = 0
@@ -337,15 +338,16 @@ class _Product:
 class _Slice(nn.Module):
     """One of several linear modules that share an input: the first to be called computes the product of all."""
 
-    def __init__(self, product: _Product, whole: nn.Module, part: slice, count: int) -> None:
+    def __init__(self, product: _Product, part: slice, count: int) -> None:
         super().__init__()
-        self.whole = whole
+        if part.start == 0:  # one of them alone has its parameters, or they would be put in its place several times
+            self.whole = product.whole
         self._product, self._part, self._count = product, part, count
 
     def forward(self, x: Tensor) -> Tensor:
         product = self._product
         if product.given is not x:
-            product.given, product.made, product.asked = x, self.whole(x), 0
+            product.given, product.made, product.asked = x, product.whole(x), 0
         product.asked += 1
         made = cast(Tensor, product.made)
         if product.asked == self._count:
@@ -379,10 +381,10 @@ def _fuse_products(layer: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Make the linear modules of each group slices of one product."""
     for names in groups:
         parts: list[Any] = [layer.get_submodule(name) for name in names]
-        whole, product, start = _whole(parts), _Product(), 0
+        product, start = _Product(_whole(parts)), 0
         for name, part in zip(names, parts, strict=True):
             stop = start + part.out_features
-            layer.set_submodule(name, _Slice(product, whole, slice(start, stop), len(parts)))
+            layer.set_submodule(name, _Slice(product, slice(start, stop), len(parts)))
             start = stop
 
 
