@@ -12,38 +12,34 @@ model is used: quality is not measured.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
 
 from fewstep.cli.compare import read_specification
 from fewstep.engine.language_model import LanguageModel
-from fewstep.engine.made_by import answers_made_by
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.json_files import write_rows_whole
+from fewstep.measure.agreement import check_same_tokens
 from fewstep.measure.contenders import Contender, figure, load_contenders, markdown_table
 from fewstep.measure.conversations import (
     EVERYTHING,
     TURNS,
-    Conversation,
+    History,
     evenly,
     figures_of,
     first_of_each,
     groups_of,
-    hold,
+    hold_all,
     read_conversations,
 )
-from fewstep.measure.jobs import Job, results, spread
 from fewstep.measure.timing import time_interleaved, write_figures
 
 app = typer.Typer(pretty_exceptions_enable=False)
-History = Literal["baseline", "own"]
 
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 SPECIFICATION = "NAME=MODEL[,setting=value...]"
@@ -90,43 +86,10 @@ def contender_of(specification: str, max_new_tokens: int) -> Contender:
 def loaded(contenders: Sequence[Contender], *, dtype: str, device: str) -> dict[str, LanguageModel]:
     """As `load_contenders`; FewstepError too if a model holds no conversations, or has other tokens than the first."""
     found = load_contenders(contenders, dtype=dtype, device=device)
-    (first, baseline), *others = found.items()
     for lm in found.values():
         lm.encode([{"role": "user", "content": "Hello"}])
-    for name, lm in others:
-        theirs, ours = (one.network.tokenizer.get_vocab().items() for one in (baseline, lm))
-        if not (theirs <= ours or ours <= theirs):
-            raise FewstepError(f"{name} has other tokens than {first}; agreement compares token by token")
+    check_same_tokens({name: lm.network for name, lm in found.items()})
     return found
-
-
-def jobs_of(
-    contenders: Sequence[Contender],
-    models: Mapping[str, LanguageModel],
-    conversations: Sequence[Conversation],
-    folder: Path,
-    *,
-    history: History,
-    batch_size: int,
-) -> list[Job]:
-    """A job for each contender, the baseline first, which the others follow or not."""
-    jobs: list[Job] = []
-    baseline = contenders[0].name
-
-    def run(one: Contender, needs: tuple[str, ...]) -> dict[str, Any]:
-        said = results(jobs[:1], folder)[baseline]["answers"] if needs else None
-        return vars(hold(models[one.name], conversations, one.settings, history=said, batch_size=batch_size))
-
-    for one in contenders:
-        needs = (baseline,) if history == "baseline" and one.name != baseline else ()
-        made_by = {
-            **answers_made_by(models[one.name], [], **one.settings),
-            "conversations": sha256(repr(conversations).encode()).hexdigest(),
-            "batch_size": batch_size,
-            "follows": baseline if needs else "itself",
-        }
-        jobs.append(Job(name=one.name, made_by=made_by, run=partial(run, one, needs), needs=needs))
-    return jobs
 
 
 def document_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tokens: int) -> str:
@@ -177,13 +140,9 @@ def compare(
     conversations = first_of_each(read_conversations(prompts), per_category)
     groups = groups_of(conversations)
     models = loaded(everyone, dtype=dtype, device=device)
-    kept = folder / "conversations"
-    jobs = jobs_of(everyone, models, conversations, kept, history=history, batch_size=batch_size)
-    found = spread(jobs, kept)
+    found = hold_all(everyone, models, conversations, folder / "conversations", history=history, batch_size=batch_size)
     if found is None:
         return
-    if failed := [one.name for one in everyone if one.name not in found]:
-        raise FewstepError(f"{', '.join(failed)} held no conversations; {kept}/NAME.failed says why")
 
     timed_keys = groups_of(evenly(conversations, timed))[EVERYTHING]
     takers = {

@@ -15,7 +15,6 @@ draft. Its 49,152 tokens leave room for fewer --rows on 80 GB: 24, and 16 for he
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -27,12 +26,11 @@ from word_problems import MAX_ANSWER, load_examples
 
 from fewstep.decode.jacobi import Jacobi
 from fewstep.engine.language_model import load
-from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole, write_text_whole
-from fewstep.json_files import read_json, write_json_whole
+from fewstep.files import write_text_whole
 from fewstep.measure.compare import compare
 from fewstep.measure.evaluate import Report, evaluate
 from fewstep.measure.timing import this_command
+from fewstep.models.adapters import write_share
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.tasks.gsm_symbolic import problems
@@ -151,17 +149,6 @@ def shares(
         lines.append(f"- {report.tokens_per_forward:.2f} tokens a pass: {compare(report, baseline).sentence()}")
         print(lines[-1], flush=True)
     write_text_whole(results / "shares.md", "\n".join([f"`{this_command()}`", "", *lines, ""]))
-
-
-def write_share(adapter: Path, target: Path, share: float) -> None:
-    """A copy of an adapter's folder that adds only a share of it to the base: its alpha is what scales it."""
-    if not (adapter / "adapter_config.json").exists():
-        raise FewstepError(f"{adapter} is no adapter, so there is no part of it; train with a --rank above 0")
-    with write_folder_whole(target, overwrite=True) as folder:
-        shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("logs", "checkpoints"))
-        config = read_json(folder / "adapter_config.json")
-        config["lora_alpha"] *= share
-        write_json_whole(folder / "adapter_config.json", config)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +20,10 @@ from run_recipe import run_recipe
 from task_options import Many
 
 import fewstep
-from fewstep.engine.language_model import LanguageModel
-from fewstep.measure.timing import Timed, Timing, time_interleaved, write_figures
+from fewstep.decode.requests import Output
+from fewstep.measure.agreement import same_answers
+from fewstep.measure.stock import generate_with_transformers
+from fewstep.measure.timing import time_interleaved, write_figures
 from fewstep.tasks.gsm_symbolic import problems as problems_of
 from fewstep.tasks.scoring import NUMBER
 
@@ -44,29 +44,6 @@ RATIOS = {
 }
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Of transformers: a pass for each token."""
-
-    seconds: float
-    num_forwards: int
-    num_tokens: int
-    token_ids: list[int]
-    text: str = ""
-
-
-def of_transformers(lm: LanguageModel, question: str) -> _Answer:
-    """Greedy decoding by the stock module's own `generate`, with its cache."""
-    prompt = torch.tensor([lm.encode(question)])
-    started_s = time.perf_counter()
-    found = lm.network.module.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256, do_sample=False
-    )
-    seconds = time.perf_counter() - started_s
-    token_ids = found[0, prompt.shape[1] :].tolist()
-    return _Answer(seconds, len(token_ids), len(token_ids), token_ids)
-
-
 def first_token_seconds() -> float:
     """From the start of a process to its first token."""
     started_s = time.perf_counter()
@@ -85,33 +62,29 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     student, causal, drafter = (fewstep.load(name, device="cpu") for name in ("gsm-student", "gsm-ar", "gsm-draft"))
-    takers: dict[str, Callable[[Any], Timed]] = {
+    takers: dict[str, Any] = {
         "student, plain float32": partial(student.generate, engine="off"),
         "student, engine": student.generate,
         "causal, plain": partial(causal.generate, engine="off"),
         "causal, engine": causal.generate,
-        "causal, transformers": partial(of_transformers, causal),
+        "causal, transformers": partial(generate_with_transformers, causal),
         "causal, engine, the student drafts": partial(causal.generate, decoder="speculative", draft="gsm-student"),
         "drafter, engine": drafter.generate,
     }
-    kept: dict[str, list[Any]] = {name: [] for name in takers}
-
-    def keeping(name: str, question: str) -> Timed:
-        answer = takers[name](question)
-        kept[name].append(answer)
-        return answer
-
     asked = problems_of("dev", problems)
+    answers: dict[str, list[Output]] = {name: [] for name in takers}
     timings = time_interleaved(
-        {name: partial(keeping, name) for name in takers}, [problem.question for problem in asked]
+        takers, [problem.question for problem in asked], on_answer=lambda name, answer: answers[name].append(answer)
     )
-    answers = {name: several[1:] for name, several in kept.items()}  # the first warmed up
-    ratios = {name: _ratio(timings[first], timings[second]) for name, (first, second) in RATIOS.items()}
-    same = {name: _same(answers[name], answers[_reference(name)]) for name in takers}
+    ratios = {name: timings[first].over(timings[second]) for name, (first, second) in RATIOS.items()}
+    plain = {"student": answers["student, plain float32"], "causal": answers["causal, plain"]}
+    same = {
+        name: same_answers(several, plain["student" if name.startswith("student") else "causal"])["same"]
+        for name, several in answers.items()
+    }
     solved = {
         name: sum(NUMBER.is_correct(one.text, problem.answer) for one, problem in zip(several, asked, strict=True))
         for name, several in answers.items()
-        if name != "causal, transformers"
     }
     starting_s = statistics.median(first_token_seconds() for _ in range(starts))
     for name, timing in timings.items():
@@ -127,20 +100,6 @@ def main(
             "ratios": ratios, "identical": same, "solved": solved, "first_token_seconds": starting_s,
         }  # fmt: skip
         write_figures(output, figures)
-
-
-def _reference(name: str) -> str:
-    """Whose texts it should write."""
-    return "student, plain float32" if name.startswith("student") else "causal, plain"
-
-
-def _ratio(first: Timing, second: Timing) -> float:
-    """The median over the problems."""
-    return statistics.median(one / other for one, other in zip(first.seconds, second.seconds, strict=True))
-
-
-def _same(several: list[Any], others: list[Any]) -> int:
-    return sum(one.token_ids == other.token_ids for one, other in zip(several, others, strict=True))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python recipes/draft.py STAGE                                   on a CPU or one GPU
     torchrun --nproc-per-node 4 recipes/draft.py STAGE              on four
 
-Stages, in order: `texts` (what the model itself answers, greedily), `train` (the adapter), `measure` (texts identical
-to the model's own, tokens per pass) and `bundle`. Each writes under --runs; what is there is left alone, and training
-that was interrupted resumes.
+Stages, in order: `texts` (what the model itself answers, greedily), `train` (the adapter) and `measure` (texts that
+are identical to the model's own, tokens per pass). Each writes under --runs; what is there is left alone, and training
+that was interrupted resumes. `gsm.py bundle runs/draft/gsm-draft gsm-draft --base gsm-ar` makes the bundled `gsm-draft`
+of the result.
 
 Drafts begin where others failed, so a second round pays: `texts --model runs/draft/first --name visited` tells where
 the first adapter's drafts began, and `train --begin first --store visited` goes on from there.
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
-from stages import Runs, Stage, Training, accuracy, app_of, device, worker
+from stages import Stage, Training, accuracy, app_of, device, worker
 from word_problems import MAX_ANSWER, prompt_rows
 
 from fewstep.decode.autoregressive import Autoregressive
@@ -35,26 +36,16 @@ from fewstep.measure.timing import write_figures
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
 from fewstep.models.network import Network
-from fewstep.models.rows import split_prompt_row
-from fewstep.models.text import Message
 from fewstep.train.causal_records import collect_texts, read_texts
 from fewstep.train.draft import DraftObjective, DraftSettings
-from fewstep.train.examples import numbered_training_rows
+from fewstep.train.examples import prompts_in
 from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.records import PromptRow
+from fewstep.train.samples import Samples
 from fewstep.train.trainer import Evaluate, train
 from fewstep.values import Count
 
 RUNS = Path("runs/draft")
-
-
-def prompts_in(path: Path, limit: int | None = None) -> list[str | list[Message]]:
-    """What the first rows of a file ask: their prompt, or the messages up to an assistant's last. FewstepError for a
-    row without them.
-    """
-    return [
-        split_prompt_row(row, f"{path} line {line}")[0] for line, row in islice(numbered_training_rows(path), limit)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +111,15 @@ class Adapter(Training):
             evaluate_every=min(self.steps, self.evaluate_every), save_every=self.save_every, weight_decay=0.0
         )
         assert network.adapter is not None
-        drafting = {"decoder": "self-speculative", "cycle": "two-pass", "window": self.drafts.block_size - 1}
-        evaluate = pace(self.dev_data, self.dev, **drafting) if self.dev_data else accuracy(self.dev, **drafting)
+        drafting: dict[str, Any] = {
+            "decoder": "self-speculative",
+            "cycle": "two-pass",
+            "window": self.drafts.block_size - 1,
+        }
+        evaluate: Evaluate = accuracy(self.dev, **drafting)
+        if self.dev_data is not None:
+            prompts = prompts_in(self.dev_data, self.dev)
+            evaluate = Samples(prompts, num_shown=1, batch_size=self.dev, max_new_tokens=MAX_ANSWER, **drafting)
         train(network, objective, settings, self.output, evaluate=evaluate)
 
     def network(self) -> Network:
@@ -145,20 +143,6 @@ class Adapter(Training):
             embedding = other.module.get_input_embeddings().weight[other.role.mask_token_id]
             start_from(network.adapter, other.module, embedding.detach())
         return network
-
-
-def pace(data: Path, count: int, **settings: Any) -> Evaluate:
-    """An `evaluate` callable: tokens per forward of the answers to the first rows of a file."""
-    prompts = prompts_in(data, count)
-
-    def evaluate_network(network: Network, step: int) -> dict[str, float]:
-        lm = LanguageModel(network)
-        outputs = lm.generate(prompts, batch_size=count, max_new_tokens=MAX_ANSWER, **settings)
-        tokens, passes = (sum(getattr(one, name) for one in outputs) for name in ("num_tokens", "num_forwards"))
-        print(f"sample at step {step}: {outputs[0].text!r}", flush=True)
-        return {"tokens_per_forward": tokens / passes}
-
-    return evaluate_network
 
 
 app = app_of({
@@ -199,14 +183,6 @@ def measure(
         print(figures[-1], flush=True)
         told = {"model": model, "dtype": dtype, "device": str(lm.network.device), "figures": figures}
         write_figures(output, told)
-
-
-@app.command()
-def bundle(runs: Runs = RUNS, source: str = "gsm-draft", name: str = "gsm-draft") -> None:
-    """Put the finished adapter among the models that ship with the package."""
-    import gsm  # needs pyarrow
-
-    gsm.bundle(runs / source, name, base="gsm-ar")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect, decode_with, teacher_of
 from fewstep.train.corruption import BlockCorruption
-from fewstep.train.examples import Examples
+from fewstep.train.examples import Examples, cut_after_end
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import MaskedDiffusionObjective, Objective
-from fewstep.train.records import PromptRow
 from fewstep.train.relabel import labelled, labelling_for, of_student
 from fewstep.train.trainer import train
 from fewstep.train.trajectories import TrajectoryStore, read_table
@@ -82,19 +81,6 @@ def cdlm(
         )  # fmt: skip
 
     return build
-
-
-def cut_after(examples: Examples, eos_token_id: int, mask_token_id: int | None) -> Examples:
-    """The examples whose completion has an end-of-text and no mask before it, cut there."""
-    prompts, completions = [], []
-    for i in range(len(examples)):
-        ids = examples.completion_ids[examples.completion_offsets[i] : examples.completion_offsets[i + 1]].tolist()
-        if eos_token_id in ids and mask_token_id not in (kept := ids[: ids.index(eos_token_id) + 1]):
-            prompts.append(examples.prompt_ids[examples.prompt_offsets[i] : examples.prompt_offsets[i + 1]].tolist())
-            completions.append(kept)
-    if not prompts:
-        raise FewstepError("no trajectory reaches its end-of-text, so there is no teacher text to train on")
-    return Examples.from_ids(prompts, completions)
 
 
 VARIANTS = {
@@ -168,7 +154,7 @@ class Ablation(Stage):
     @cached_property
     def teacher_text(self) -> Examples:
         """The teacher's answers as plain examples, each cut after its end-of-text."""
-        return cut_after(self.stored[0].examples, self.base.eos_token_id, self.base.role.mask_token_id)
+        return cut_after_end(self.stored[0].examples, self.base.eos_token_id, self.base.role.mask_token_id)
 
     @cached_property
     def with_own_states(self) -> TrajectoryTable:
@@ -267,12 +253,6 @@ class Ablation(Stage):
         """A preliminary student of variant 7 decodes the trajectories' prompts; the teacher labels what it visits."""
         self.trained("preliminary", ALL_THREE, OWN_SEED)
         store = TrajectoryStore(self.store)
-        rows = [
-            PromptRow(
-                one.id, one.prompt_ids.tolist(), None if one.reference_ids is None else one.reference_ids.tolist()
-            )
-            for one in store
-        ]
         student, teacher = load_network(self.runs / "preliminary"), load_network(self.teacher)
         decoder = LanguageModel(student).decoder(max_new_tokens=self.max_new_tokens, threshold=self.own_threshold)
         decoding = decode_with(
@@ -282,9 +262,9 @@ class Ablation(Stage):
         labelling = labelling_for(teacher, student, store.distribution, self.max_new_tokens)
         described = {**threshold_rule(decoder), "teacher_canvas_length": labelling.canvas_length, **of_student(student)}
         report = collect(
-            labelled(decoding, teacher, labelling), rows, self.runs / OWN_STATES, teacher=teacher_of(teacher),
-            settings=described, stop_token_ids=student.stop_token_ids, distribution=store.distribution,
-            shard_size=self.batch_size,
+            labelled(decoding, teacher, labelling), store.prompt_rows(), self.runs / OWN_STATES,
+            teacher=teacher_of(teacher), settings=described, stop_token_ids=student.stop_token_ids,
+            distribution=store.distribution, shard_size=self.batch_size,
         )  # fmt: skip
         return {name: asdict(report)[name] for name in ("num_records", "num_positions", "num_forwards")}
 

@@ -1,7 +1,7 @@
 """The ablation's table and plot, from the rows that the jobs of gsm_ablation.py left. Axis: S = seeds."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.json_files import read_json
 from fewstep.measure.contenders import figure, markdown_table
-from fewstep.measure.metrics import Interval, crossed_interval
+from fewstep.measure.metrics import crossed_interval
 from fewstep.measure.plots import plot_accuracy
-from fewstep.measure.seeds import Setting, at_speed, difference, settings_of
+from fewstep.measure.seeds import at_speed, difference, settings_of, sweep_table
 from fewstep.tasks.gsm_symbolic import problems
 
 OTHERS = ("untrained", "teacher-threshold", "teacher-steps")
@@ -22,17 +22,6 @@ HEADINGS = (
     "", "trained by", "training tokens", "solved, %", "tokens per forward", "on right answers",
     "minus variant 7, same threshold", "minus variant 7, same speed",
 )  # fmt: skip
-
-
-def points(interval: Interval, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{100 * interval.estimate:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
-
-
-def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A line may end before the last heading."""
-    rows = [dict(zip(headings, line, strict=False)) for line in lines]
-    return markdown_table(rows, {heading: figure("", heading) for heading in headings})
 
 
 def markdown(
@@ -55,17 +44,17 @@ def markdown(
             variant,
             titles[variant],
             f"{np.mean(tokens):,.0f}" if tokens else "0",
-            points(crossed_interval(one.correct_SI, clusters)),
+            crossed_interval(one.correct_SI, clusters).in_percent(),
             f"{one.tokens_per_forward_S.mean():.2f}",
-            _mean_of_known(one.tokens_per_forward_correct_S),
+            "none right" if one.tokens_per_forward_correct is None else f"{one.tokens_per_forward_correct:.2f}",
         ]
         if variant != ALL_THREE and reference is not None:
-            cells.append(points(difference(one.correct_SI, reference.correct_SI, clusters), signed=True))
+            cells.append(difference(one.correct_SI, reference.correct_SI, clusters).in_percent(signed=True))
             same_speed = at_speed(by_variant[variant], speed)
             cells.append(
                 "not reached"
                 if same_speed is None
-                else points(difference(same_speed, reference.correct_SI, clusters), signed=True)
+                else difference(same_speed, reference.correct_SI, clusters).in_percent(signed=True)
             )
         lines.append(cells)
     under_threshold = {name: settings for name, settings in by_variant.items() if name != "teacher-steps"}
@@ -73,19 +62,17 @@ def markdown(
         f"Development problems: {len(clusters)}; seeds: up to {num_seeds}; main threshold {threshold}. Intervals are "
         "95 %, over seeds and problems, clustered by template. Differences are paired by problem and seed; the last "
         f"column compares at {speed:.2f} tokens per forward, the speed of variant 7, interpolated between thresholds.",
-        table(HEADINGS, lines),
+        # A line may end before the last heading.
+        markdown_table(
+            [dict(zip(HEADINGS, line, strict=False)) for line in lines], {name: figure("", name) for name in HEADINGS}
+        ),
         "The whole sweeps: solved, % / tokens per forward.",
-        _sweeps(under_threshold, "threshold"),
-        _sweeps({"teacher-steps": by_variant["teacher-steps"]}, "steps"),
+        sweep_table(under_threshold, "threshold"),
+        sweep_table({"teacher-steps": by_variant["teacher-steps"]}, "steps"),
         "\n".join(_said_of_budget(about)),
         f"Command: `{about['command']}`, on {about['machine']['gpu'] or about['machine']['cpu']}.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _mean_of_known(values_S: np.ndarray) -> str:
-    known = values_S[~np.isnan(values_S)]
-    return f"{known.mean():.2f}" if len(known) else "none right"
 
 
 def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
@@ -109,27 +96,13 @@ def _said_of_budget(about: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _sweeps(by_variant: Mapping[str, Mapping[float, Setting]], name: str) -> str:
-    values = sorted({value for settings in by_variant.values() for value in settings})
-
-    def cell(one: Setting | None) -> str:
-        return f"{100 * one.correct_SI.mean():.1f} / {one.tokens_per_forward_S.mean():.2f}" if one else ""
-
-    lines = [[variant, *(cell(found.get(value)) for value in values)] for variant, found in by_variant.items()]
-    return table([name, *map(str, values)], lines)
-
-
 def curves(rows: Sequence[Mapping[str, Any]], clusters: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """For the plot: means over the seeds at each setting, by the variant's name."""
     titles = {row["variant"]: row["title"] for row in rows}
     series: dict[str, list[dict[str, Any]]] = {}
     for variant in [name for name in [*VARIANTS, *OTHERS] if name in titles]:
         line = series[f"{variant} {titles[variant]}" if variant in VARIANTS else titles[variant]] = []
-        for one in settings_of(rows, variant).values():
-            interval = crossed_interval(one.correct_SI, clusters)
-            ends = [max(0.0, interval.low), min(1.0, interval.high)]
-            speed = float(one.tokens_per_forward_S.mean())
-            line.append({"tokens_per_forward": speed, "accuracy": interval.estimate, "accuracy_ci95": ends})
+        line += [one.point(clusters) for one in settings_of(rows, variant).values()]
     return series
 
 

@@ -4,7 +4,6 @@ Real (unpadded) tokens a second of the trainer itself, objective by objective, a
 device's measured rate of large matrix products.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import typer
 from run_recipe import run_recipe
 from stages import BLOCK
 from task_options import Many
-from torch import bfloat16, compiler, float32, nn
+from torch import bfloat16, compiler, float32
 
 from fewstep.errors import FewstepError
 from fewstep.measure.timing import describe_machine, matmul_flops_per_second, write_figures
@@ -29,14 +28,13 @@ from fewstep.train.corruption import Corruption
 from fewstep.train.examples import Examples
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
-from fewstep.train.operations import FORMULA, LORA_FORMULA, count_work, flops_per_token
-from fewstep.train.trainer import TrainSettings, train
+from fewstep.train.operations import FORMULA
+from fewstep.train.throughput import measure_training
+from fewstep.train.trainer import TrainSettings
 from fewstep.train.trajectories import read_table
 from fewstep.train.trajectory_table import TrajectoryTable
 
 app = typer.Typer(pretty_exceptions_enable=False)
-
-BATCHES = 4  # whose work is counted
 
 Made = tuple[Network, Objective, LoRASettings | None]
 """A fresh network, the objective that it is trained on, and the adapter if only one is trained."""
@@ -49,49 +47,6 @@ class Case:
     name: str
     make: Callable[[], Made]
     shape: str | None = None
-
-
-def measure_training(case: Case, *, steps: int, rows: int, row_length: int, matmul_rate: float) -> dict[str, Any]:
-    """Train for some steps by the trainer itself; tokens per second are the median of its windows, the first (which
-    compiles) left out.
-    """
-    network, objective, lora = case.make()
-    cuda = network.device.type == "cuda"
-    every = max(1, steps // 6)
-    settings = TrainSettings(
-        max_steps=steps, rows=rows, row_length=row_length, learning_rate=1e-5, warmup_steps=1, log_every=every,
-        compiled=cuda, precision="bf16" if cuda else "no",
-    )  # fmt: skip
-    num_parameters, shape = network.num_parameters, {"rows": rows, "row_length": row_length}
-    work = count_work(objective, network.vocab_size, **shape, device=network.device, batches=BATCHES)
-    counted = work[0]
-    # Before the adapter's layers replace the plain ones: r x (in + out) for every linear layer but the head.
-    head = network.module.get_output_embeddings()
-    adapter = sum(
-        lora.rank * (layer.in_features + layer.out_features)
-        for layer in network.module.modules()
-        if lora and isinstance(layer, nn.Linear) and layer is not head
-    )
-    per_token = flops_per_token(network, work, adapter_parameters=adapter)
-    with tempfile.TemporaryDirectory() as folder:
-        done = train(network, objective, settings, Path(folder) / "model", lora=lora)
-    rates = [line["tokens_per_second"] for line in done.history if "tokens_per_second" in line]
-    tokens_per_second = statistics.median(rates[1:] or rates)
-    return {
-        "objective": case.name,
-        "shape": case.shape,
-        "parameters": num_parameters,
-        "adapter_parameters": adapter,
-        **shape,
-        "packing": counted.real_tokens / (BATCHES * rows * row_length),
-        "mean_visible_keys": counted.visible_keys / counted.real_tokens,
-        "scored_share": counted.scored / counted.real_tokens,
-        "forward_without_gradient_share": work[1].real_tokens / counted.real_tokens,
-        "real_tokens_per_second": tokens_per_second,
-        "flops_per_real_token": per_token,
-        "formula": LORA_FORMULA if lora else FORMULA,
-        "share_of_matmul_rate": per_token * tokens_per_second / matmul_rate,
-    }
 
 
 def throughput_cases(
@@ -179,7 +134,14 @@ def main(
         compiler.reset()  # each has its graphs to itself, so that none runs into the limit of recompilations
         try:
             packed = rows if case.shape is None else shape_rows
-            row = measure_training(case, steps=steps, rows=packed, row_length=row_length, matmul_rate=rate)
+            network, objective, lora = case.make()
+            settings = TrainSettings(
+                max_steps=steps, rows=packed, row_length=row_length, learning_rate=1e-5, warmup_steps=1,
+                log_every=max(1, steps // 6), compiled=place.type == "cuda",
+                precision="bf16" if place.type == "cuda" else "no",
+            )  # fmt: skip
+            row = {"objective": case.name, "shape": case.shape, **measure_training(network, objective, settings, lora)}
+            row["share_of_matmul_rate"] = row["flops_per_real_token"] * row["real_tokens_per_second"] / rate
         except (FewstepError, RuntimeError) as error:  # out of memory among them: the others are worth having
             told["failed"].append({"objective": case.name, "error": str(error)[:500]})
             print(f"{case.name} failed: {error}", flush=True)

@@ -11,7 +11,7 @@ words and repeat little, each once; the file has {"id", "prompt"} in each row.
 the file then has {"id", "messages"} in each row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -28,15 +28,13 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.json_files import write_rows_whole
 from fewstep.models.rows import split_row
-from fewstep.models.templates import render
-from fewstep.models.text import Message, decode_text, encode_plain
+from fewstep.models.text import Message, decode_text, encode_before_user
 from fewstep.train.examples import numbered_training_rows
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
 FEWEST_WORDS = 3
 MOST_REPETITION = 0.2
-_MARK = "what the user says"
 
 
 def conversations_in(path: Path, limit: int) -> Iterator[list[Message]]:
@@ -45,15 +43,6 @@ def conversations_in(path: Path, limit: int) -> Iterator[list[Message]]:
         prompt, answer = split_row(row, f"{path} line {line}")
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         yield [*asked, {"role": "assistant", "content": answer}]
-
-
-def before_a_prompt(lm: LanguageModel, said: Sequence[Message] = ()) -> list[int]:
-    """Token ids of the chat template up to where a user's next words stand. FewstepError without a template."""
-    tokenizer = lm.network.tokenizer
-    if not tokenizer.chat_template:
-        raise FewstepError(f"{lm.network.name} has no chat template, so it has not learnt what users say")
-    text = render(tokenizer, [*said, {"role": "user", "content": _MARK}])
-    return encode_plain(tokenizer, text[: text.rindex(_MARK)])
 
 
 def kept(lm: LanguageModel, outputs: Iterable[Output]) -> Iterator[tuple[int, str]]:
@@ -83,8 +72,10 @@ def main(
 ) -> None:
     """Sample prompts and write them."""
     lm = load(model, "autoregressive", dtype, device)
-    said = [[]] * count if after is None else list(conversations_in(after, count))
-    starts = [before_a_prompt(lm)] * count if after is None else [before_a_prompt(lm, one) for one in said]
+    said = [[]] if after is None else list(conversations_in(after, count))
+    starts = [encode_before_user(lm.network.tokenizer, one) for one in said]
+    if after is None:
+        starts *= count
     sampling = Sampling(temperature=temperature, top_p=top_p)
     requests = [
         Request(prompt_ids=start, max_new_tokens=max_tokens, seed=seed + i, sampling=sampling)

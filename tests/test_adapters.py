@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fewstep.errors import FewstepError
@@ -88,6 +89,24 @@ def test_an_adapter_alone_computes_what_peft_computes_with_the_role_of_its_base(
     with torch.no_grad():
         for module in (network.module, stock):
             torch.testing.assert_close(module(IDS).logits[0], expected_QV, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_in_float64_weights_are_the_exact_sums_rounded_once(tmp_path: Path) -> None:
+    """So that they do not depend on the order in which a machine adds up."""
+    write_adapter(tmp_path, lora(lora_alpha=3))
+    base = dict(load_network(tmp_path / "base", dtype="float32", device="cpu").module.named_parameters())
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    merged = load_network(tmp_path / "adapter", dtype="bfloat16", device="cpu", merged_in=torch.float64)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    changed = 0
+    for name, weight in merged.module.named_parameters():
+        a, b = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight") for side in "AB")
+        expected = base[name].double()
+        if a is not None and b is not None:
+            expected = expected + settings["lora_alpha"] / settings["r"] * (b.double() @ a.double())
+            changed += 1
+        assert torch.equal(weight, expected.bfloat16()), name
+    assert changed > 0
 
 
 def edited(folder: Path, **changes: Any) -> Path:

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_rows, write_rows_whole
+from fewstep.measure import conversations
+from fewstep.measure.conversations import Conversation, hold
 from fewstep.models.load import save_network
 from fewstep.models.network import Network
 from fewstep.models.tiny import tiny_network
@@ -199,14 +201,14 @@ def test_a_lossless_decoder_agrees_and_the_report_has_a_row_for_everybody(
 
 
 def test_the_second_turn_follows_the_baselines_answer_or_the_own_one(chat: ModuleType) -> None:
-    conversations = [chat.Conversation(id=row["id"], category="math", turns=tuple(row["turns"])) for row in ROWS]
+    several = [Conversation(id=row["id"], category="math", turns=tuple(row["turns"])) for row in ROWS]
     plain, other = (LanguageModel(network(seed)) for seed in (0, 1))
     settings = {"max_new_tokens": 12}
-    baseline = chat.hold(plain, conversations, settings)
-    followed, own = (chat.hold(other, conversations, settings, history=history) for history in (baseline.answers, None))
+    baseline = hold(plain, several, settings)
+    followed, own = (hold(other, several, settings, history=history) for history in (baseline.answers, None))
     assert followed.prompts == baseline.prompts
     assert own.prompts != baseline.prompts
-    for conversation in conversations:
+    for conversation in several:
         first, second = conversation.keys
         question, reply, _ = own.prompts[second]
         assert reply == {"role": "assistant", "content": own.answers[first]["text"]}
@@ -232,7 +234,9 @@ def test_conversations_are_held_once_and_those_of_others_are_refused(
     assert first["rows"][1]["groups"]["stem"]["batch_1"] is None  # the conversation that was timed is no "stem"
     (tmp_path / "conversations" / "jacobi.json").unlink()
     held = []
-    monkeypatch.setattr(chat, "hold", lambda *given, hold=chat.hold, **more: held.append(given) or hold(*given, **more))
+    monkeypatch.setattr(
+        conversations, "hold", lambda *given, hold=hold, **more: held.append(given) or hold(*given, **more)
+    )
     again = report_of(chat, toys, tmp_path, timed=1)
     assert len(held) == 1
     assert again["rows"][1]["groups"]["all"]["agreement"] == first["rows"][1]["groups"]["all"]["agreement"]

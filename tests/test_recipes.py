@@ -19,11 +19,13 @@ from fewstep.errors import FewstepError
 from fewstep.json_files import write_json_whole
 from fewstep.measure.evaluate import Record, Report, evaluate
 from fewstep.measure.reports import merge_reports, report_columns, with_no_fewer_passes
+from fewstep.models.adapters import write_share
 from fewstep.models.load import load_network, save_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.tiny import tiny_network
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.examples import Examples, cut_after_end
 from fewstep.train.records import PromptRow
 
 CANVAS = 16
@@ -187,9 +189,9 @@ def test_the_ablation_makes_every_row_with_equal_tokens_and_a_report(
     assert (results / "ablation.svg").exists()
 
 
-def test_teacher_text_ends_with_its_end_of_text_and_holds_no_mask(ablation: ModuleType) -> None:
-    examples = ablation.Examples.from_ids([[3], [4], [5]], [[7, 1, 9], [7, 8, 9], [7, 2, 1]])
-    kept = ablation.cut_after(examples, eos_token_id=1, mask_token_id=2)
+def test_teacher_text_ends_with_its_end_of_text_and_holds_no_mask() -> None:
+    examples = Examples.from_ids([[3], [4], [5]], [[7, 1, 9], [7, 8, 9], [7, 2, 1]])
+    kept = cut_after_end(examples, eos_token_id=1, mask_token_id=2)
     assert kept.prompt_ids.tolist() == [3]
     assert kept.completion_ids.tolist() == [7, 1]
 
@@ -358,10 +360,24 @@ def test_decoders_that_verify_are_lossless_on_a_bundled_model(tmp_path: Path) ->
     assert (wrong["same"], wrong["n"], wrong["tokens_per_forward"]) == (1, 2, 2.0)
 
 
+def test_the_contenders_of_the_cpu_engine_write_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = importlib.import_module("cpu_engine")
+    monkeypatch.setattr(recipe, "first_token_seconds", lambda: 1.0)
+    recipe.main(problems=1, starts=1, output=tmp_path / "cpu.json")
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    causal = {name: count for name, count in found["identical"].items() if not name.startswith("student, engine")}
+    assert set(causal.values()) == {1}
+    assert found["timings"].keys() == found["identical"].keys() == found["solved"].keys()
+    assert found["solved"]["causal, transformers"] == found["solved"]["causal, plain"]
+    assert found["ratios"].keys() == recipe.RATIOS.keys()
+    assert "causal: transformers / engine" in capsys.readouterr().out
+
+
 def test_a_share_of_an_adapter_scales_what_it_adds(tmp_path: Path) -> None:
-    cllm = importlib.import_module("cllm")
     source = BUNDLED / "gsm-cllm"
-    cllm.write_share(source, tmp_path / "half", 0.5)
+    write_share(source, tmp_path / "half", 0.5)
     config = json.loads((tmp_path / "half" / "adapter_config.json").read_text())
     write_json_whole(tmp_path / "half" / "adapter_config.json", {**config, "base_model_name_or_path": "gsm-ar"})
     base, half, whole = (load_network(name).module.state_dict() for name in ("gsm-ar", tmp_path / "half", source))

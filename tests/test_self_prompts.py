@@ -12,6 +12,7 @@ import self_prompts
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models.load import save_network
+from fewstep.models.text import encode_before_user
 from fewstep.models.tiny import tiny_network
 
 RECIPE = self_prompts.__file__
@@ -19,13 +20,13 @@ RECIPE = self_prompts.__file__
 
 def test_a_sample_begins_where_the_user_speaks() -> None:
     lm = LanguageModel(tiny_network("autoregressive"))
-    start = self_prompts.before_a_prompt(lm)
+    start = encode_before_user(lm.network.tokenizer)
     whole = lm.encode("what is 1+1?")
     assert 0 < len(start) < len(whole)
     assert whole[: len(start)] == start
     lm.network.tokenizer.chat_template = None
     with pytest.raises(FewstepError, match="no chat template"):
-        self_prompts.before_a_prompt(lm)
+        encode_before_user(lm.network.tokenizer)
 
 
 def test_whole_prompts_of_some_words_that_repeat_little_are_kept_once() -> None:
@@ -66,10 +67,10 @@ def test_users_go_on_with_conversations(tmp_path: Path) -> None:
     network = tiny_network("autoregressive", max_positions=512)
     save_network(network, tmp_path / "chat")
     said = [{"role": "user", "content": "what is 1+1?"}, {"role": "assistant", "content": "it is 2"}]
-    start = self_prompts.before_a_prompt(LanguageModel(network), said)
+    start = encode_before_user(network.tokenizer, said)
     whole = LanguageModel(network).encode([*said, {"role": "user", "content": "and 2+2?"}])
     assert whole[: len(start)] == start
-    assert len(start) > len(self_prompts.before_a_prompt(LanguageModel(network)))
+    assert len(start) > len(encode_before_user(network.tokenizer))
     asked = [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(39)]
     rows = [{"messages": said}, *asked, {"prompt": "left out", "completion": "by --count"}]
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,13 +1,15 @@
 """How similar the answers of two decoders or models are, token by token; this does not say which are better."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from statistics import fmean
 from typing import Any
 
 from fewstep.decode.requests import Output
+from fewstep.errors import FewstepError
 from fewstep.measure.metrics import Interval, wilson_interval
+from fewstep.models.network import Network
 
 Tokens = Sequence[int]
 
@@ -33,6 +35,16 @@ class Agreement:
             "common_prefix": self.common_prefix,
             "similarity": self.similarity,
         }
+
+
+def check_same_tokens(networks: Mapping[str, Network]) -> None:
+    """FewstepError naming the first network whose tokens are not those of the first of all: neither the same, nor some
+    of them, nor the same and more.
+    """
+    (first, ours), *others = ((name, network.tokenizer.get_vocab().items()) for name, network in networks.items())
+    for name, theirs in others:
+        if not (theirs <= ours or ours <= theirs):
+            raise FewstepError(f"{name} has other tokens than {first}; agreement compares token by token")
 
 
 def same_answers(outputs: Sequence[Output], expected: Sequence[Output]) -> dict[str, Any]:

@@ -5,21 +5,29 @@ No judge is here: health and agreement with a baseline say what changed, not whi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from fewstep.decode.health import measure_health
 from fewstep.engine.language_model import LanguageModel
+from fewstep.engine.made_by import answers_made_by
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_rows
 from fewstep.measure.agreement import measure_agreement
+from fewstep.measure.contenders import Contender
+from fewstep.measure.jobs import Job, results, spread
 from fewstep.measure.timing import Timing
 from fewstep.models.text import Message
 
 KEPT = ("text", "token_ids", "num_tokens", "num_forwards", "num_draft_forwards", "finish_reason")
 """What is kept of an answer."""
 EVERYTHING, TURNS = "all", ("turn 1", "turn 2")
+
+History = Literal["baseline", "own"]
+"""Whose first answer the second turn follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,43 @@ def hold(
         answers |= {key: {name: getattr(one, name) for name in KEPT} for key, one in zip(asked, outputs, strict=True)}
         prompts |= asked
     return Held(prompts, answers)
+
+
+def hold_all(
+    contenders: Sequence[Contender],
+    models: Mapping[str, LanguageModel],
+    conversations: Sequence[Conversation],
+    folder: Path,
+    *,
+    history: History,
+    batch_size: int = 32,
+) -> dict[str, dict[str, Any]] | None:
+    """What everybody was asked and answered, by name as the fields of `Held`; the baseline is the first contender.
+
+    It is kept in `folder`, one file for each contender: a rerun does what is missing. The jobs are shared by the
+    visible GPUs, and None is returned in a process that only works, see `spread`. FewstepError for kept conversations
+    of other weights, settings or prompts, or if a contender failed.
+    """
+    jobs: list[Job] = []
+    baseline = contenders[0].name
+
+    def run(one: Contender, needs: tuple[str, ...]) -> dict[str, Any]:
+        said = results(jobs[:1], folder)[baseline]["answers"] if needs else None
+        return vars(hold(models[one.name], conversations, one.settings, history=said, batch_size=batch_size))
+
+    for one in contenders:
+        needs = (baseline,) if history == "baseline" and one.name != baseline else ()
+        made_by = {
+            **answers_made_by(models[one.name], [], **one.settings),
+            "conversations": sha256(repr(conversations).encode()).hexdigest(),
+            "batch_size": batch_size,
+            "follows": baseline if needs else "itself",
+        }
+        jobs.append(Job(name=one.name, made_by=made_by, run=partial(run, one, needs), needs=needs))
+    found = spread(jobs, folder)
+    if found is not None and (failed := [one.name for one in contenders if one.name not in found]):
+        raise FewstepError(f"{', '.join(failed)} held no conversations; {folder}/NAME.failed says why")
+    return found
 
 
 def groups_of(conversations: Sequence[Conversation]) -> dict[str, list[str]]:

@@ -24,6 +24,11 @@ class Interval:
     low: float
     high: float
 
+    def in_percent(self, *, signed: bool = False) -> str:
+        """As tables have it: `93.1 (92.0 to 94.1)`."""
+        sign = "+" if signed else ""
+        return f"{100 * self.estimate:{sign}.1f} ({100 * self.low:{sign}.1f} to {100 * self.high:{sign}.1f})"
+
 
 def wilson_interval(num_right: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """The share `num_right` / `n` with Wilson's score interval (1927); for n = 0 the share is NaN and the interval is

@@ -2,13 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from fewstep.measure.contenders import markdown_table
 from fewstep.measure.metrics import Interval, crossed_interval
 
 
@@ -19,6 +20,21 @@ class Setting:
     tokens_per_forward_S: np.ndarray
     tokens_per_forward_correct_S: np.ndarray
     correct_SI: np.ndarray
+
+    @property
+    def tokens_per_forward_correct(self) -> float | None:
+        """The mean over the seeds that solved a problem; None if no seed did."""
+        known = self.tokens_per_forward_correct_S[~np.isnan(self.tokens_per_forward_correct_S)]
+        return float(known.mean()) if len(known) else None
+
+    def point(self, clusters: Sequence[int]) -> dict[str, Any]:
+        """For a plot: means over the seeds, with the interval of the accuracy."""
+        interval = crossed_interval(self.correct_SI, clusters)
+        return {
+            "tokens_per_forward": float(self.tokens_per_forward_S.mean()),
+            "accuracy": interval.estimate,
+            "accuracy_ci95": [max(0.0, interval.low), min(1.0, interval.high)],
+        }
 
 
 def settings_of(rows: Sequence[Mapping[str, Any]], variant: str) -> dict[float, Setting]:
@@ -58,6 +74,23 @@ def at_speed(settings: Mapping[float, Setting], tokens_per_forward: float) -> np
         else:
             return None
     return np.stack(rows)
+
+
+def sweep_table(by_variant: Mapping[str, Mapping[float, Setting]], name: str) -> str:
+    """A line for each variant, a column for each of its settings, which `name` says what they are: the share solved in
+    per cent, and tokens per forward.
+    """
+    values = sorted({value for settings in by_variant.values() for value in settings})
+
+    def cell(value: float) -> Callable[[Mapping[str, Any]], str]:
+        def text(row: Mapping[str, Any]) -> str:
+            one: Setting | None = row["settings"].get(value)
+            return f"{100 * one.correct_SI.mean():.1f} / {one.tokens_per_forward_S.mean():.2f}" if one else ""
+
+        return text
+
+    rows = [{"variant": variant, "settings": settings} for variant, settings in by_variant.items()]
+    return markdown_table(rows, {name: lambda row: row["variant"], **{str(value): cell(value) for value in values}})
 
 
 def difference(first_SI: np.ndarray, second_SI: np.ndarray, clusters: Sequence[int]) -> Interval:

@@ -54,6 +54,10 @@ class Timing:
             return None
         return Timing(*([of[i] for i in indices] for of in (self.seconds, self.num_forwards, self.num_tokens)))  # type: ignore[arg-type]
 
+    def over(self, other: "Timing") -> float:
+        """How many times as long it took as the other: the median over the problems, which both had in one order."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
     @property
     def seconds_median(self) -> float:
         return statistics.median(self.seconds)
@@ -122,12 +126,14 @@ def time_interleaved(
     prompts: Sequence[Any],
     *,
     progress: Callable[[], None] | None = None,
+    on_answer: Callable[[str, Any], None] | None = None,
     warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Let every contender answer every prompt, one prompt after another; the first to go changes with the prompt.
 
     Before that each answers the first prompt once unmeasured, unless `warm_up` is off. `progress` is called after each
-    prompt. A prompt is whatever the contenders take.
+    prompt, and `on_answer` with the contender's name and each answer that is timed. A prompt is whatever the contenders
+    take.
     """
     if not prompts or not contenders:
         raise FewstepError("there is nothing to time: give at least one prompt and one model")
@@ -138,7 +144,10 @@ def time_interleaved(
     for index, prompt in enumerate(prompts):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            timings[name].add(contenders[name](prompt))
+            answer = contenders[name](prompt)
+            timings[name].add(answer)
+            if on_answer is not None:
+                on_answer(name, answer)
         if progress is not None:
             progress()
     return timings

@@ -1,5 +1,6 @@
 """PEFT adapters: what their description may ask for, and merging them into their base."""
 
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fewstep.errors import FewstepError
+from fewstep.files import write_folder_whole
+from fewstep.json_files import write_json_whole
 from fewstep.models.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object, reading
 
 MERGEABLE = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA")
@@ -71,7 +74,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """The base, in float32, with the adapter in its weights; FewstepError if the two do not fit each other.
+    """The base, in its numbers, with the adapter in its weights; FewstepError if the two do not fit each other.
 
     Embeddings take the adapter's size, where tokens were added for it. Tied embeddings come apart where the adapter
     changes one of the two.
@@ -104,6 +107,21 @@ def merge(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     if getattr(merged.config, "tie_word_embeddings", False) and not _is_tied(merged):
         _mark_untied(merged)
     return merged.requires_grad_(True)  # PEFT froze the base; what is merged can be trained like any model
+
+
+def write_share(adapter: Path, target: Path, share: float) -> None:
+    """A copy of a LoRA's folder that adds only a share of it to the base: its alpha is what scales it.
+
+    Between the base and the fully trained weights (weight-space interpolation, arXiv 2109.01903) accuracy is traded for
+    what was trained. Logs and checkpoints of its training are left out. FewstepError for a folder without an adapter.
+    """
+    if not (adapter / ADAPTER_CONFIG).exists():
+        raise FewstepError(f"{adapter} is no adapter, so there is no part of it; train one instead of all weights")
+    with write_folder_whole(target, overwrite=True) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("logs", "checkpoints"))
+        settings = read_object(folder / ADAPTER_CONFIG)
+        settings["lora_alpha"] *= share
+        write_json_whole(folder / ADAPTER_CONFIG, settings)
 
 
 def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:

@@ -103,13 +103,14 @@ def load_network(
     dtype: str = "auto",
     device: str = "auto",
     block_size: int | None = None,
+    merged_in: torch.dtype = torch.float32,
 ) -> Network:
     """Load a bundled name, a folder (plain or PEFT adapter, which is merged) or a hub id; FewstepError if it cannot be.
 
     `role` and `block_size` override what the checkpoint says. `dtype="auto"` is bfloat16 on a GPU and float32 on a CPU;
     `device="auto"` is the GPU if there is one. Tensors go from the files straight to the device, one after the other
-    (an adapter is merged in host memory first); a folder that does not fit is refused before any is read. What an
-    adapter's folder does not hold (config.json with the role, the tokenizer) is its base's.
+    (an adapter is merged in host memory first, in the numbers `merged_in`); a folder that does not fit is refused
+    before any is read. What an adapter's folder does not hold (config.json with the role, the tokenizer) is its base's.
     """
     weights_dtype, target = place_named(dtype, device)
     folders = open_checkpoint(name)
@@ -123,7 +124,7 @@ def load_network(
     tokenizer = load_tokenizer(holding(folders, *VOCABULARIES))
     gated = getattr(config, GATED, None)
     weights = folders if gated is None else _base_of_gated(folders, spec, role)
-    module = _load_module(weights, weights_dtype, target)
+    module = _load_module(weights, weights_dtype, target, merged_in)
     set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     if role is not None:
         spec = spec.playing(role)
@@ -237,15 +238,16 @@ def place_named(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
     return DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32), target
 
 
-def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device, merged_in: torch.dtype) -> PreTrainedModel:
     folder, *base = folders
     if base:
         if (folder / CONFIG).exists() and read_object(folder / CONFIG).get(GATED) is not None:
             raise FewstepError(
                 f"{folder} is a gated adapter, which cannot be the base of another: its gate would be lost"
             )
-        # Merged in float32 in host memory and then cast, so that the merged weights are rounded once.
-        return merge(folder, _load_module(tuple(base), torch.float32, torch.device("cpu"))).to(device, dtype)
+        # Merged in host memory and then cast, so that the merged weights are rounded once.
+        host = torch.device("cpu")
+        return merge(folder, _load_module(tuple(base), merged_in, host, merged_in)).to(device, dtype)
     config = read_config(folder)
     _check_sizes(folder, config, dtype, device)
     check_generation_config(folder)

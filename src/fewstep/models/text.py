@@ -49,6 +49,17 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
 
+def encode_before_user(tokenizer: PreTrainedTokenizerBase, said: Sequence[Message] = ()) -> list[int]:
+    """Token ids of the chat template, after what was `said`, up to where a user's next words stand. FewstepError
+    without a template.
+    """
+    if not tokenizer.chat_template:
+        raise FewstepError("there is no chat template, so the model has not learnt what users say")
+    words = "what the user says"
+    text = render(tokenizer, [*said, {"role": "user", "content": words}])
+    return encode_plain(tokenizer, text[: text.rindex(words)])
+
+
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: set[int | None]) -> list[int]:
     """With what the tokenizer adds before the text, unless it is there, and without the ends that it adds behind."""
     plain, full = encode_plain(tokenizer, text), tokenizer.encode(text)

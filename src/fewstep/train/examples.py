@@ -6,6 +6,7 @@ Rows are JSONL or Parquet with `prompt`/`completion`, `messages` or `text` (the 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
 from fewstep.json_files import numbered_rows
-from fewstep.models.rows import split_row
-from fewstep.models.text import encode_completion, encode_prompt
+from fewstep.models.rows import split_prompt_row, split_row
+from fewstep.models.text import Message, encode_completion, encode_prompt
 
 
 def ragged(sequences: Sequence[Sequence[int]], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +178,27 @@ def _exceeds(ids: Sequence[int], limit: int | None) -> bool:
 def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
     begin = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
+
+
+def cut_after_end(examples: Examples, eos_token_id: int, mask_token_id: int | None) -> Examples:
+    """The examples whose completion has an end-of-text and no mask before it, cut there. FewstepError if none has."""
+    prompts, completions = [], []
+    for i in range(len(examples)):
+        ids = examples.completion_ids[examples.completion_offsets[i] : examples.completion_offsets[i + 1]].tolist()
+        if eos_token_id in ids and mask_token_id not in (kept := ids[: ids.index(eos_token_id) + 1]):
+            prompts.append(examples.prompt_ids[examples.prompt_offsets[i] : examples.prompt_offsets[i + 1]].tolist())
+            completions.append(kept)
+    if not prompts:
+        raise FewstepError("no trajectory reaches its end-of-text, so there is no teacher text to train on")
+    return Examples.from_ids(prompts, completions)
+
+
+def prompts_in(path: Path, limit: int | None = None) -> list[str | list[Message]]:
+    """What the first rows of a file ask: their prompt, or the messages up to an assistant's last. FewstepError for a
+    row without them.
+    """
+    rows = islice(numbered_training_rows(path), limit)
+    return [split_prompt_row(row, f"{path} line {line}")[0] for line, row in rows]
 
 
 def numbered_training_rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:

@@ -34,6 +34,7 @@ from fewstep.models.load import network_hash
 from fewstep.models.network import Network
 from fewstep.train.examples import Examples
 from fewstep.train.records import (
+    PromptRow,
     RecordShards,
     RecordStore,
     check_range,
@@ -306,6 +307,15 @@ class TrajectoryStore(RecordStore[TrajectoryShards]):
             arrays = self._load([index], [facts], num_threads=1)
             for record in range(len(arrays)):
                 yield arrays[record]
+
+    def prompt_rows(self) -> list[PromptRow]:
+        """What was decoded, to be decoded again."""
+        return [
+            PromptRow(
+                one.id, one.prompt_ids.tolist(), None if one.reference_ids is None else one.reference_ids.tolist()
+            )
+            for one in self
+        ]
 
     def load(self, *, num_threads: int | None = None) -> TrajectoryArrays:
         """All records in flat arrays, shards read in parallel. FewstepError for a damaged shard."""
