@@ -10,7 +10,7 @@ from pathlib import Path
 from fewstep.cli.decoding import SHARED, with_options
 from fewstep.cli.option_names import option_name
 from fewstep.decode.declarations import Declared, declared_settings
-from fewstep.decode.registry import DECODERS, POLICIES, Entry
+from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, Entry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "decoders.md"
 
@@ -31,6 +31,7 @@ def tables() -> dict[str, list[str]]:
         "settings of all decoders": table({"": declared_settings(SHARED)}, first=None),
         "settings of decoders": table(declared_by(DECODERS), first="decoder"),
         "settings of policies": table(declared_by(POLICIES), first="policy"),
+        "settings of roles": table(declared_by(GENERATORS), first="role"),
     }
 
 

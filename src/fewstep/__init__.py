@@ -1,7 +1,7 @@
 """fewstep: language models that decode in a few passes per block.
 
-`load` and `LanguageModel` are imported on first use: torch and transformers take seconds, and `fewstep --help` needs
-neither.
+`load`, `LanguageModel` and `EmbeddingModel` are imported on first use: torch and transformers take seconds, and
+`fewstep --help` needs neither.
 """
 
 import os
@@ -9,10 +9,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep.engine.embedding import EmbeddingModel
     from fewstep.engine.language_model import LanguageModel, load
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "__version__", "load"]
+__all__ = ["EmbeddingModel", "LanguageModel", "__version__", "load"]
 
 # OpenMP's threads spin while they wait for each other, which takes the cores from those they wait for when the machine
 # is busy. OpenMP reads its environment when torch is loaded, so this is said before; what a user has set stands.
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from fewstep.engine import language_model
 
         return getattr(language_model, name)
+    if name == "EmbeddingModel":
+        from fewstep.engine.embedding import EmbeddingModel
+
+        return EmbeddingModel
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from fewstep.cli.option_names import option_name
 from fewstep.cli.sources import Touches
 from fewstep.cli.spelling import spelt_in
 from fewstep.decode.declarations import Declared, declared_settings
-from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, setting_names
+from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, check_registered, declarers, setting_names
 from fewstep.values import parts_of, plain_type
 
 SHARED = "fewstep.engine.settings:GenerationSettings"
@@ -55,7 +55,7 @@ class InfillingOptions(DecodingOptions):
 
 
 def declared_everywhere(decoders: Iterable[str] | None = None) -> dict[str, dict[str, Declared]]:
-    """Setting -> what declares it (a decoder, "policy NAME", or "" for what holds for all), and how.
+    """Setting -> what declares it (a decoder, "policy NAME", "role NAME", or "" for what holds for all), and how.
 
     `decoders`: of which alone; by default all of them.
     """
@@ -63,7 +63,8 @@ def declared_everywhere(decoders: Iterable[str] | None = None) -> dict[str, dict
     found = {name: {"": declared} for name, declared in declared_settings(SHARED).items()}
     for name in setting_names():
         of_policies = {f"policy {owner}": declared for owner, declared in declarers(name, POLICIES).items()}
-        if of_all := declarers(name, entries) | of_policies:
+        of_generators = {f"role {owner}": declared for owner, declared in declarers(name, GENERATORS).items()}
+        if of_all := declarers(name, entries) | of_policies | of_generators:
             found[name] = of_all
     return found
 
@@ -113,7 +114,8 @@ def described(name: str, found: Mapping[str, Declared]) -> str:
 
 
 def _listed(owners: Iterable[str]) -> str:
-    """Decoders and policies, as a list."""
+    """Decoders, roles without one, and policies, as a list."""
+    owners = list(owners)
     decoders = [owner for owner in owners if not owner.startswith("policy ")]
     policies = [owner.removeprefix("policy ") for owner in owners if owner.startswith("policy ")]
     kind = "policies" if len(policies) > 1 else "policy"

@@ -97,7 +97,7 @@ def evaluate(
                 drawn = plot_accuracy({model.model: figures, **beside}, plot_stem(plot), title=title)
                 note(f"drawn: {', '.join(map(str, drawn))}")
             print_figures(figures)
-            if (why_plain := lm.choice(**settings).note) is not None:
+            if lm.role.embedding_space is None and (why_plain := lm.choice(**settings).note) is not None:
                 note(f"engine off: {why_plain}")
             promised = lm.network.calibration
             if promised is not None and any(report.calibration for report in reports):

@@ -212,21 +212,19 @@ def summary(lm: "LanguageModel", outputs: "Sequence[Output | Answer]", settings:
     `settings` are those that were given; beside them stand those that took effect. No `steps`: one per token, or as few
     as the threshold finds.
     """
-    from fewstep.decode.decoder import threshold_rule
-
-    decoder, choice = lm.decoder(**settings), lm.choice(**settings)
+    manner = lm.manner(**settings)
     num_tokens = sum(output.num_tokens for output in outputs)
     num_forwards = sum(output.num_forwards for output in outputs)
     return {
         "model": lm.network.name,
         "role": lm.role.name,
-        "decoder": decoder.name,
-        **threshold_rule(decoder),
+        "decoder": manner.decoder,
+        **manner.rule,
         "steps": settings.get("steps"),
         "settings": settings,
-        "engine": choice.engine,
-        "engine_note": choice.note,
-        "dtype": choice.dtype,
+        "engine": manner.engine,
+        "engine_note": manner.note,
+        "dtype": manner.dtype,
         "device": str(lm.network.device),
         "n": len(outputs),
         "num_tokens": num_tokens,

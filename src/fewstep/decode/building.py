@@ -13,7 +13,7 @@ from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.own_policies import as_policy
 from fewstep.decode.policies import Policy
-from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, registered
+from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, check_registered, declarers, registered
 from fewstep.decode.resources import Resources
 from fewstep.errors import FewstepError
 from fewstep.models.roles import Role
@@ -110,7 +110,7 @@ def build_decoder(name: str, resources: Resources, given: Mapping[str, Any]) -> 
     owner, own = registered(name, DECODERS), declared_settings(DECODERS[name])
     for setting in given:
         if setting not in own and not ("policy" in own and setting in _policy_settings(owner)):
-            raise FewstepError(f"the {name} decoder takes no {setting}; only {_takers(setting)} can")
+            raise FewstepError(f"the {name} decoder takes no {setting}; only {takers(setting)} can")
     arguments = {own[setting].field: value for setting, value in given.items() if setting in own}
     if "policy" in own:
         of_policy = {setting: value for setting, value in given.items() if setting not in own}
@@ -136,14 +136,15 @@ def _policy_settings(decoder: Any) -> set[str]:
     }
 
 
-def _takers(setting: str) -> str:
-    """The decoders that take the setting, as a list in a sentence."""
-    return _listed([
+def takers(setting: str) -> str:
+    """The decoders and the generators that take the setting, as a list in a sentence."""
+    decoders = [
         name
         for name, entry in DECODERS.items()
         if setting in (own := declared_settings(entry))
         or ("policy" in own and setting in _policy_settings(registered(name, DECODERS)))
-    ])  # fmt: skip
+    ]
+    return _listed(decoders or [f"a model of the role {role}" for role in declarers(setting, GENERATORS)])
 
 
 def _listed(names: Sequence[str]) -> str:

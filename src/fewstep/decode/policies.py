@@ -40,7 +40,11 @@ _AnyOrder = Annotated[
     "at random).",
     Details(aliases=("remasking",)),
 ]
-_Steps = Annotated[Count | None, "Passes in total over the canvas.", Details(default="one per token")]
+_Steps = Annotated[
+    Count | None,
+    "Passes in total over the canvas.",
+    Details(aliases=("num_inference_steps",), default="one per token"),
+]
 
 
 class Policy(Protocol):

@@ -1,4 +1,5 @@
-"""The decoders and the policies, by the names under which users know them: the only list of each.
+"""The decoders, the policies, and what answers without a decoder, by the names under which users know them: the only
+list of each.
 
 A line names a class, or for a policy also a function, and where it is; a class or function itself will do as well. What
 it may be told, on the command line and in Python, is read from its declaration: see `declarations`.
@@ -36,6 +37,11 @@ POLICIES: dict[str, Entry] = {
     "dream": "fewstep.decode.policies:DreamSchedule",
 }
 
+GENERATORS: dict[str, Entry] = {
+    "embedding": "fewstep.decode.embedding:EmbeddingSampling",
+}
+"""The settings of what answers without a decoder, by the role of its networks."""
+
 
 def registered(name: str, entries: Mapping[str, Entry]) -> Any:
     """The class or function of this name, loaded."""
@@ -59,6 +65,6 @@ def declarers(name: str, entries: Mapping[str, Entry]) -> dict[str, Declared]:
 
 
 def setting_names() -> dict[str, tuple[str, ...]]:
-    """Every setting that some decoder or policy declares, by decoder, then by policy -> its other names."""
-    entries = [*DECODERS.values(), *POLICIES.values()]
+    """Every setting that some decoder, policy or generator declares, in this order -> its other names."""
+    entries = [*DECODERS.values(), *POLICIES.values(), *GENERATORS.values()]
     return {name: declared.details.aliases for entry in entries for name, declared in declared_settings(entry).items()}

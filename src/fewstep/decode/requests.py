@@ -75,7 +75,8 @@ class Event:
     """A token that became final. `position` counts from the end of the context; `step` is the number of the pass, from
     1.
 
-    `text` is set by `LanguageModel`.
+    `text` is set by `LanguageModel`. Not `final`: the token may change; a `Stream` tells of such tokens where a model
+    makes whole texts, and no generator does among its events.
     """
 
     position: int
@@ -83,6 +84,7 @@ class Event:
     step: int
     confidence: float
     text: str = ""
+    final: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from fewstep.decode.admission import check_request
 from fewstep.decode.requests import Output
 from fewstep.decode.state import State
 from fewstep.engine.language_model import LanguageModel, Prompt
@@ -60,10 +59,10 @@ def check_prompts(
     """FewstepError with the name of the first prompt that the model cannot answer with these settings, before any is
     answered.
     """
-    decoder, chosen = lm.decoder(**settings), GenerationSettings.of(**settings)
+    check, chosen = lm.checker(**settings), GenerationSettings.of(**settings)
     for prompt, name in zip(prompts, names, strict=True):
         try:
-            check_request(lm.network, decoder, chosen.request(lm.encode(prompt, raw=raw)))
+            check(chosen.request(lm.encode(prompt, raw=raw)))
         except FewstepError as error:
             raise FewstepError(f"{name}: {error}") from None
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 from fewstep.decode.decoder import Decoder
+from fewstep.decode.embedding import EmbeddingSampler
 from fewstep.decode.generator import Generator, answer, rounds
 from fewstep.decode.loop import Listener, Loop
 from fewstep.decode.requests import Event, Output, Record, Request
 from fewstep.engine.choice import Choice, EngineSetting
+from fewstep.engine.embedding import Samplers
 from fewstep.engine.loops import Loops
+from fewstep.engine.manner import Manner, Telling
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network
@@ -78,7 +81,8 @@ class GeneratorFor(Protocol):
 class LanguageModel:
     """A network with its tokenizer, and what generates with it: text in, text out.
 
-    By default that is the loop, with the decoder that the network's role says unless a setting names another.
+    By default that is the loop, with the decoder that the network's role says unless a setting names another; for a
+    network in embedding space it is the sampler.
 
     Settings are those of `GenerationSettings`, by keyword; FewstepError for one that is unknown or that the decoder
     does not take.
@@ -86,7 +90,9 @@ class LanguageModel:
 
     def __init__(self, network: Network, generator_for: GeneratorFor | None = None) -> None:
         self.network = network
-        self._generator_for = generator_for or Loops(network)
+        self._generator_for = generator_for or (
+            Loops(network) if network.role.embedding_space is None else Samplers(network)
+        )
         self._kept: Generator | None = None
 
     def __repr__(self) -> str:
@@ -115,6 +121,22 @@ class LanguageModel:
         so. FewstepError if its generator runs no decoder.
         """
         return self._loops.choice(GenerationSettings.of(**settings))
+
+    def manner(self, **settings: Any) -> Manner:
+        """How it answers with these settings, as reports tell it. FewstepError if its generator does not tell."""
+        return self._telling.manner(GenerationSettings.of(**settings))
+
+    def checker(self, **settings: Any) -> Callable[[Request], object]:
+        """What raises FewstepError for a request that cannot be answered with these settings. FewstepError as
+        `manner`.
+        """
+        return self._telling.checker(GenerationSettings.of(**settings))
+
+    @property
+    def _telling(self) -> Telling:
+        if not isinstance(self._generator_for, Telling):
+            raise FewstepError(f"{self.network.name} answers without a decoder")
+        return self._generator_for
 
     def loop(self, decoder: Decoder, engine: EngineSetting = "auto", **options: Any) -> Loop:
         """A loop of its own for requests to come, which runs this decoder by the engine; `options` as for `Loop`.
@@ -258,7 +280,7 @@ class LanguageModel:
         if "alg" in settings or settings.get("policy") == "dream":
             raise FewstepError("infilling takes no alg, whose schedule is that of an empty canvas; set an order")
         chosen = GenerationSettings.of(**settings)
-        if self.role.name != "bidirectional":
+        if self.role.name not in ("bidirectional", "embedding"):
             raise FewstepError(
                 f"{self.network.name} has the role {self.role.name}, which cannot infill; load a bidirectional model"
             )
@@ -271,7 +293,10 @@ class LanguageModel:
             canvas = self._masks_in(text)
         lead_ids = [] if context_ids else canvas[: canvas.index(self._mask_token_id())]
         canvas = canvas[len(lead_ids) :]
-        request = chosen.request(context_ids or lead_ids, canvas=canvas)
+        context_ids = context_ids or lead_ids
+        if not context_ids and self.role.name == "embedding":
+            context_ids = [self._begin_token_id()]
+        request = chosen.request(context_ids, canvas=canvas)
         with self._generator(chosen, [request]) as generator:
             output = answer(generator, [request])[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
@@ -298,6 +323,11 @@ class LanguageModel:
             mask_token = self.network.tokenizer.convert_ids_to_tokens(self._mask_token_id())
             raise FewstepError(f"there is nothing to fill in: the text holds no mask token, which is {mask_token!r}")
         return ids
+
+    def _begin_token_id(self) -> int:
+        """What stands before a text without a prompt, as in training."""
+        begin = self.network.tokenizer.bos_token_id
+        return self.network.eos_token_id if begin is None else begin
 
     def _mask_token_id(self) -> int:
         assert self.role.mask_token_id is not None
@@ -332,12 +362,16 @@ class Stream:
 
     An event's `text` is that of its token alone. `answer_text()` is the text of all tokens before the first open
     position, up to an end-of-text: it only grows, so it can be printed as it comes.
+
+    A model that makes whole texts from noise changes all tokens in every pass. Before the last pass its events are not
+    `final`, and `provisional_text()` is the text as it stands.
     """
 
     def __init__(self, model: LanguageModel, chosen: GenerationSettings, request: Request) -> None:
         self.output: Output | None = None
         self._model = model
         self._answer = model.answer_text(chosen.stop)
+        self._provisional: str | None = None
         self._events = self._run(chosen, request)
 
     def __iter__(self) -> Iterator[Event]:
@@ -346,6 +380,13 @@ class Stream:
     def answer_text(self) -> str:
         """Text of the contiguous final tokens; what may change is held back until the answer is complete."""
         return self._answer.text if self.output is None else self.output.text
+
+    def provisional_text(self) -> str:
+        """The text as the last pass left it, with tokens that may still change; what `answer_text` says otherwise."""
+        return self.answer_text() if self._provisional is None or self.output is not None else self._provisional
+
+    def _with_text(self, event: Event) -> Event:
+        return replace(event, text=str(self._model.network.tokenizer.decode([event.token_id])))
 
     def _run(self, chosen: GenerationSettings, request: Request) -> Iterator[Event]:
         ahead, told = self._model.answer_text(chosen.stop), list[Event]()
@@ -357,9 +398,16 @@ class Stream:
 
         with self._model._generator(chosen, [request], batch_size=1) as generator:
             for completed in rounds(generator, [request], watch):
+                if told:
+                    self._provisional = None
                 for event in told:
                     self._answer.add(event.position, event.token_id)
-                    yield replace(event, text=str(self._model.network.tokenizer.decode([event.token_id])))
+                    yield self._with_text(event)
                 told.clear()
+                if isinstance(generator, EmbeddingSampler):
+                    for _, events in generator.provisional():
+                        ids = [event.token_id for event in events]
+                        self._provisional = decode_text(self._model.network.tokenizer, ids)
+                        yield from map(self._with_text, events)
                 for _, output in completed:
                     self.output = self._model.with_text(output, chosen.stop)

@@ -1,12 +1,14 @@
 """From settings to the loop that answers requests, with the draft or the heads that they name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fewstep.decode.decoder import Decoder
+from fewstep.decode.admission import check_request
+from fewstep.decode.decoder import Decoder, threshold_rule
 from fewstep.decode.loop import Loop, RunPass, loop_for
 from fewstep.decode.requests import Record, Request
 from fewstep.engine.choice import Choice, Engines, EngineSetting
+from fewstep.engine.manner import Manner
 from fewstep.engine.settings import GenerationSettings
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads, load_heads
@@ -41,6 +43,23 @@ class Loops:
     def choice(self, settings: GenerationSettings) -> Choice:
         """How passes are run with these settings, where nothing is recorded."""
         return self._engines.choice(self.decoder(settings), settings.engine)
+
+    def manner(self, settings: GenerationSettings) -> Manner:
+        """How a loop answers with these settings."""
+        decoder, choice = self.decoder(settings), self.choice(settings)
+        return Manner(
+            decoder=decoder.name,
+            rule=threshold_rule(decoder),
+            engine=choice.engine,
+            note=choice.note,
+            computed_in=choice.network.dtype,
+            policy=repr(decoder.policy),
+        )
+
+    def checker(self, settings: GenerationSettings) -> Callable[[Request], object]:
+        """What raises FewstepError for a request that a loop with these settings cannot answer."""
+        decoder = self.decoder(settings)
+        return lambda request: check_request(self.network, decoder, request)
 
     def with_slots(self, decoder: Decoder, engine: EngineSetting, **options: Any) -> Loop:
         """A loop for requests to come; `options` as for `Loop`."""

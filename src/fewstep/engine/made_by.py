@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from fewstep.decode.decoder import threshold_rule
+from fewstep.decode.decoder import Decoder
 from fewstep.decode.own_policies import OwnPolicy
 from fewstep.decode.policies import Policy
 from fewstep.engine.code_hash import code_hash, is_of_fewstep
@@ -42,29 +42,33 @@ def answers_made_by(
     """Everything that the answers to these prompts depend on, as a JSON object: besides `made_by` the role,
     the end tokens, the settings in effect, whatever helps to draft, and the prompts.
     """
-    decoder = lm.decoder(**settings)
+    manner = lm.manner(**settings)
     described = GenerationSettings.of(**settings).described
     chosen = {name: value for name, value in described.items() if name not in _TOLD_OTHERWISE}
     if not chosen["stop"]:
         del chosen["stop"]  # answers that were kept before there were any are the same
+    return {
+        **made_by(lm),
+        **({} if manner.computed_in == lm.network.dtype else {"computed_in": str(manner.computed_in)}),
+        "role": lm.role.to_config(),
+        "stop_token_ids": list(lm.network.stop_token_ids),
+        **chosen,
+        **manner.rule,
+        **manner.told,
+        "decoder": manner.decoder,
+        **({} if manner.policy is None else _told_by_decoder(lm.decoder(**settings))),
+        "raw": raw,
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+    }
+
+
+def _told_by_decoder(decoder: Decoder) -> dict[str, Any]:
+    """Its policy, and what helps it to draft."""
     heads = getattr(decoder, "heads", None)
     helpers = {name: weights_hash(network) for name, network in decoder.traits.companions.items()}
     if heads is not None:
         helpers["heads"] = module_hash(heads)
-    computed_in = lm.choice(**settings).network.dtype
-    return {
-        **made_by(lm),
-        **({} if computed_in == lm.network.dtype else {"computed_in": str(computed_in)}),
-        "role": lm.role.to_config(),
-        "stop_token_ids": list(lm.network.stop_token_ids),
-        **chosen,
-        **threshold_rule(decoder),
-        "decoder": decoder.name,
-        **_told_policy(decoder.policy),
-        "helpers": helpers,
-        "raw": raw,
-        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-    }
+    return {**_told_policy(decoder.policy), "helpers": helpers}
 
 
 def _told_policy(policy: Policy) -> dict[str, str]:

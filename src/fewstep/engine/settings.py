@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from fewstep.decode.building import PolicyChoice, build_decoder
+from fewstep.decode.building import PolicyChoice, build_decoder, takers
 from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
+from fewstep.decode.embedding import EmbeddingSampling
 from fewstep.decode.own_policies import OwnPolicy, as_policy, is_function
-from fewstep.decode.registry import DECODERS, POLICIES, check_registered, declarers, setting_names
+from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, check_registered, declarers, setting_names
 from fewstep.decode.requests import Request
 from fewstep.decode.resources import Resources
 from fewstep.decode.sampling import Sampling, TopK
@@ -55,7 +56,11 @@ class GenerationSettings:
     early_stop: Annotated[
         bool, "Stop at the end-of-text, or run all passes of the canvas.", Details(default="stop")
     ] = True
-    temperature: Annotated[Temperature, "Temperature of sampling; 0 takes the most probable token."] = 0.0
+    temperature: Annotated[
+        Temperature | None,
+        "Temperature of sampling; 0 takes the most probable token. In embedding space it scales the noise.",
+        Details(default="0; in embedding space 1"),
+    ] = None
     top_k: Annotated[TopK | None, "Draw from the k most probable tokens."] = None
     top_p: Annotated[float | None, "Draw from the most probable tokens that together have this probability."] = None
     seed: Annotated[Seed, "Seed of each request."] = 0
@@ -111,7 +116,7 @@ class GenerationSettings:
 
     def _fitted(self, name: str, value: Any) -> Any:
         """The value in the type that the decoder, or else some decoder or policy, declares for it."""
-        found = {**declarers(name, DECODERS), **declarers(name, POLICIES)}
+        found = {**declarers(name, DECODERS), **declarers(name, POLICIES), **declarers(name, GENERATORS)}
         if not found:
             raise FewstepError(f"unknown setting {name!r}; {suggestion(name, setting_names())}")
         declared = found.get(self.decoder or "") or next(iter(found.values()))
@@ -119,7 +124,7 @@ class GenerationSettings:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return Sampling(temperature=self.temperature or 0.0, top_k=self.top_k, top_p=self.top_p)
 
     @property
     def sets_policy(self) -> bool:
@@ -133,6 +138,7 @@ class GenerationSettings:
         were set. What the engine changes is told by the numbers in which it computes.
         """
         shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("own", "engine")}
+        shared["temperature"] = self.sampling.temperature
         rule = self.own.get("policy")
         policy = {} if rule is None else {"policy": rule if isinstance(rule, str) else repr(as_policy(rule))}
         return {**_ALWAYS_TOLD, **shared, **self.own, **policy}
@@ -144,6 +150,8 @@ class GenerationSettings:
         samples. Where windows are set as well it is `jacobi` all the same, which then says that it cannot sample.
         FewstepError if a setting is not one of that decoder's.
         """
+        if role.name == "embedding":
+            raise FewstepError("a model in embedding space makes whole texts from noise, without a decoder")
         found = Resources(role=role, greedy=self.sampling.greedy, canvas_length=self.max_new_tokens, **resources)
         windows = not self.own.keys().isdisjoint(declared_settings(DECODERS["jacobi"]))
         if self.decoder is not None:
@@ -157,6 +165,20 @@ class GenerationSettings:
         decoder = build_decoder(name, found, self.own)
         check_settings(decoder, self.request([]))
         return decoder
+
+    def embedding_sampling(self) -> EmbeddingSampling:
+        """How a network in embedding space answers. FewstepError if a setting is not one of its generator's."""
+        if self.decoder is not None:
+            raise FewstepError(
+                f"a model in embedding space makes whole texts from noise, without a decoder; leave out {self.decoder}"
+            )
+        own = declared_settings(GENERATORS["embedding"])
+        for name in self.own:
+            if name not in own:
+                raise FewstepError(f"a model in embedding space takes no {name}; only {takers(name)} can")
+        if self.sampling.filtered:
+            raise FewstepError("a model in embedding space draws no tokens: leave out top_k and top_p")
+        return EmbeddingSampling(**{own[name].field: value for name, value in self.own.items()})
 
     def request(self, prompt_ids: list[int], *, canvas: list[int] | None = None) -> Request:
         """What a request with these settings asks for; its policy is the decoder's."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fewstep.decode.decoder import Decoder, threshold_rule
 from fewstep.engine.answers import Answer, answer_all, check_prompts
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.made_by import made_by
@@ -159,7 +158,7 @@ def evaluate(
     cannot take one, before any is answered.
     """
     check_problems(model, problems, **settings)
-    decoder, choice = model.decoder(**settings), model.choice(**settings)
+    manner = model.manner(**settings)
     if warm_up and any(kept is None or kept.get(str(index)) is None for index in range(len(problems))):
         _warm_up(model, problems[0], settings)
     answered = answer_all(
@@ -173,20 +172,20 @@ def evaluate(
     return Report(
         model=model.network.name,
         role=model.role.name,
-        decoder=decoder.name,
-        engine=choice.engine,
+        decoder=manner.decoder,
+        engine=manner.engine,
         task=task,
-        **threshold_rule(decoder),
+        **manner.rule,
         steps=settings.get("steps"),
         batch_size=batch_size,
-        dtype=choice.dtype,
+        dtype=manner.dtype,
         device=str(model.network.device),
         records=[_record(problem, answer, metric) for problem, answer in zip(problems, answered.answers, strict=True)],
         wall_seconds=answered.wall_seconds,
         step_ms=answered.step_ms,
         num_kept=answered.num_kept,
-        calibration=_calibration(model, decoder, settings),
-        policy=repr(decoder.policy) if GenerationSettings.of(**settings).sets_policy else None,
+        calibration=_calibration(model, manner.rule, settings),
+        policy=manner.policy if GenerationSettings.of(**settings).sets_policy else None,
         metric=metric.name,
     )
 
@@ -245,12 +244,12 @@ def _decoder_settings(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("task", "metric", "batch_size", "progress")}
 
 
-def _calibration(model: LanguageModel, decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _calibration(model: LanguageModel, rule: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the checkpoint promises, unless its weights are others now, or are decoded otherwise."""
     promised = model.network.calibration
     if promised is None or settings.keys() - {"threshold", "gaps", "max_new_tokens", "engine"}:
         return None
-    decoded = {"max_new_tokens": GenerationSettings.max_new_tokens, **settings, **threshold_rule(decoder)}
+    decoded = {"max_new_tokens": GenerationSettings.max_new_tokens, **settings, **rule}
     told = asdict(promised)
     same = all(told[name] == decoded[name] for name in ("threshold", "gaps", "max_new_tokens"))
     return told if same and promised.weights == made_by(model)["weights"] else None

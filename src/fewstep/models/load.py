@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,11 @@ from fewstep.models.checkpoint_files import (
     read_object,
     reading,
 )
+from fewstep.models.denoiser import PART, attach
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import local_folder
 from fewstep.models.network import Network
-from fewstep.models.roles import Role, RoleName
+from fewstep.models.roles import EMBEDDING_SPACE, Role, RoleName
 from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -125,9 +128,10 @@ def load_network(
     gated = getattr(config, GATED, None)
     weights = folders if gated is None else _base_of_gated(folders, spec, role)
     module = _load_module(weights, weights_dtype, target, merged_in)
-    set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
-    if role is not None:
+    if role not in (None, spec.name):
         spec = spec.playing(role)
+    _load_conditioning(module, spec, folders)
+    set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
     network = Network(module, spec, tokenizer, name=str(name))
@@ -251,7 +255,8 @@ def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device, mer
     config = read_config(folder)
     _check_sizes(folder, config, dtype, device)
     check_generation_config(folder)
-    with reading(f"the network in {folder} ({CONFIG} and weights)"):
+    is_noised = hasattr(config, EMBEDDING_SPACE)
+    with reading(f"the network in {folder} ({CONFIG} and weights)"), _without_report(is_noised):
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -264,12 +269,50 @@ def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device, mer
             device_map={"": device} if is_accelerate_available() else None,
         )
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report[kind]:
-                key = sorted(map(str, report[kind]))[0]
+            wrong = [key for key in map(str, report[kind]) if not (is_noised and key.startswith(f"{PART}."))]
+            if wrong:
+                key = sorted(wrong)[0]
                 raise FewstepError(
                     f"the weights in {folder} do not fit its config.json: {kind.replace('_', ' ')}, first {key}"
                 )
         return module.to(device)
+
+
+@contextmanager
+def _without_report(is_noised: bool) -> Iterator[None]:
+    """Keep transformers from telling that the class has no place for the conditioning, which gets its own."""
+    level = transformers_logging.get_verbosity()
+    if is_noised:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _load_conditioning(module: PreTrainedModel, role: Role, folders: Folders) -> None:
+    """The part of a module in embedding space, from the same files; in another role the module goes without.
+
+    FewstepError if the files hold another part than the config describes.
+    """
+    if role.embedding_space is None:
+        vars(module.config).pop(EMBEDDING_SPACE, None)
+        return
+    assert role.mask_token_id is not None
+    part = attach(module, role.embedding_space, role.mask_token_id)
+    folder, wanted = folders[-1], part.state_dict()
+    places = {
+        place.name.removeprefix(f"{PART}."): place for place in read_places(folder) if place.name.startswith(PART)
+    }
+    different = sorted(wanted.keys() ^ places.keys()) or sorted(
+        name for name, place in places.items() if tuple(wanted[name].shape) != place.shape
+    )
+    if different:
+        raise FewstepError(
+            f"the weights in {folder} do not fit its config.json: missing, left over or of another shape, first "
+            f"{PART}.{different[0]}"
+        )
+    part.load_state_dict({name: place.read() for name, place in places.items()})
 
 
 def _check_sizes(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import LongRope, adjust_logits, examine, within_sliding_window
 from fewstep.models.cache import KVCache
+from fewstep.models.denoiser import attach
 from fewstep.models.masks import added_to_scores, cached_mask, show_tree
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.vocabulary import ids_without_token, token_ids
@@ -116,6 +117,10 @@ class Network:
         self.never_drawn = torch.tensor(sorted(masked.union(without_token)), dtype=torch.long, device=self.device)
         self.most_recorded = self.vocab_size - (len(self.never_drawn) if without_token else 0)
         self.end_of_tokens = 1 + max(set(range(self.vocab_size)).difference(without_token), default=-1)
+        if role.embedding_space is not None:
+            assert role.mask_token_id is not None
+            part = attach(module, role.embedding_space, role.mask_token_id)
+            part.rule_out(self.never_drawn, self.vocab_size)
 
     def _check(self) -> None:
         """FewstepError for special tokens without a row, and for what is defined for causal attention alone in another

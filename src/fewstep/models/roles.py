@@ -16,9 +16,10 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.models.embedding_space import EmbeddingSpace
 from fewstep.values import MOST_INTEGER, Count, check_fields, fitted
 
-RoleName = Literal["autoregressive", "bidirectional", "block_causal"]
+RoleName = Literal["autoregressive", "bidirectional", "block_causal", "embedding"]
 ContextAttention = Literal["bidirectional", "block_causal", "causal"]
 
 Gaps = Annotated[int, Ge(0), Le(MOST_INTEGER)]
@@ -38,7 +39,8 @@ class Role:
     token t. A causal network's rows always score the next token. `threshold` and `gaps`, of a block-causal student: the
     probability from which its tokens are finalised, and how many less probable positions of a block they may leave
     before them (None: any), both chosen on development data. `jacobi_window`, of a causal network
-    trained on its Jacobi trajectories (CLLM): tokens of the windows that it is decoded in.
+    trained on its Jacobi trajectories (CLLM): tokens of the windows that it is decoded in. `embedding_space`, of the
+    role embedding: what its canvas is noised with. Its context never sees the canvas.
     """
 
     name: RoleName
@@ -49,6 +51,7 @@ class Role:
     threshold: float = 0.9
     gaps: Gaps | None = None
     jacobi_window: Count | None = None
+    embedding_space: EmbeddingSpace | None = None
 
     def __post_init__(self) -> None:
         fitted(self.name, RoleName, "role")
@@ -64,6 +67,11 @@ class Role:
             raise FewstepError(
                 f"jacobi_window counts tokens of an autoregressive network's windows, got {self.jacobi_window} for the "
                 f"role {self.name}"
+            )
+        if (self.name == "embedding") != (self.embedding_space is not None):
+            raise FewstepError(
+                "the role embedding, and no other, has an embedding_space, which its training decides; make such a "
+                "model with fewstep train embedding"
             )
         if self.name != "autoregressive" and self.mask_token_id is None:
             raise FewstepError(
@@ -91,19 +99,21 @@ class Role:
             return torch.broadcast_tensors(positions, context_length)[0]
         in_context = positions < context_length
         response = positions - context_length
-        if self.name == "bidirectional":
+        if self.name in ("bidirectional", "embedding"):
             within_response = torch.zeros_like(response)
         else:
             within_response = response.div(self.block_size, rounding_mode="floor")
         match self.context_attention:
             case "bidirectional":
-                return torch.where(in_context, 0, within_response + (self.name == "block_causal"))
+                return torch.where(in_context, 0, within_response + (self.name != "bidirectional"))
             case "causal":
                 return torch.where(in_context, positions, context_length + within_response)
             case "block_causal":
                 absolute = positions.div(self.block_size, rounding_mode="floor")
                 if self.name == "block_causal":
                     return absolute.expand_as(response)
+                if self.name == "embedding":
+                    return torch.where(in_context, absolute, context_length)
                 return torch.minimum(absolute, context_length.div(self.block_size, rounding_mode="floor"))
 
     def first_block_start(self, context_length: _Length) -> _Length:
@@ -126,6 +136,7 @@ class Role:
             "right_shift_logits": self.right_shift_logits,
             "context_attention": self.context_attention,
             "is_causal": self.name == "autoregressive",
+            **({} if self.embedding_space is None else {EMBEDDING_SPACE: self.embedding_space.to_config()}),
         }
 
     def decoding_config(self) -> dict[str, Any]:
@@ -140,6 +151,7 @@ class Role:
             name=name,
             gaps=self.gaps if name == "block_causal" else None,
             jacobi_window=self.jacobi_window if name == "autoregressive" else None,
+            embedding_space=self.embedding_space if name == "embedding" else None,
         )
 
     @classmethod
@@ -149,8 +161,12 @@ class Role:
         A key that is null counts as absent. FewstepError naming one whose value is of another type than the field.
         """
         given = {name: value for name in CONFIG_KEYS if (value := getattr(config, name, None)) is not None}
+        if EMBEDDING_SPACE in given:
+            given[EMBEDDING_SPACE] = EmbeddingSpace.from_config(given[EMBEDDING_SPACE])
         return cls(name=given.pop("role", "autoregressive"), **given)
 
+
+EMBEDDING_SPACE = "embedding_space"
 
 CONFIG_KEYS = (
     "role",
@@ -161,5 +177,6 @@ CONFIG_KEYS = (
     "threshold",
     "gaps",
     "jacobi_window",
+    EMBEDDING_SPACE,
 )
 """Under which a config.json holds what a Role is made from."""

@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fewstep.models.denoiser import conditioning_of
+from fewstep.models.embedding_model import to_embedding_space
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role, RoleName
 
@@ -47,7 +49,10 @@ def tiny_network(
     head_scale: float = 1.0,
     seed: int = 0,
 ) -> Network:
-    """A random Llama in float32. `head_scale` sharpens its distributions: 1 is nearly uniform, 50 is confident."""
+    """A random Llama in float32. `head_scale` sharpens its distributions: 1 is nearly uniform, 50 is confident.
+
+    In the role `embedding` its conditioning is random too, where a fresh one would have no effect.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = LlamaForCausalLM(
@@ -70,10 +75,20 @@ def tiny_network(
         module.get_output_embeddings().weight.mul_(head_scale)
     mask_token_id = None if role == "autoregressive" else 2
     spec = Role(
-        name=role,
+        name="bidirectional" if role == "embedding" else role,
         block_size=block_size,
         mask_token_id=mask_token_id,
         right_shift_logits=right_shift_logits,
         context_attention=context_attention,
     )
-    return Network(module, spec, tiny_tokenizer(vocab_size), name=f"tiny-{role}")
+    network = Network(module, spec, tiny_tokenizer(vocab_size), name=f"tiny-{role}")
+    return network if role != "embedding" else _in_embedding_space(network, seed)
+
+
+def _in_embedding_space(network: Network, seed: int) -> Network:
+    network = to_embedding_space(network, self_conditioned=True, most_steps=32, guided=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in conditioning_of(network.module).parameters():
+            parameter.normal_(0, 0.2 / network.module.config.hidden_size**0.5, generator=generator)
+    return network
