@@ -61,7 +61,8 @@ def test_rows_are_written_to_their_slots_before_they_are_read(part: bool) -> Non
     if not part:
         keys, values = keys[:2], values[:2]
     seen = mask(R, Q, 80)
-    found = attend_cached(q, new_k, new_v, seen, 0.1, keys, values, slots, requests, 80)
+    read_next = rows(300, H * E) if part else None
+    found = attend_cached(q, new_k, new_v, seen, 0.1, keys, values, slots, requests, 80, read_next)
     wanted = expected(q, after_k[which, :, :80], after_v[which, :, :80], seen)
     torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
     assert torch.equal(keys, after_k[: len(keys)])
@@ -80,3 +81,11 @@ def test_captured_passes_give_the_tokens_of_the_plain_path(name: str, batch_size
             assert (output.token_ids, output.num_forwards) == (other.token_ids, other.num_forwards)
         assert isinstance(lm._kept, CapturedLoop)
         lm._kept.compile_passes()
+
+
+def test_a_model_in_float8_runs_in_the_engine() -> None:
+    lm = load("gsm-student", device="cuda", dtype="bfloat16", quantize="fp8")
+    assert lm.choice().engine == "cuda"
+    outputs = lm.generate(QUESTIONS, max_new_tokens=64, batch_size=1)
+    plain = lm.generate(QUESTIONS, max_new_tokens=64, batch_size=1, engine="off")
+    assert sum(one.token_ids == other.token_ids for one, other in zip(outputs, plain, strict=True)) >= 2

@@ -69,7 +69,9 @@ def _forward(
     if cache is None:
         return attend(query, key, value, attention_mask, scale), None
     rest = cache.keys, cache.values, cache.slots_RQ, cache.requests_r, cache.length
-    return attend_cached(query, key, value, attention_mask, scale, *rest), None
+    # What comes after attention in most families; where it has another name, nothing is fetched.
+    read_next = getattr(getattr(module, "o_proj", None), "weight", None)
+    return attend_cached(query, key, value, attention_mask, scale, *rest, read_next), None
 
 
 AttentionInterface.register(SPLIT_ATTENTION, _forward)
@@ -105,19 +107,22 @@ def attend_cached(
     slots: Tensor,
     requests: Tensor | None,
     length: int,
+    read_next: Tensor | None = None,
 ) -> Tensor:
     """As `attend`, to the first `length` slots of a cache into which the rows' own keys and values are written before.
 
-    `new_keys` and `new_values` [R, heads, Q, E]; the others as in `LayerCache`.
+    `new_keys` and `new_values` [R, heads, Q, E]; the others as in `LayerCache`. `read_next`: the weights of the product
+    that comes next. Attention hardly reads the memory, so they are fetched meanwhile, into the cache of the GPU.
     """
     if _has_kernel(queries):
         _kernels().write_rows(new_keys, new_values, keys, values, slots, requests)
-        return _kernels().split_attention(queries, keys[:, :, :length], values[:, :, :length], mask, scale, requests)
+        seen = keys[:, :, :length], values[:, :, :length]
+        return _kernels().split_attention(queries, *seen, mask, scale, requests, read_next)
     rows = torch.arange(len(slots), device=slots.device) if requests is None else requests
     for kept, new in ((keys, new_keys), (values, new_values)):
         kept.transpose(1, 2)[rows[:, None], slots] = new.transpose(1, 2)
-    seen = [kept[:, :, :length] if requests is None else kept[rows, :, :length] for kept in (keys, values)]
-    return attend(queries, *seen, mask, scale)
+    read = [kept[:, :, :length] if requests is None else kept[rows, :, :length] for kept in (keys, values)]
+    return attend(queries, *read, mask, scale)
 
 
 @attend.register_fake

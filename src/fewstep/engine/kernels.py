@@ -14,6 +14,10 @@ _KEYS = 64
 _MOST_ROWS = 64
 """Rows of a program: heads of a group times rows of the forward, of which there may be more programs."""
 
+_WARPS = 4
+_LINE = 128
+"""Bytes that are fetched at once."""
+
 
 def write_rows(
     new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, slots: Tensor, requests: Tensor | None
@@ -27,8 +31,15 @@ def write_rows(
 
 
 def split_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, requests: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    requests: Tensor | None,
+    read_next: Tensor | None = None,
 ) -> Tensor:
+    """As `attention.attend`. `read_next`: weights that are fetched meanwhile, since attention leaves the memory idle."""
     R, H, Q, E = queries.shape
     num_heads, K = keys.shape[1], keys.shape[2]
     group = H // num_heads
@@ -42,12 +53,14 @@ def split_attention(
     block_width = triton.next_power_of_2(E)
     partial = queries.new_empty((splits, R, H, Q, E), dtype=torch.float32) if splits > 1 else out
     weights = queries.new_empty((2, splits, R, H, Q), dtype=torch.float32)
+    num_lines = 0 if read_next is None else read_next.numel() * read_next.element_size() // _LINE
     _attend_split[(R * num_heads, tiles, splits)](
         queries, keys, values, mask, mask if requests is None else requests, partial, weights, out, scale,
         *queries.stride(), *keys.stride(), *values.stride(), mask.stride(0), mask.stride(2), mask.stride(3),
-        R, H, Q, K, E,
+        R, H, Q, K, E, mask if read_next is None else read_next, num_lines,
         GROUP=group, PER_SPLIT=per_split, BLOCK_ROWS=block_rows, BLOCK_KEYS=_KEYS, BLOCK_WIDTH=block_width,
-        SPLITS=splits, IS_PART=requests is not None, num_warps=4, num_stages=2,
+        SPLITS=splits, IS_PART=requests is not None, LINES=32 * _WARPS, LINE=_LINE, FETCHES=num_lines > 0,
+        num_warps=_WARPS, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _put_together[(R * H, Q)](
@@ -81,9 +94,10 @@ def _attend_split(
     queries, keys, values, mask, requests, partial, weights, out, scale,
     q_request, q_head, q_row, q_place, k_request, k_head, k_slot, k_place, v_request, v_head, v_slot, v_place,
     m_request, m_row, m_slot,
-    R, H, Q, K, E,
+    R, H, Q, K, E, read_next, num_lines,
     GROUP: tl.constexpr, PER_SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+    FETCHES: tl.constexpr,
 ):  # fmt: skip
     """One tile of a key head's rows against one part of its slots; with one part the result, else its numerator,
     largest score and denominator.
@@ -102,25 +116,40 @@ def _attend_split(
     best = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     found = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+    slot = split * PER_SPLIT + tl.arange(0, BLOCK_KEYS)
+    m_at = mask + request * m_request + row[:, None] * m_row + slot[None] * m_slot
+    added = tl.load(m_at, mask=is_row[:, None] & (slot < K)[None], other=float("-inf")).to(tl.float32)
+    if FETCHES:
+        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * SPLITS + split
+        num_programs = tl.num_programs(0) * tl.num_programs(1) * SPLITS
+        for first in range(program * LINES, num_lines, num_programs * LINES):
+            line = tl.minimum(first + tl.arange(0, LINES), num_lines - 1)
+            at = read_next.to(tl.int64) + line.to(tl.int64) * LINE
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
     for start in range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, K), BLOCK_KEYS):
         slot = start + tl.arange(0, BLOCK_KEYS)
-        seen = is_row[:, None] & (slot < K)[None]
-        m_at = request * m_request + row[:, None] * m_row + slot[None] * m_slot
-        added = tl.load(mask + m_at, mask=seen, other=float("-inf")).to(tl.float32)
+        # Whether the next slots are seen is asked before these are read, since each answer takes a while to come.
+        later = slot + BLOCK_KEYS
+        m_at += BLOCK_KEYS * m_slot
+        is_later = is_row[:, None] & (later < tl.minimum(split * PER_SPLIT + PER_SPLIT, K))[None]
+        next_added = tl.load(m_at, mask=is_later, other=float("-inf")).to(tl.float32)
         if tl.max(tl.max(added, 1), 0) > float("-inf"):
             inside = (slot < K)[:, None] & (place < E)[None]
             k_at = kept * k_request + key_head * k_head + slot[:, None] * k_slot + place[None] * k_place
             k = tl.load(keys + k_at, mask=inside, other=0.0)
+            v_at = kept * v_request + key_head * v_head + slot[:, None] * v_slot + place[None] * v_place
+            v = tl.load(values + v_at, mask=inside, other=0.0)
             scores = tl.dot(q, tl.trans(k)) * scale + added
             higher = tl.maximum(best, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             shares = tl.exp(scores - base[:, None])
             rescaled = tl.exp(best - base)
-            v_at = kept * v_request + key_head * v_head + slot[:, None] * v_slot + place[None] * v_place
-            v = tl.load(values + v_at, mask=inside, other=0.0)
             found = found * rescaled[:, None] + tl.dot(shares.to(v.dtype), v)
             total = total * rescaled + tl.sum(shares, 1)
             best = higher
+        added = next_added
     written = is_row[:, None] & (place < E)[None]
     if SPLITS == 1:
         o_at = ((request * Q + row[:, None]) * H + head[:, None]) * E + place[None]

@@ -131,6 +131,12 @@ class FusedNetwork(Network):
         return mask.masked_fill((is_nobodys_RQ[:, :, None] & later_K)[:, None], float("-inf"))
 
 
+_TOLERANCE = {"torch.float32": 1e-3, "fp8": 0.4}
+"""How far fused layers' rows may be from the stock ones. Numbers of float8 have three bits, and one that is rounded
+otherwise changes all layers after it; rows that have nothing to do with each other are 1.4 apart.
+"""
+
+
 def fused(network: Network) -> FusedNetwork:
     """FewstepError, with the reason, for a network that cannot be run so: its rows come out otherwise."""
     try:
@@ -139,7 +145,7 @@ def fused(network: Network) -> FusedNetwork:
     except Exception as error:  # code of any class, called in a way that it may not know
         reason = " ".join(str(error).split())[:160]
         raise FewstepError(f"the layers of {network.name} cannot be fused ({reason})") from error
-    if not found <= (1e-3 if network.dtype == torch.float32 else 0.1):
+    if not found <= _TOLERANCE.get(network.quantized or str(network.dtype), 0.1):
         raise FewstepError(f"the layers of {network.name} compute something else when they are fused")
     return made
 
