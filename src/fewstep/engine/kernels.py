@@ -39,7 +39,7 @@ def split_attention(
     requests: Tensor | None,
     read_next: Tensor | None = None,
 ) -> Tensor:
-    """As `attention.attend`. `read_next`: weights that are fetched meanwhile, since attention leaves the memory idle."""
+    """As `attention.attend`. `read_next`: weights to fetch meanwhile, since attention leaves the memory idle."""
     R, H, Q, E = queries.shape
     num_heads, K = keys.shape[1], keys.shape[2]
     group = H // num_heads
