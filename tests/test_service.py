@@ -730,10 +730,15 @@ def test_a_policy_that_fails_by_its_settings_fails_its_own_request_alone() -> No
     def rule(confidence: Any, column: float = 0.0) -> Any:
         return confidence >= confidence.gather(1, column.long())  # type: ignore[attr-defined]
 
+    def reading(confidence: Any, most: float = 1.0) -> Any:
+        return confidence >= confidence.topk(int(most)).values[:, -1:]  # of two requests there are two numbers
+
     async def program(service: Service) -> None:
         whole = await service.submit("what is 2+2?", policy=rule, column=1, max_new_tokens=40, early_stop=False)
         with pytest.raises(FewstepError, match=r"the policy .* fails with these settings \(\w+: .*out of bounds"):
             await service.submit("what is 2+2?", policy=rule, column=99, max_new_tokens=12)
+        with pytest.raises(FewstepError, match=r"the policy .* fails with these settings"):
+            await service.submit("what is 2+2?", policy=reading, most=3, max_new_tokens=12)
         assert (await whole.output()).num_tokens > 0
         assert service.statistics().requests.get("failed", 0) == 0
         nothing_is_left(service)

@@ -264,15 +264,15 @@ def as_policy(rule: Any, settings: Mapping[str, Any] | None = None) -> Policy:
 
 
 def check_runs(policy: Policy, block_size: int, vocab_size: int, device: torch.device) -> None:
-    """FewstepError if a policy from elsewhere fails on an invented block of one request, by its own settings.
+    """FewstepError if a policy from elsewhere fails on an invented block of two requests with its settings.
 
     Many requests share a pass, and one whose policy fails there would fail all of them. The block is on the CPU, so
     that a position that is not there ends nothing but this; a policy with tensors on the device is not tried.
     """
     if type(policy) in BUILT_IN:
         return
-    masked_RB = torch.ones((1, block_size), dtype=torch.bool)
-    logits_RBV = torch.arange(vocab_size).sin().expand(1, block_size, -1)
+    masked_RB = torch.ones((2, block_size), dtype=torch.bool)
+    logits_RBV = torch.arange(vocab_size).sin().expand(2, block_size, -1)
     tokens_RB = logits_RBV.argmax(-1)
     nothing = PreviousPass(torch.full_like(tokens_RB, NEVER), torch.zeros(masked_RB.shape))
     facts = PassFacts(
@@ -282,7 +282,7 @@ def check_runs(policy: Policy, block_size: int, vocab_size: int, device: torch.d
         confidence=confidence(logits_RBV, tokens_RB),
         logits=logits_RBV,
         # A paced policy is given the steps left: one.
-        numbers=torch.ones((1, 1), dtype=torch.long) if policy.paced else torch.tensor([policy.numbers]).float(),
+        numbers=torch.ones((2, 1), dtype=torch.long) if policy.paced else torch.tensor([policy.numbers] * 2).float(),
         previous=nothing,
         settled=None,
         noise=lambda: torch.full(masked_RB.shape, 0.5),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -57,14 +57,6 @@ class Answer:
     @property
     def num_tokens(self) -> int:
         return sum(output.num_tokens for output in self.outputs)
-
-
-@runtime_checkable
-class Compiling(Protocol):
-    """A generator that can compile its passes."""
-
-    def compile_passes(self) -> None:
-        """Compile what has run so far, which takes seconds; from then on it is faster."""
 
 
 @dataclass
@@ -157,9 +149,10 @@ class Variant:
             before, started_s = _allocated(self.device), time.perf_counter()
         for index in range(max(warm_up, len(self.batches))):
             answered(self.batches[index % len(self.batches)])
-        generator: object = self._generator
-        if isinstance(generator, Compiling):
-            generator.compile_passes()
+        # Of a loop that compiles what has run so far: it takes seconds, and from then on passes are faster.
+        compile_passes = getattr(self._generator, "compile_passes", None)
+        if compile_passes is not None:
+            compile_passes()
             answered(self.batches[0])
         self.warm_up_seconds = time.perf_counter() - started_s
         self.peak_memory_bytes = self._peak_since(before)
