@@ -37,6 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     networks = {
         "student": tiny_network("block_causal", head_scale=30.0, max_positions=1024),
         "endless": tiny_network("autoregressive", head_scale=30.0, max_positions=100_000),
+        "embedding": tiny_network("embedding", head_scale=30.0),
         "plain": tiny_network("autoregressive", head_scale=30.0),
     }
     with torch.no_grad():
@@ -241,6 +242,27 @@ def test_settled_text_and_tokens_ahead_are_drawn_with_masks_between_them() -> No
     assert forming.add(event(1, 1, 2)) == "b"
     assert forming.drawn().plain == "ab░░░c░"
     assert (forming.num_tokens, forming.num_settled, forming.num_forwards) == (3, 2, 2)
+
+
+def test_tokens_that_may_change_are_drawn_grey_as_the_last_pass_left_them() -> None:
+    lm = LanguageModel(tiny_network("embedding"))
+    forming = Forming(lm, block_size=1, max_new_tokens=8)
+    for step, text in ((1, "axc"), (2, "ab")):
+        for position, letter in enumerate(text):
+            forming.add(Event(position, 10, step, 0.5, letter, final=False))
+    assert forming.drawn().plain == "ab"
+    assert {span.style for span in forming.drawn().spans} == {"bright_black"}
+    assert (forming.num_tokens, forming.num_forwards) == (0, 2)
+
+
+def test_a_model_in_embedding_space_answers(chat: Chat, models: dict[str, str]) -> None:
+    result, report = chat("what?", "/set steps 2", "/set", "and now?", "/stats", model="embedding")
+    lm = fewstep.load(models["embedding"])
+    first = lm.generate(asked("what?"), max_new_tokens=12)
+    assert result.code == 0
+    assert report["turns"][0]["answer"] == first.text
+    assert report["turns"][1]["num_forwards"] == 2
+    assert "decoder is " in result.err
 
 
 def test_text_cannot_steer_the_terminal() -> None:

@@ -52,7 +52,7 @@ def chat(
     settings = decoding.given() | ({"stop": tuple(stop)} if stop else {})
     with _loading(model.model):
         lm = model.load_model()
-    lm.decoder(**settings)
+    lm.manner(**settings)  # tells at once what is wrong with a setting
     bundled = is_bundled(model.model)
     conversation = conversation_with(lm, system=system, remembers=remember, bundled=bundled)
     network = lm.network
@@ -153,8 +153,8 @@ class Session:
             room = f"the {self._lm.network.max_positions} positions of {self._lm.network.name}"
             note(f"The first {num_left_out} turns no longer fit into {room}, and are not told to it.")
         self._num_left_out = num_left_out
-        decoder = self._lm.decoder(**settings)
-        forming = Forming(self._lm, block_size=getattr(decoder, "block_size", 1), max_new_tokens=num_new)
+        block_size = self._lm.manner(**settings).rule.get("block_size") or 1
+        forming = Forming(self._lm, block_size=block_size, max_new_tokens=num_new)
         stream, started_s = self._lm.stream(prompt, **settings), time.perf_counter()
         with nullcontext() if interrupts is None else interrupts.during_answer(), _shown(forming) as show:
             for event in stream:
@@ -212,15 +212,13 @@ class Session:
 
     def _change(self, settings: dict[str, Any]) -> None:
         """FewstepError, with the settings as they were, for those that this model does not take."""
-        self._lm.decoder(**settings)
+        self._lm.manner(**settings)
         self._settings = settings
 
     def _note_settings(self) -> None:
-        from fewstep.decode.decoder import threshold_rule
-
-        decoder = self._lm.decoder(**self._settings)
-        effective = {"decoder": decoder.name, **threshold_rule(decoder), **self._settings}
-        for name, value in effective.items():
+        manner = self._lm.manner(**self._settings)
+        own = {name: value for name, value in manner.rule.items() if value is not None}
+        for name, value in {"decoder": manner.decoder, **own, **self._settings}.items():
             note(f"{name} is {value}" + ("" if name in self._settings else " (the model's own)"))
 
     def _save(self, rest: str, _: Interrupts | None) -> None:
@@ -262,7 +260,7 @@ class Session:
 
     def _stats(self, _: str, __: Interrupts | None) -> None:
         report = self.report()
-        note(f"{report['model']}, {report['role']}, decoder {self._lm.decoder(**self._settings).name}")
+        note(f"{report['model']}, {report['role']}, decoder {self._lm.manner(**self._settings).decoder}")
         if not self._answered:
             note("No question was answered yet.")
             return

@@ -21,7 +21,7 @@ _ROOM_FOR_PROMPT = 3
 
 
 class Forming:
-    """The answer of one request, of which tokens become final in any order.
+    """The answer of one request, of which tokens become final in any order; before that they may be told as they stand.
 
     `block_size`: open positions are shown up to the end of the block of the last final token, but none from
     `max_new_tokens` on.
@@ -37,6 +37,7 @@ class Forming:
         self._ends = set(lm.network.stop_token_ids)
         self._settled: list[tuple[str, int]] = []
         self._ahead: dict[int, Event] = {}
+        self._provisional: dict[int, Event] = {}  # as the last pass left them
 
     @property
     def num_settled(self) -> int:
@@ -44,9 +45,14 @@ class Forming:
         return len(self._settled)
 
     def add(self, event: "Event") -> str:
-        """A token is final; returns what the settled text grows by."""
+        """A token is final, or stands as told; returns what the settled text grows by."""
+        if event.step > self.num_forwards:
+            self.num_forwards = event.step
+            self._provisional.clear()
+        if not event.final:
+            self._provisional[event.position] = event
+            return ""
         self.num_tokens += 1
-        self.num_forwards = max(self.num_forwards, event.step)
         self._ahead[event.position] = event
         grown = []
         while (event_here := self._ahead.pop(len(self._settled), None)) is not None:
@@ -60,21 +66,21 @@ class Forming:
         drawn = Text(overflow="fold")
         for text, step in self._settled:
             drawn.append(printable(text), style=colour_of(step))
-        last = max(self._ahead, default=len(self._settled) - 1)
+        last = max([len(self._settled) - 1, *self._ahead, *self._provisional])
         end = min(self._max_new_tokens, -(-(last + 1) // self._block_size) * self._block_size)
         for position in range(len(self._settled), end):
-            event = self._ahead.get(position)
+            event = self._ahead.get(position) or self._provisional.get(position)
             if event is None:
                 drawn.append(MASK, style="bright_black")
             else:
                 text = "" if event.token_id in self._ends else printable(event.text)
-                drawn.append(text or SILENT_TOKEN, style=colour_of(event.step))
+                drawn.append(text or SILENT_TOKEN, style=colour_of(event.step) if event.final else "bright_black")
         return drawn
 
     def last_lines(self, console: Console) -> RenderableType:
         """As much of its end as the terminal has lines for, and the figures so far."""
         lines = self.drawn().wrap(console, console.width)[-max(1, console.height - _ROOM_FOR_PROMPT) :]
-        figures = f"{self.num_forwards} passes · {self.num_tokens} tokens" if self.num_tokens else "..."
+        figures = f"{self.num_forwards} passes · {self.num_tokens} tokens" if self.num_forwards else "..."
         return Group(*lines, Text(figures, style="bright_black"))
 
 
