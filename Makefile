@@ -62,5 +62,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt -e '.[train,eval,gsm,gguf,dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[train,eval,gsm,gguf,serve,dev]'
 	touch $@ $(VENV)/.installed

@@ -75,6 +75,7 @@ SEVERAL_LINES = {
     "import": ("import plain out --json out.json",),
     "merge": ("merge adapter --output out --json out.json",),
     "demo": ("demo --teacher teacher --student student --causal causal --num-problems 1 --device cpu",),
+    "serve": ("serve student teacher,threshold=0.5 --port 0 --dtype float32",),
     "models": ("models --json out.json",),
     "doctor": ("doctor --json out.json",),
     "train diffusion": (f"train diffusion --model causal --data rows.jsonl {TRAIN} {WATCH}",),
@@ -824,6 +825,8 @@ def _become(case: Case, folder: Path, out: Path, err: Path, given: Path, interru
         sys.argv = ["fewstep", *case.arguments]
         if interrupted:
             _interrupt_at_delivery()
+        if case.arguments[0] == "serve":
+            _stop_before_serving()
         try:
             main(list(case.arguments))
         except SystemExit as stopped:
@@ -843,6 +846,13 @@ def _interrupt_at_delivery() -> None:
         raise KeyboardInterrupt
 
     generate.deliver = evaluate.deliver = interrupt
+
+
+def _stop_before_serving() -> None:
+    """All is read, loaded and bound by then."""
+    from fewstep.serve import run
+
+    run.HttpServer.run = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 _Listing = dict[str, tuple[int, int, int, int]]

@@ -166,8 +166,8 @@ def test_an_infill_is_a_request_with_a_canvas() -> None:
     expected = lm.infill("ab", "cd", num_tokens=5, block_size=8)
 
     async def program(service: Service) -> Any:
-        ids = [*lm._plain_ids("ab")]
-        handle = await service.submit(ids, canvas=[mask] * 5 + lm._plain_ids("cd"), block_size=8)
+        ids = [*lm.encode_part("ab")]
+        handle = await service.submit(ids, canvas=[mask] * 5 + lm.encode_part("cd"), block_size=8)
         return await handle.output()
 
     output = run_in(lambda: Service(lm), program)

@@ -23,18 +23,18 @@ PATIENCE_S = 5.0
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. FewstepError naming file, line and column."""
     try:
-        return _parse_json(read_text(Path(path)), str(path))
+        return parse_json(read_text(Path(path)), str(path))
     except json.JSONDecodeError as error:
         raise FewstepError(f"{path} line {error.lineno} column {error.colno} is not valid JSON: {error.msg}") from None
 
 
-def _parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, **options: Any) -> Any:
     """The value of a JSON text; json's own error if it is none. FewstepError for one that Python cannot hold or write
-    again.
+    again. `options`: of `json.loads`; what a function among them raises as FewstepError is raised.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text, **options)
+    except (json.JSONDecodeError, FewstepError):
         raise
     except RecursionError:
         raise FewstepError(f"{where} is nested too deeply to be read") from None
@@ -102,7 +102,7 @@ def write_rows_whole(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
 
 def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = _parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path} line {number}")
+        row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path} line {number}")
     except UnicodeDecodeError:
         raise FewstepError(f"{path} line {number} is not UTF-8 text") from None
     except json.JSONDecodeError as error:

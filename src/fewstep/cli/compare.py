@@ -1,5 +1,6 @@
 """`fewstep compare`: two models, or two settings of one, on the same problems."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -70,8 +71,8 @@ def compare(
         deliver(json, comparison.to_json(), show=show)
 
 
-def read_specification(specification: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings, in the types in which they are declared; `role` may be among them."""
+def read_specification(specification: str, texts: Sequence[str] = ("role",)) -> tuple[str, dict[str, Any]]:
+    """Name and settings, in the types in which they are declared; `texts`, such as the role, may be among them."""
     name, *parts = specification.split(",")
     settings: dict[str, Any] = {}
     for part in parts:
@@ -79,8 +80,8 @@ def read_specification(specification: str) -> tuple[str, dict[str, Any]]:
         key = key.replace("-", "_")
         if key in settings:
             raise FewstepError(f"{key} is set twice in {specification!r}; leave one out")
-        if not equals or key not in ("role", *spelt_settings()):
-            hint = suggestion(key if equals else "", ["role", *spelt_settings()], otherwise="settings:")
+        if not equals or key not in (*texts, *spelt_settings()):
+            hint = suggestion(key if equals else "", [*texts, *spelt_settings()], otherwise="settings:")
             raise FewstepError(f"{part!r} in {specification!r} is no setting=value; {hint}")
-        settings[key] = value if key == "role" else read_setting(key, value)
+        settings[key] = value if key in texts else read_setting(key, value)
     return name, settings

@@ -10,6 +10,13 @@ EXTRAS = {
     "gsm": {"reasoning-gym": "reasoning_gym"},
     "gguf": {"gguf": "gguf"},
     "quantize": {"torchao": "torchao"},
+    "serve": {
+        "fastapi": "fastapi",
+        "uvicorn": "uvicorn",
+        "prometheus-client": "prometheus_client",
+        "httpx2": "httpx2",
+        "pydantic": "pydantic",
+    },
 }
 """Extra -> distribution -> module that it installs."""
 

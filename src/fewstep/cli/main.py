@@ -23,6 +23,7 @@ from fewstep.cli.merge import merge
 from fewstep.cli.models import models
 from fewstep.cli.options import check_synonyms, with_option_groups
 from fewstep.cli.program import run_program
+from fewstep.cli.serve import serve
 from fewstep.cli.train import FORWARD_EVERYTHING, train
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 for name, command in COMMANDS.items():
     app.command(name, cls=TextCommand)(with_option_groups(command))
+app.command("serve")(serve)
 app.command("train", context_settings=FORWARD_EVERYTHING)(train)
 
 

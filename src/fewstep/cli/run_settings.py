@@ -147,23 +147,33 @@ def _panel(group: type) -> str:
     return re.split(r"[;:.,(]", first_sentence)[0].strip()
 
 
-def with_settings(command: Callable[[Built, Path | None], None], groups: Groups) -> Callable[..., None]:
-    """A typer command whose options are the settings of `groups`, `--config` and `--json`."""
+def with_settings(
+    command: Callable[..., None],
+    groups: Groups,
+    *,
+    arguments: Mapping[str, inspect.Parameter] | None = None,
+    reports: bool = True,
+) -> Callable[..., None]:
+    """A typer command whose options are the settings of `groups`, `--config` and, if it `reports`, `--json`; it is
+    given the settings and the path of the report. `arguments`: settings that are no options but arguments.
+    """
+    of_settings = {name: setting.parameter() for name, setting in settings_of(groups).items()} | dict(arguments or {})
     parameters = [
         inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config),
-        *(setting.parameter() for setting in settings_of(groups).values()),
-        inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Json),
+        *of_settings.values(),
     ]
+    if reports:
+        parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Json))
 
     options = {name: setting.option for name, setting in settings_of(groups).items()}
 
     @functools.wraps(command)
-    def flat(*, config: Path | None, json: Path | None, **given: Any) -> None:
+    def flat(*, config: Path | None, json: Path | None = None, **given: Any) -> None:
         with spoken_interrupts():
             built = build_settings(groups, config, given)
             check_sources(_touched(built, groups, config, json))
             with naming_options(options):
-                command(built, json)
+                command(built, *([json] if reports else []))
 
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.requests import Event, Output, Request
+from fewstep.decode.requests import Event, Output, Record, Request
 from fewstep.engine.choice import EngineSetting
 from fewstep.engine.language_model import LanguageModel
 from fewstep.models.network import Network
@@ -16,8 +16,8 @@ from fewstep.models.text import AnswerText
 class Job:
     """A request that was checked, in the order of its `number`. Times are those of `time.monotonic`.
 
-    `network`: whose forward its passes run. `length` and `slot_bytes`: of the slot that it needs. `ahead`: the text of
-    its answer so far, if stop texts can end it.
+    `network`: whose forward its passes run. `record`: what its output keeps of distributions. `length` and
+    `slot_bytes`: of the slot that it needs. `ahead`: the text of its answer so far, if stop texts can end it.
     """
 
     number: int
@@ -30,6 +30,7 @@ class Job:
     length: int
     slot_bytes: int
     submitted_s: float
+    record: Record | None = None
     time_limit_s: float | None = None
     stop: tuple[str, ...] = ()
     ahead: AnswerText | None = field(init=False)

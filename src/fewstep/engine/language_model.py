@@ -1,6 +1,6 @@
 """`fewstep.load` and what it returns: text in, text out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -301,24 +301,31 @@ class LanguageModel:
             output = answer(generator, [request])[0]
         return replace(output, text=decode_text(self.network.tokenizer, [*lead_ids, *output.token_ids]))
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt. FewstepError if it is empty."""
+    def encode(self, prompt: Prompt, *, raw: bool = False, literal: Collection[int] = ()) -> list[int]:
+        """Token ids of a prompt. FewstepError if it is empty. `literal`: ids of special tokens whose names in it are
+        text like any other.
+        """
         empty = not prompt if raw or not isinstance(prompt, str) else not prompt.strip()
         network = self.network
         ends = network.stop_token_ids
-        ids = [] if empty else encode_prompt(network.tokenizer, prompt, raw=raw, stop_token_ids=ends)
+        ids = [] if empty else encode_prompt(network.tokenizer, prompt, raw=raw, stop_token_ids=ends, literal=literal)
         if not ids:
             raise FewstepError("the prompt is empty; give some text")
         return ids
+
+    def encode_part(self, text: str, *, literal: Collection[int] = ()) -> list[int]:
+        """Token ids of a text that stands behind another, which may be none; `literal` as for `encode`."""
+        check_text(text)
+        return encode_plain(self.network.tokenizer, text, literal) if text else []
 
     def _gap(self, prefix: str, suffix: str, num_tokens: int | None) -> list[int]:
         if num_tokens is None:
             raise FewstepError("a gap between a prefix and a suffix needs num_tokens of at least 1; set it")
         mask_token_id = self._mask_token_id()
-        return [*self._plain_ids(prefix), *[mask_token_id] * num_tokens, *self._plain_ids(suffix)]
+        return [*self.encode_part(prefix), *[mask_token_id] * num_tokens, *self.encode_part(suffix)]
 
     def _masks_in(self, text: str) -> list[int]:
-        ids = self._plain_ids(text)
+        ids = self.encode_part(text)
         if self._mask_token_id() not in ids:
             mask_token = self.network.tokenizer.convert_ids_to_tokens(self._mask_token_id())
             raise FewstepError(f"there is nothing to fill in: the text holds no mask token, which is {mask_token!r}")
@@ -332,10 +339,6 @@ class LanguageModel:
     def _mask_token_id(self) -> int:
         assert self.role.mask_token_id is not None
         return self.role.mask_token_id
-
-    def _plain_ids(self, text: str) -> list[int]:
-        check_text(text)
-        return encode_plain(self.network.tokenizer, text) if text else []
 
     def answer_text(self, stop: Sequence[str] = ()) -> AnswerText:
         """What assembles the text of an answer of this model."""

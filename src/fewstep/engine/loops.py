@@ -65,7 +65,8 @@ class Loops:
         """A loop for requests to come; `options` as for `Loop`."""
         sharing = options.get("sharing")
         is_strict = sharing is not None and sharing.strict  # which the plain path alone knows
-        choice = self._engines.choice(decoder, "off" if is_strict else engine)
+        records = options.get("record") is not None
+        choice = self._engines.choice(decoder, "off" if is_strict else engine, records=records)
         how = choice.loop_options()
         return how.pop("kind")(choice.network, decoder, **how, **options)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.loop import Loop
 from fewstep.decode.own_policies import same_kind
-from fewstep.decode.requests import Event, Output
+from fewstep.decode.requests import Event, Output, Record
 from fewstep.decode.sharing import Sharing
 from fewstep.engine.choice import EngineSetting
 from fewstep.engine.jobs import Job, News
@@ -54,12 +54,14 @@ class Group:
     decoder: Decoder
     engine: EngineSetting
     network: Network
+    record: Record | None
     most_slots: int
     num_queued: int = 0
     seats: list[Seats] = field(default_factory=list)
 
     def takes(self, job: Job) -> bool:
-        if (self.model, self.engine, self.network) != (job.model, job.engine, job.network):
+        mine = self.model, self.engine, self.network, self.record
+        if mine != (job.model, job.engine, job.network, job.record):
             return False
         return can_share_passes(self.decoder, job.decoder)
 
@@ -94,7 +96,9 @@ class Scheduler:
         group = next((one for one in self._groups if one.takes(job)), None)
         if group is None:
             self._groups = [one for one in self._groups if one.seats or one.num_queued]
-            group = Group(job.model, job.model_name, job.decoder, job.engine, job.network, self._memory_limit.num_slots)
+            group = Group(
+                job.model, job.model_name, job.decoder, job.engine, job.network, job.record, self._memory_limit.num_slots
+            )
             self._groups.append(group)
         group.num_queued += 1
         self._queue[job.number] = job, group
@@ -251,7 +255,12 @@ class Scheduler:
         while True:
             try:
                 return group.model.loop(
-                    group.decoder, group.engine, num_slots=num_slots, length=length, sharing=self._sharing
+                    group.decoder,
+                    group.engine,
+                    num_slots=num_slots,
+                    length=length,
+                    sharing=self._sharing,
+                    record=group.record,
                 )
             except (RuntimeError, MemoryError) as error:  # what torch raises where memory ends
                 if num_slots == 1 or self._memory_limit.strict:

@@ -22,7 +22,7 @@ from annotated_types import Gt
 
 from fewstep.decode.admission import check_request, positions_needed
 from fewstep.decode.own_policies import check_runs
-from fewstep.decode.requests import Event, Output
+from fewstep.decode.requests import Event, Output, Record
 from fewstep.decode.sharing import Sharing
 from fewstep.engine.jobs import Job, News
 from fewstep.engine.language_model import LanguageModel, Prompt
@@ -309,6 +309,8 @@ class Service:
         self._queued: set[int] = set()  # those that are being checked among them
         self._mail: dict[int, Mailbox] = {}
         self._stopping = False
+        self.failed = False
+        """Whether its thread has ended by itself, so that it answers nothing any more."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._encoder = ThreadPoolExecutor(1, "fewstep-encode")
@@ -330,13 +332,14 @@ class Service:
         model: str | None = None,
         raw: bool = False,
         canvas: Sequence[int] | None = None,
+        record: Record | None = None,
         time_limit_s: float | None = None,
         **settings: Any,
     ) -> Handle:
         """Queue a request: a text, messages or token ids, with settings as those of `LanguageModel.generate`.
 
-        `model`: one of several by its name. `canvas`: ids with mask ids to fill, for infilling. `time_limit_s`: of this
-        request.
+        `model`: one of several by its name. `canvas`: ids with mask ids to fill, for infilling. `record`: what the
+        output keeps of distributions; such requests share passes, on the plain path. `time_limit_s`: of this request.
 
         FewstepError if it cannot be answered: a `QueueFullError` if too many wait, a `StoppingError` once the service
         is being stopped, a `TooLargeError` if the memory limit could never hold it.
@@ -359,7 +362,8 @@ class Service:
         except BaseException as error:
             self._forget(number, refused=isinstance(error, FewstepError))
             raise
-        known = {"number": number, "submitted_s": submitted_s, "time_limit_s": time_limit_s, "canvas": ids}
+        known: dict[str, Any] = {"number": number, "submitted_s": submitted_s, "time_limit_s": time_limit_s}
+        known |= {"canvas": ids, "record": record}
         mail = self._mail[number] = Mailbox()
         self._worker.tell(lambda scheduler: self._take(scheduler, named, prompt_ids, settings, **known))
         try:
@@ -458,6 +462,7 @@ class Service:
 
     def _deliver_end(self) -> None:
         """The worker has ended; nobody may wait for it any longer."""
+        self.failed = not self._stopping
         self._stopping = True
         lost = PassFailedError("the service ended before the request was answered; start it again")
         self._deliver([News(number=number, error=lost) for number in list(self._mail)])
@@ -499,13 +504,14 @@ class Service:
         settings: Mapping[str, Any],
         *,
         canvas: tuple[int, ...] | None,
+        record: Record | None,
         time_limit_s: float | None,
         **known: Any,
     ) -> Job:
         """The request, checked. FewstepError if it cannot be answered."""
         limits = ServiceSettings(time_limit_s=time_limit_s)
         model = self.models[model_name]
-        if self.settings.strict:
+        if self.settings.strict or record is not None:
             settings = {**settings, "engine": "off"}
         chosen = GenerationSettings.of(**settings)
         decoder = model.decoder(**settings)
@@ -519,12 +525,15 @@ class Service:
         check_runs(decoder.policy, decoder.block_size, network.vocab_size, network.device)
         positions = positions_needed(decoder, request, check_request(network, decoder, request))
         length, slot_bytes = self._memory_limit.slot_for(choice, decoder, positions)
+        if record is not None:  # a hidden row for each position
+            slot_bytes += (length + 1) * network.module.config.hidden_size * network.dtype.itemsize
         return Job(
             model=model,
             model_name=model_name,
             decoder=decoder,
             engine=chosen.engine,
             network=network,
+            record=record,
             request=request,
             length=length,
             slot_bytes=slot_bytes,

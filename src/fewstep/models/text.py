@@ -1,7 +1,8 @@
 """Prompts to token ids and back."""
 
+import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -21,32 +22,60 @@ def encode_prompt(
     *,
     raw: bool = False,
     stop_token_ids: Sequence[int] = (),
+    literal: Collection[int] = (),
 ) -> list[int]:
     """Token ids of a prompt: through the chat template, unless `raw` is set or the tokenizer has none.
 
     A string stands for one user message; a list of messages has `role` and `content` each. Without a template the
     tokenizer puts its begin-of-text before the text, if it has one and the text does not begin with it; an end-of-text
     (the tokenizer's or one of `stop_token_ids`) that it puts behind the text is left out, since the answer follows.
-    FewstepError if the prompt is neither, or if the template refuses the messages.
+    `literal`: ids of special tokens whose names in the prompt are text like any other; those that a template puts
+    there mean what they mean. FewstepError if the prompt is neither, or if the template refuses the messages.
     """
     if isinstance(prompt, str):
         check_text(prompt)
         if raw or not tokenizer.chat_template:
-            return _encode_text(tokenizer, prompt, {tokenizer.eos_token_id, *stop_token_ids})
+            return _encode_text(tokenizer, prompt, {tokenizer.eos_token_id, *stop_token_ids}, literal)
         prompt = [{"role": "user", "content": prompt}]
     else:
         _check_messages(prompt)
     if not tokenizer.chat_template:
         raise FewstepError("this model has no chat template for messages; give the prompt as text")
-    return encode_plain(tokenizer, render(tokenizer, prompt))
+    if literal:
+        prompt = [{name: _cut_field(tokenizer, name, one, literal) for name, one in each.items()} for each in prompt]
+    return [one for part in render(tokenizer, prompt).split(_CUT) for one in encode_plain(tokenizer, part)]
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text with nothing added. FewstepError if the tokenizer cannot read it: one with no token for a
-    character fails on it.
+_CUT = "\ufdd0"
+"""Where a text is cut, so that its parts are encoded one by one: a noncharacter, which is in no text that is exchanged,
+and outlasts a template.
+"""
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[int]) -> str:
+    """The text with a cut behind the first character of each name of these tokens: no part of it is such a name."""
+    names = sorted(map(str, tokenizer.convert_ids_to_tokens(list(literal))), key=len, reverse=True)
+    spelt = re.compile(f"(?={'|'.join(map(re.escape, names))})(.)", re.DOTALL)
+    return spelt.sub(rf"\1{_CUT}", text.replace(_CUT, ""))
+
+
+def _cut_field(tokenizer: PreTrainedTokenizerBase, name: str, value: str, literal: Collection[int]) -> str:
+    """Of a message. A template compares roles with their names."""
+    return value if name == "role" else _cut(tokenizer, value, literal)
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[int] = ()) -> list[int]:
+    """Token ids of a text with nothing added; `literal` as for `encode_prompt`. FewstepError if the tokenizer cannot
+    read it: one with no token for a character fails on it.
     """
-    with reading("this text", advice="the model's tokenizer has no tokens for it, or is damaged"):
-        return tokenizer.encode(text, add_special_tokens=False)
+    if not literal:
+        with reading("this text", advice="the model's tokenizer has no tokens for it, or is damaged"):
+            return tokenizer.encode(text, add_special_tokens=False)
+    parts = _cut(tokenizer, text, literal).split(_CUT)
+    ids = [one for part in parts for one in encode_plain(tokenizer, part)]
+    if not set(literal).isdisjoint(ids):  # such as by a normaliser
+        raise FewstepError("the text spells a special token of the model so that it cannot be told from it; reword it")
+    return ids
 
 
 def encode_before_user(tokenizer: PreTrainedTokenizerBase, said: Sequence[Message] = ()) -> list[int]:
@@ -60,8 +89,15 @@ def encode_before_user(tokenizer: PreTrainedTokenizerBase, said: Sequence[Messag
     return encode_plain(tokenizer, text[: text.rindex(words)])
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: set[int | None]) -> list[int]:
+def _encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, ends: set[int | None], literal: Collection[int]
+) -> list[int]:
     """With what the tokenizer adds before the text, unless it is there, and without the ends that it adds behind."""
+    if literal:
+        first, cut, rest = _cut(tokenizer, text, literal).partition(_CUT)
+        if cut:
+            rest_ids = encode_plain(tokenizer, rest.replace(_CUT, ""), literal)
+            return [*_encode_text(tokenizer, first, ends, ()), *rest_ids]
     plain, full = encode_plain(tokenizer, text), tokenizer.encode(text)
     num_ends = _num_last(full, ends) - _num_last(plain, ends)
     full = full[: len(full) - max(num_ends, 0)]
