@@ -97,7 +97,13 @@ class Scheduler:
         if group is None:
             self._groups = [one for one in self._groups if one.seats or one.num_queued]
             group = Group(
-                job.model, job.model_name, job.decoder, job.engine, job.network, job.record, self._memory_limit.num_slots
+                job.model,
+                job.model_name,
+                job.decoder,
+                job.engine,
+                job.network,
+                job.record,
+                self._memory_limit.num_slots,
             )
             self._groups.append(group)
         group.num_queued += 1

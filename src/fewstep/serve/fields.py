@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from fewstep.decode.declarations import Declared, declared_settings
-from fewstep.decode.registry import DECODERS, POLICIES, declarers, setting_names
+from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, declarers, setting_names
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError, suggestion
 from fewstep.serve.errors import ApiError
@@ -275,8 +275,9 @@ def few_step_settings() -> dict[str, Declared]:
     """Setting, under each of its names -> how it is declared."""
     found = dict(declared_settings(GenerationSettings))
     for name in setting_names():
-        if of_all := {**declarers(name, DECODERS), **declarers(name, POLICIES)}:
-            found.setdefault(name, next(iter(of_all.values())))
+        owners = (DECODERS, POLICIES, GENERATORS)
+        if of_all := [one for entries in owners for one in declarers(name, entries).values()]:
+            found.setdefault(name, of_all[0])
     found = {name: one for name, one in found.items() if name not in _KEPT_BACK and one.details.reads is None}
     return found | {alias: declared for declared in found.values() for alias in declared.details.aliases}
 
