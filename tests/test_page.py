@@ -1,12 +1,8 @@
 """The page of the server in a real headless Chromium, through what a person does, on tiny random networks."""
 
-import asyncio
 import json
 import re
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,22 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import running, slow
 
-from fewstep.decode.loop import run_pass
 from fewstep.engine.language_model import LanguageModel
-from fewstep.engine.loops import Loops
 from fewstep.models.tiny import tiny_network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-
-pytest.importorskip("fewstep.serve.app", reason="the server is not there")
-
-from fewstep.serve.app import create_app  # noqa: E402  (where uvicorn is missing, this would fail)
-from fewstep.serve.catalogue import Catalogue, Entry  # noqa: E402
-from fewstep.serve.run import make_server  # noqa: E402
-from fewstep.serve.settings import ServerSettings  # noqa: E402
-from fewstep.serve.votes import Votes  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -41,36 +27,17 @@ MAX_POSITIONS = 96
 """Few, so that answers are short."""
 
 
-def slow_pass(*arguments: Any) -> Any:
-    """As slow as a large network, so that an answer is seen forming."""
-    time.sleep(SECONDS_PER_PASS)
-    return run_pass(*arguments)
-
-
-def entry(name: str, role: Any, *, slow: bool = False) -> Entry:
-    network = tiny_network(role, head_scale=30.0, max_positions=MAX_POSITIONS)
-    lm = LanguageModel(network, Loops(network, run_pass=slow_pass)) if slow else LanguageModel(network)
-    return Entry(name=name, lm=lm, settings={"max_new_tokens": 24} if slow else {}, created=0)
+def tiny(role: Any) -> LanguageModel:
+    return LanguageModel(tiny_network(role, head_scale=30.0, max_positions=MAX_POSITIONS))
 
 
 @contextmanager
 def served(**settings: Any) -> Iterator[str]:
-    """The address of a server with three models in a thread of this process."""
-    entries = [
-        entry("student", "block_causal"),
-        entry("teacher", "bidirectional"),
-        entry("slow", "block_causal", slow=True),
-    ]
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = make_server(ServerSettings(**settings), Catalogue(entries), Votes(lambda wins, n: (0.0, 1.0)))
-    running = uvicorn.Server(uvicorn.Config(create_app(server), log_config=None, lifespan="on"))
-    thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[listening])))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    finally:
-        running.should_exit = running.force_exit = True
-        thread.join()
+    """The address of a server with three models, one of which is so slow that an answer is seen forming."""
+    student = tiny("block_causal")
+    models = {"student": student, "teacher": tiny("bidirectional"), "slow": slow(student.network, SECONDS_PER_PASS)}
+    with running(models, **settings) as server:
+        yield f"{server.url}/"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +123,7 @@ def reply(*chunks: dict[str, Any]) -> str:
 def test_an_answer_is_shown_with_each_token_in_the_colour_of_its_pass(page: Any) -> None:
     ask(page, "what is one and one?")
     shown = answered(page)
-    lm, told = entry("student", "block_causal").lm, [{"role": "user", "content": "what is one and one?"}]
+    lm, told = tiny("block_causal"), [{"role": "user", "content": "what is one and one?"}]
     expected = lm.generate(told, max_new_tokens=MAX_POSITIONS - len(lm.encode(told)))
     assert shown.locator(".canvas").text_content() == expected.text
     steps = [

@@ -220,7 +220,7 @@ def test_responses_have_the_documented_order(client: openai.OpenAI, models: dict
 def test_models_are_listed_and_told_one_by_one(client: openai.OpenAI) -> None:
     assert [one.id for one in client.models.list()] == ["block", "causal", "full", "slow"]
     card: Any = client.models.retrieve("full").model_extra
-    assert card["fewstep"]["infill"]
+    assert card["fewstep"]["abilities"] == ["chat", "infill"]
     with pytest.raises(openai.NotFoundError) as refusal:
         client.models.retrieve("ful")
     assert refusal.value.code == "model_not_found"

@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.load import open_checkpoint
+from fewstep.models.names import is_bundled
 from fewstep.models.roles import RoleName
 from fewstep.serve.errors import ApiError
 
@@ -27,17 +28,26 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model that is served. `created`: when it was loaded, in seconds since 1970."""
+    """A model that is served. `created`: when it was loaded, in seconds since 1970. `multi_turn`: whether it was
+    trained on conversations, as far as is known.
+    """
 
     name: str
     lm: LanguageModel
     settings: Mapping[str, Any]
     created: int
+    multi_turn: bool = True
 
     @property
     def infills(self) -> bool:
         """Whether it sees what stands behind a gap."""
         return self.lm.role.name == "bidirectional"
+
+    @property
+    def abilities(self) -> list[str]:
+        """What it can be asked for besides going on with a text."""
+        has_template = bool(self.lm.network.tokenizer.chat_template)
+        return [name for name, able in (("chat", has_template), ("infill", self.infills)) if able]
 
     @property
     def literal(self) -> tuple[int, ...]:
@@ -58,8 +68,8 @@ class Entry:
                 "decoder": decoder.name,
                 "block_size": decoder.block_size,
                 "max_positions": self.lm.network.max_positions,
-                "infill": self.infills,
-                "chat": bool(self.lm.network.tokenizer.chat_template),
+                "abilities": self.abilities,
+                "multi_turn": self.multi_turn,
                 "settings": {name: value for name, value in self.settings.items() if name not in ("draft", "heads")},
             },
         }
@@ -98,7 +108,13 @@ def load_all(served: Sequence[Served], load: Load) -> Catalogue:
 
 def _entry(served: Served, lm: LanguageModel) -> Entry:
     lm.decoder(**served.settings)
-    return Entry(name=served.name, lm=lm, settings=dict(served.settings), created=int(time.time()))
+    return Entry(
+        name=served.name,
+        lm=lm,
+        settings=dict(served.settings),
+        created=int(time.time()),
+        multi_turn=not is_bundled(served.model),
+    )
 
 
 def _loaded(one: Served, served: Sequence[Served], load: Load, bases: dict[Path, LanguageModel]) -> LanguageModel:
