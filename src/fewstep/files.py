@@ -22,8 +22,10 @@ from fewstep.errors import FewstepError
 
 
 @contextmanager
-def write_whole(path: str | Path) -> Iterator[Path]:
+def write_whole(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it replaces `path`, on any failure it is removed.
+
+    `mode`: of the file, such as that of the one that is replaced; by default what the umask lets.
 
     The temporary name keeps the suffix, since some writers choose their format by it. Missing parent folders are made,
     and what killed writers of `path` left is removed. A device or pipe (`/dev/stdout`) has nothing to replace and is
@@ -42,7 +44,10 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         with _temporary(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary:
             try:
                 yield temporary
-                give_usual_mode(temporary)
+                if mode is None:
+                    give_usual_mode(temporary)
+                else:
+                    temporary.chmod(mode)
                 _flush(temporary)
                 os.replace(temporary, path)
                 _flush(path.parent)

@@ -117,15 +117,21 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. FewstepError naming it if it cannot be read."""
     try:
-        with open_to_read(path) as stream:
-            data = stream.read(MOST_BYTES)
-        if len(data) == MOST_BYTES:
-            raise FewstepError(f"{path} does not end within {MOST_BYTES >> 20} MiB; is it the right file?")
-        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
-    except OSError as error:
-        raise FewstepError(f"could not read {path}: {error.strerror or error}") from error
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8").read()
     except UnicodeDecodeError:
         raise FewstepError(f"{path} is not UTF-8 text") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file. FewstepError naming it if it cannot be read, or if it is longer than a text can be."""
+    try:
+        with open_to_read(path) as stream:
+            data = stream.read(MOST_BYTES)
+    except OSError as error:
+        raise FewstepError(f"could not read {path}: {error.strerror or error}") from error
+    if len(data) == MOST_BYTES:
+        raise FewstepError(f"{path} does not end within {MOST_BYTES >> 20} MiB; is it the right file?")
+    return data
 
 
 def open_to_read(path: Path) -> IO[bytes]:

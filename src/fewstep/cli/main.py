@@ -12,6 +12,7 @@ from fewstep.cli.calibrate import calibrate
 from fewstep.cli.chat import chat
 from fewstep.cli.collect import collect
 from fewstep.cli.compare import compare
+from fewstep.cli.correct import correct
 from fewstep.cli.dashes import TextCommand
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "generate": generate,
     "infill": infill,
+    "correct": correct,
     "collect": collect,
     "eval": evaluate,
     "compare": compare,

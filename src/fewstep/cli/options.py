@@ -107,6 +107,17 @@ class TeacherOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectorOptions(ModelOptions):
+    """The same, by default the model that corrects English."""
+
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
+        Touches.READS_MODEL,
+    ] = "correction"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """Which task, and where its problems are."""
 

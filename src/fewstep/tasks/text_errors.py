@@ -15,9 +15,9 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from fewstep.errors import FewstepError, suggestion
+from fewstep.models.sentences import plain_word
 from fewstep.values import Share, check_fields
 
-_PLAIN = re.compile(r"(?P<before>[\"'(\[“‘]*)(?P<core>[^\W\d_]+(?:['’-][^\W\d_]+)*)(?P<after>[\"')\].,;:!?”’]*)")
 _PIECES = re.compile(r"\S+")
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -289,7 +289,7 @@ def _plain_words(text: str) -> Iterator[_Word]:
     following: _Word | None = None
     found: list[_Word] = []
     for piece in reversed(list(_PIECES.finditer(text))):
-        match = _PLAIN.fullmatch(piece[0])
+        match = plain_word(piece[0])
         if match is None:
             following = None
             continue
