@@ -57,6 +57,7 @@ SEVERAL_LINES = {
         f"generate 1+2 --model causal --decoder lookahead {SHORT}",
         f"generate 1+2 --model causal --decoder speculative --draft causal {SHORT}",
     ),
+    "correct": ("correct prose --model student --output out.txt --json out.json",),
     "infill": ("infill --model teacher --prefix 1+ --suffix =2 --num-tokens 2 --json out.json",),
     "collect": (
         f"collect --model teacher --data rows.jsonl --output out --json out.json {SHORT}",
@@ -742,6 +743,7 @@ def prepare(folder: Path) -> None:
         (folder / name).write_text(rows)
     (folder / "unreadable").chmod(0)
     (folder / "run.yaml").write_text("seed: 1\n")
+    (folder / "prose").write_text("Teh cat sat.\n")
     (folder / "binary").write_bytes(bytes(range(256)) * 40)
     (folder / "empty").write_text("")
     (folder / "folder/inside").mkdir(parents=True)

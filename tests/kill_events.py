@@ -45,6 +45,7 @@ COMMANDS = {
     "merge": "merge adapter --output out",
     "merge --overwrite": "merge adapter --output out --overwrite",
     "generate": f"generate --model student --input rows.jsonl --output out.jsonl --json out.json {SHORT}",
+    "correct": "correct rows.jsonl --model student --output out.txt --json out.json",
     "eval": f"eval --model student --data rows.jsonl --records out.jsonl --json out.json --plot out {SHORT}",
     "compare": "compare student,max_new_tokens=8 teacher,max_new_tokens=8 --data rows.jsonl --json out.json",
     "calibrate": "calibrate --model student --reference causal --data rows.jsonl --eps 0.9 --confidence 0.5 "

@@ -47,7 +47,9 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_help_lists_every_command(run: Run) -> None:
     shown = run("--help")
     assert shown.code == 0
-    for command in "demo chat generate infill collect train eval compare bench calibrate merge models doctor".split():
+    for (
+        command
+    ) in "demo chat generate infill correct collect train eval compare bench calibrate merge models doctor".split():
         assert f" {command} " in shown.out
 
 
@@ -58,6 +60,7 @@ def test_help_lists_every_command(run: Run) -> None:
         "chat",
         "generate",
         "infill",
+        "correct",
         "collect",
         "eval",
         "compare",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from fewstep import files
 from fewstep.errors import FewstepError
-from fewstep.files import write_folder_whole, write_whole
+from fewstep.files import write_folder_whole, write_text_whole, write_whole
 from fewstep.json_files import read_json, read_rows, write_json_whole, write_rows_whole
 from fewstep.shards import Shards
 
@@ -431,3 +432,24 @@ def test_a_row_that_ends_in_the_middle_is_named_by_line_and_column(tmp_path: Pat
         FewstepError, match=r"rows\.jsonl line 2 is not valid JSON: Invalid control character at column"
     ):
         list(read_rows(file, ["prompt"]))
+
+
+def test_a_pipe_is_written_if_somebody_reads_it_and_else_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Timer(0.1, lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_text_whole(pipe, "text")
+    reader.join()
+    assert read == ["text"]
+    monkeypatch.setattr(files, "READER_PATIENCE_S", 0.05)
+    with pytest.raises(FewstepError, match="a pipe from which nobody reads"):
+        write_text_whole(pipe, "text")
+
+
+def test_a_file_is_written_with_the_mode_that_is_asked_for(tmp_path: Path) -> None:
+    for mode in (0o600, 0o755):
+        with write_whole(tmp_path / "file", mode=mode) as temporary:
+            temporary.write_text("text")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode

@@ -13,7 +13,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,14 +31,15 @@ def write_whole(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
 
     The temporary name keeps the suffix, since some writers choose their format by it. Missing parent folders are made,
     and what killed writers of `path` left is removed. A device or pipe (`/dev/stdout`) has nothing to replace and is
-    yielded itself. FewstepError if the file system refuses.
+    yielded itself. FewstepError if the file system refuses, or for a named pipe from which nobody reads.
     """
     path = Path(path)
     with storage_errors(path):
         if path.is_dir():
             raise FewstepError(f"{path} is a folder, not a file; name a file")
         if path.exists() and not path.is_file():
-            yield path
+            with _read_meanwhile(path):
+                yield path
             return
         path = Path(os.path.realpath(path))  # a link keeps pointing at the file that is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +58,33 @@ def write_whole(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise
+
+
+READER_PATIENCE_S = 5.0
+"""How long a reader of a named pipe may let itself be waited for."""
+
+
+@contextmanager
+def _read_meanwhile(path: Path) -> Iterator[None]:
+    """Of a named pipe, see to it that somebody reads: else opening it to write would wait for ever."""
+    if not stat.S_ISFIFO(path.stat().st_mode):
+        yield
+        return
+    deadline_s = time.monotonic() + READER_PATIENCE_S
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        if time.monotonic() > deadline_s:
+            raise FewstepError(f"{path} is a pipe from which nobody reads; start its reader first, or name a file")
+        time.sleep(0.02)
+    try:
+        yield  # the pipe is held open, or its reader would see the end of what is written before its beginning
+    finally:
+        os.close(descriptor)
 
 
 def write_text_whole(path: str | Path, text: str) -> None:
