@@ -1,0 +1,141 @@
+"""The sentences that correction is trained on, and the recipe that gathers them."""
+
+import gzip
+import importlib
+import json
+import zlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fewstep.errors import FewstepError
+from fewstep.json_files import read_rows
+from fewstep.tasks.registry import task_named
+
+PAGE = """<html><head><title>No prose here.</title><script>var x = 'The end of it is here.';</script></head><body>
+<nav><ul><li>The way to the next page is here.</li></ul></nav>
+<p>The <b>first</b> sentence of the page&#8217;s text is here. It&nbsp;is followed
+by another one<br/>on the same page.</p>
+<p>too short. And 1 = 2 + 3 - 4 * 5 is not for it.
+<ul><li>The items of a list are read too.<li>Call <code>os.path.join(a, b)</code> with a[0] == b[1] and c.</ul>
+<pre>The code of the page is not read.</pre>
+<p>Les pages en d'autres langues ne servent pas ici.</p></body></html>
+"""
+FOUND = [
+    "The first sentence of the page's text is here.",
+    "It is followed by another one on the same page.",
+    "The items of a list are read too.",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return importlib.import_module("correction_data")
+
+
+@pytest.fixture
+def gathered(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Three pages of two packages, gathered."""
+    texts = {f"page{i}": [f"The page of number {word} is the one that was read." for word in ("one", "two", str(i))]
+             for i in range(400)}  # fmt: skip
+
+    def documents(package: str) -> list[tuple[str, str, str]]:
+        made = [recipe.Document(f"{package}/{name}", [" ".join(those)]) for name, those in texts.items()]
+        return [(one.name, one.part, text) for one in made for text in one.sentences()]
+
+    class Pool:
+        def __init__(self, _: int) -> None: ...
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def imap(self, function, items):
+            return map(function, items)
+
+    monkeypatch.setattr(recipe, "documents", documents)
+    monkeypatch.setattr(recipe, "Pool", Pool)
+    recipe.sentences(tmp_path, package=["python3.11-doc", "python-flask-doc"])
+    return tmp_path
+
+
+def test_prose_is_taken_out_of_a_page(recipe: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "usr").mkdir()
+    (tmp_path / "usr/page.html").write_text(PAGE)
+    (tmp_path / "usr/link.html").symlink_to("page.html")
+    (tmp_path / "usr/page.txt").write_text("The text of other files is not read.")
+    (page,) = recipe.pages(tmp_path, "package")
+    assert page.name == "package/usr/page.html"
+    assert list(page.sentences()) == FOUND
+
+
+def test_novels_are_read_from_a_data_file_of_r(recipe: ModuleType, tmp_path: Path) -> None:
+    lines = [
+        "EMMA",
+        "",
+        "CHAPTER I",
+        "",
+        "Emma Woodhouse was handsome and clever and",
+        "rich with a home.",
+        "",
+        "CHAPTER II",
+    ]
+    content = b"X\n" + b"".join(b"\0\4\0\t" + len(line).to_bytes(4, "big") + line.encode() for line in lines)
+    chunk = len(content).to_bytes(4, "big") + zlib.compress(content)
+    (tmp_path / "Rdata.rdb").write_bytes(chunk + chunk)
+    found = list(recipe.novels(tmp_path, "r"))
+    assert [one.name for one in found] == ["r/0/0", "r/0/1", "r/0/2", "r/1/0", "r/1/1", "r/1/2"]
+    assert list(found[1].sentences()) == ["Emma Woodhouse was handsome and clever and rich with a home."]
+
+
+def test_a_document_is_in_one_part_for_ever(recipe: ModuleType) -> None:
+    parts = [recipe.Document(f"package/{i}", []).part for i in range(2_000)]
+    assert {part: parts.count(part) for part in ("train", "dev", "test")} == {"train": 1929, "dev": 22, "test": 49}
+    assert recipe.Document("tomcat10-docs/x.html", []).part == "unseen"
+    assert recipe.Document("r-cran-janeaustenr/3/7", []).part == "unseen"
+
+
+def test_no_sentence_is_in_two_parts_even_with_other_numbers(recipe: ModuleType, gathered: Path) -> None:
+    found = {part: recipe.read_sentences(gathered, part) for part in ("train", "dev", "test", "unseen")}
+    every = [text for texts in found.values() for text in texts]
+    assert len(every) == 3  # of 800 pages: two that differ in their words, and one that stands for all numbers
+    assert len(found["unseen"]) == 3
+    table = json.loads((gathered / "sources.json").read_text())
+    assert table["python-flask-doc"]["unseen"] == 3
+    assert table["python3.11-doc"] == {"licence": "PSF-2.0"}
+
+
+def write_part(folder: Path, part: str, count: int) -> None:
+    words = ["snow", "house", "river", "stone", "cloud", "garden", "letter", "window", "answer", "morning"]
+    with gzip.open(folder / f"{part}.jsonl.gz", "wt") as stream:
+        for i in range(count):
+            a, b, c = words[i % 10], words[i // 10 % 10], words[i * 7 % 10]
+            stream.write(
+                json.dumps({"document": f"{part}/{i}", "text": f"The {a} of the {b} is not a {c}, they say."}) + "\n"
+            )
+
+
+def test_tokenizer_problems_and_rows(recipe: ModuleType, tmp_path: Path) -> None:
+    for part, count in (("train", 300), ("dev", 20), ("test", 20), ("unseen", 20)):
+        write_part(tmp_path, part, count)
+    recipe.problems(tmp_path, count=8, vocab_size=320)
+    tok = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tok.convert_ids_to_tokens(range(5)) == list(recipe.SPECIAL_TOKENS)
+    assert (tok.pad_token_id, tok.eos_token_id, tok.mask_token_id, tok.bos_token_id) == (0, 1, 2, 3)
+    for text in ("The  snow\n of ’é’ 🙂.", " x"):
+        assert tok.decode(tok.encode(text, add_special_tokens=False)) == text
+    asked = task_named("correction").problems(data=tmp_path / "test-problems.jsonl")
+    assert 0 < len(asked) <= 8
+    assert any(problem.question != problem.answer for problem in asked)
+    recipe.rows(tmp_path, tmp_path / "rows.jsonl", copies=2, limit=10, workers=1)
+    rows = list(read_rows(tmp_path / "rows.jsonl", required=("prompt", "completion")))
+    assert len(rows) == 20
+    assert [row["completion"] for row in rows[:10]] == [row["completion"] for row in rows[10:]]
+    assert [row["prompt"] for row in rows[:10]] != [row["prompt"] for row in rows[10:]]
+
+
+def test_what_was_not_gathered_is_told(recipe: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(
+        FewstepError, match=r"train.jsonl.gz is not there; gather it with: correction_data.py sentences"
+    ):
+        recipe.rows(tmp_path, tmp_path / "rows.jsonl")
