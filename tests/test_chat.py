@@ -132,6 +132,17 @@ def test_settings_change_between_answers(chat: Chat, models: dict[str, str]) -> 
     assert "decoder is block (the model's own)\n" in result.err
 
 
+def test_settings_that_need_each_other_are_changed_together(chat: Chat, models: dict[str, str]) -> None:
+    result, report = chat(f"/set decoder=speculative draft={models['student']} window = 3", "what?", model="plain")
+    assert result.code == 0, result.err
+    assert report["turns"][0]["settings"] == {
+        "max_new_tokens": 12,
+        "decoder": "speculative",
+        "draft": models["student"],
+        "window": 3,
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -141,6 +152,9 @@ def test_settings_change_between_answers(chat: Chat, models: dict[str, str]) -> 
         ("/set decoder blok", "did you mean 'block'"),
         ("/set window 4", "window"),
         ("/set threshold", "needs a value"),
+        ("/set decoder jacobi", "has the role block_causal"),
+        ("/set max_new_tokens 5000", "positions"),
+        ("/set threshold=0.5 temperature=-1", "temperature must be at least 0"),
         ("/unset", "unknown setting"),
         ("/stat", "'/stats'"),
         ("/retry", "no question to ask again"),

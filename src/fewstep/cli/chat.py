@@ -52,7 +52,7 @@ def chat(
     settings = decoding.given() | ({"stop": tuple(stop)} if stop else {})
     with _loading(model.model):
         lm = model.load_model()
-    lm.manner(**settings)  # tells at once what is wrong with a setting
+    check_settings(lm, settings)
     bundled = is_bundled(model.model)
     conversation = conversation_with(lm, system=system, remembers=remember, bundled=bundled)
     network = lm.network
@@ -70,6 +70,13 @@ def chat(
     deliver(json, session.report())
     if session.num_refused and not sys.stdin.isatty():
         raise typer.Exit(2)
+
+
+def check_settings(lm: "LanguageModel", settings: dict[str, Any]) -> None:
+    """FewstepError if the model cannot answer even a short question with these settings."""
+    from fewstep.engine.settings import GenerationSettings
+
+    lm.checker(**settings)(GenerationSettings.of(**settings).request(lm.encode("?")))
 
 
 @contextmanager
@@ -192,12 +199,18 @@ class Session:
         if not rest:
             self._note_settings()
             return
-        name, *value = re.split(r"\s*=\s*|\s+", rest, maxsplit=1)
-        known = self._known(name)
-        if not value or not value[0]:
-            raise FewstepError(f"/set {name} needs a value; /unset {name} takes it back to the model's own")
-        self._change({**self._settings, known: read_setting(known, value[0], called=known)})
-        note(f"{known} is {self._settings[known]}")
+        # Some settings need each other, as decoder=speculative draft=NAME: those are given together.
+        words = re.sub(r"\s*=\s*", "=", rest).split()
+        pairs = [word.partition("=") for word in words] if all("=" in word for word in words) else [rest.partition(" ")]
+        changed = {}
+        for name, _equals, value in pairs:
+            known = self._known(name)
+            if not value.strip():
+                raise FewstepError(f"/set {name} needs a value; /unset {name} takes it back to the model's own")
+            changed[known] = read_setting(known, value.strip(), called=known)
+        self._change({**self._settings, **changed})
+        for name, value in changed.items():
+            note(f"{name} is {value}")
 
     def _unset(self, rest: str, _: Interrupts | None) -> None:
         known = self._known(rest)
@@ -212,7 +225,7 @@ class Session:
 
     def _change(self, settings: dict[str, Any]) -> None:
         """FewstepError, with the settings as they were, for those that this model does not take."""
-        self._lm.manner(**settings)
+        check_settings(self._lm, settings)
         self._settings = settings
 
     def _note_settings(self) -> None:
