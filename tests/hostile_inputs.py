@@ -76,6 +76,8 @@ SEVERAL_LINES = {
     "import": ("import plain out --json out.json",),
     "merge": ("merge adapter --output out --json out.json",),
     "demo": ("demo --teacher teacher --student student --causal causal --num-problems 1 --device cpu",),
+    "bench-serve": ("bench-serve http://127.0.0.1:9 --requests 1 --prompts 1 --json out.json",),
+    "chat": (f"chat --model student --json out.json {SHORT}",),
     "serve": ("serve student teacher,threshold=0.5 --port 0 --dtype float32",),
     "models": ("models --json out.json",),
     "doctor": ("doctor --json out.json",),
@@ -827,8 +829,6 @@ def _become(case: Case, folder: Path, out: Path, err: Path, given: Path, interru
         sys.argv = ["fewstep", *case.arguments]
         if interrupted:
             _interrupt_at_delivery()
-        if case.arguments[0] == "serve":
-            _stop_before_serving()
         try:
             main(list(case.arguments))
         except SystemExit as stopped:
@@ -848,13 +848,6 @@ def _interrupt_at_delivery() -> None:
         raise KeyboardInterrupt
 
     generate.deliver = evaluate.deliver = interrupt
-
-
-def _stop_before_serving() -> None:
-    """All is read, loaded and bound by then."""
-    from fewstep.serve import run
-
-    run.HttpServer.run = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 _Listing = dict[str, tuple[int, int, int, int]]
@@ -976,6 +969,9 @@ def warm_up(base: Path, outer: Path) -> None:
         + [SEVERAL_LINES["collect"][1]]
     )
     shutil.copytree(base, outer, symlinks=True, ignore=lambda *_: ["pipe"])
+    from fewstep.serve.run import HttpServer
+
+    HttpServer.run = lambda *_, **__: None  # type: ignore[method-assign]  # all is read, loaded and bound by then
     here = Path.cwd()
     os.chdir(outer)
     try:

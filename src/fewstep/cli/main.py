@@ -8,6 +8,7 @@ import typer
 
 import fewstep
 from fewstep.cli.bench import bench
+from fewstep.cli.bench_serve import bench_serve
 from fewstep.cli.calibrate import calibrate
 from fewstep.cli.chat import chat
 from fewstep.cli.collect import collect
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "compare": compare,
     "bench": bench,
+    "bench-serve": bench_serve,
     "calibrate": calibrate,
     "import": import_,
     "merge": merge,

@@ -24,7 +24,7 @@ class ServerSettings:
     max_concurrent: Annotated[Count, "Requests of one model and decoder that share passes."] = 8
     max_queued: Annotated[Count, "Requests that may wait for a slot; further ones get status 429."] = 256
     memory_gb: Annotated[
-        float | None, Gt(0), "What the slots of all models may take up; by default half of what is free."
+        float | None, Gt(0), Le(1e6), "What the slots of all models may take up; by default half of what is free."
     ] = None
     time_limit: Annotated[_Seconds, "Seconds that a request may take, its wait included."] = 600.0
     drain_time: Annotated[_Seconds, "Seconds that running answers have to finish after SIGTERM."] = 60.0

@@ -49,6 +49,8 @@ class Votes:
         self._interval, self._path = interval, path
         self.votes: list[Vote] = []
         if path is not None:
+            if path.exists() and not path.is_file():
+                raise FewstepError(f"votes {path} is no file that votes could be kept in; name another")
             with storage_errors(path), open(path, "a", encoding="utf-8"):
                 pass
             self.votes = [_vote(row, f"{path} line {line}") for line, row in numbered_rows(path)]

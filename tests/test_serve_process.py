@@ -1,0 +1,144 @@
+"""`fewstep serve` as a process: its start, its stop, its extra; and load that is put on a server."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from helpers.command import Run, fewstep_process
+from helpers.networks import network
+from helpers.serving import running
+
+from fewstep.cli import extras
+from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
+from fewstep.measure.serving import Load
+from fewstep.models.load import save_network
+
+MESSAGES = [{"role": "user", "content": "what is 2+2?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "student"
+    save_network(network("block_causal"), path)
+    return path
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+        command = ["serve", f"{folder},name=s", "--port", str(port), *options]
+        self.process = fewstep_process(*command)
+        assert self.process.stderr is not None
+        self.lines: list[dict[str, Any]] = []
+        listening = json.loads(self.process.stderr.readline())
+        assert listening["event"] == "listening", listening
+        self.url = listening["url"]
+        self.port = int(self.url.rpartition(":")[2])
+        threading.Thread(target=self._read, daemon=True).start()
+        ends = time.monotonic() + 20
+        while not self._answers():
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines += [json.loads(line) for line in self.process.stderr]
+
+    def _answers(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/health").status_code == 200
+        except httpx2.ConnectError:
+            return False
+
+    def stream(self, max_tokens: int) -> Any:
+        body = {"messages": MESSAGES, "stream": True, "max_tokens": max_tokens, "early_stop": False, "threshold": 1.0}
+        return httpx2.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_a_killed_server_can_be_started_again_at_once_and_sigterm_lets_running_answers_finish(folder: Path) -> None:
+    killed = Process(folder)
+    with killed.stream(200) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(killed.process.pid, signal.SIGKILL)
+        with pytest.raises(httpx2.HTTPError):
+            list(lines)
+    killed.process.wait(10)
+    again = Process(folder, port=killed.port)
+    try:
+        _stops_in_peace(again)
+    finally:
+        again.process.kill()
+
+
+def _stops_in_peace(server: Process) -> None:
+    with server.stream(200) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        refused = httpx2.post(f"{server.url}/v1/chat/completions", json={"messages": MESSAGES})
+        assert refused.status_code == 503, refused.text
+        assert refused.headers["retry-after"] == "5"
+        assert httpx2.get(f"{server.url}/ready").status_code == 503
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(10) == 0
+    assert [line["event"] for line in server.lines if line["event"] != "request"] == ["draining", "stopped"]
+
+
+def test_a_taken_port_a_wrong_host_and_two_equal_names_are_told(run: Run, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in run("serve", folder, "--port", port).sentence()
+    assert "no address of this machine" in run("serve", folder, "--host", "not.a.host.invalid").sentence()
+    assert "another name" in run("serve", folder, folder, "--port", 0).sentence()
+    assert "--port" in run("serve", folder, "--port", 70000).sentence()
+    assert "no setting" in run("serve", f"{folder},tresholt=1").sentence()
+
+
+def test_without_the_extra_one_sentence_names_it(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(extras.EXTRAS["serve"], "fastapi", "fastapi_that_is_not_there")
+    assert "pip install 'fewstep[serve]'" in run("serve", folder).sentence()
+
+
+# Load
+
+
+def test_load_is_measured_and_answers_under_it_are_those_alone(run: Run, tmp_path: Path) -> None:
+    report, questions = tmp_path / "report.json", tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": f"what is {one}+{one}?"}) + "\n" for one in range(3)))
+    with running({"block": LanguageModel(network("block_causal"))}, max_concurrent=4) as made:
+        options = ["--max-tokens", 16, "--input", questions, "--check", "--json", report, "--cut", 0.3]
+        model = ["--model", "block,threshold=0.4"]
+        result = run("bench-serve", made.url, *model, *options, "--concurrency", "1,4", "--requests", 12)
+        assert result.code == 0, result.err
+        loads = json.loads(report.read_text())["loads"]
+        assert [one["concurrency"] for one in loads] == [1, 4]
+        for one in loads:
+            assert one["completed"] + one["cut"] == one["n"] == 12
+            assert one["cut"] > 0
+            assert (one["different"], one["failed"], one["refused"]) == (0, 0, 0)
+            assert 0 < one["first_text_ms"]["p50"] <= one["answer_ms"]["p50"] <= one["answer_ms"]["p99"]
+            assert one["tokens_per_second"] > 0
+        assert run("bench-serve", made.url, *model, *options, "--rate", "40", "--duration", 0.3).code == 0
+        made.wait_until_idle()
+
+
+def test_load_on_nothing_and_contradictions_are_told(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+    assert "did not answer" in run("bench-serve", f"http://127.0.0.1:{port}").sentence()
+    assert "not both" in run("bench-serve", "--rate", 1, "--concurrency", 1).sentence()
+    assert "no address" in run("bench-serve", "localhost").sentence()
+    assert "numbers" in run("bench-serve", "--concurrency", "1,x").sentence()
+    with pytest.raises(FewstepError, match="either concurrency or rate"):
+        Load(num_requests=1)
