@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fewstep.decode.health import measure_health
+from fewstep.decode.health import bleu, measure_diversity, measure_health
 from fewstep.errors import FewstepError
 from fewstep.train.monitor import CollapseError, CollapseLimits, CollapseMonitor, check_health
 
@@ -95,3 +95,36 @@ def test_a_resumed_run_judges_the_same():
 def test_impossible_limits_are_refused(limits):
     with pytest.raises(FewstepError, match=next(iter(limits))):
         CollapseLimits(**limits)
+
+
+SEEDS = measure_diversity([[[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]], [[5, 4, 3, 2], [9, 8, 7, 6]]])
+
+
+def test_answers_of_several_seeds_are_told_apart():
+    assert SEEDS.distinct_answers == 1
+    same = measure_diversity([[[1, 2, 3, 4, 5]] * 4])
+    assert (same.distinct_answers, same.self_bleu) == (0.25, 1)
+    assert SEEDS.self_bleu < 0.4 < measure_diversity([[[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]]).self_bleu < 1
+    with pytest.raises(ValueError, match="at least two answers"):
+        measure_diversity([[[1, 2]]])
+
+
+def test_bleu_of_a_hand_worked_answer():
+    # 3 of 4 tokens, 2 of 3 pairs, 1 of 2 triples and 0 of 1 fours are found; all but the first smoothed by one.
+    expected = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert math.isclose(bleu([1, 2, 3, 4], [[1, 2, 3, 9]]), expected)
+    assert math.isclose(bleu([1, 2, 3], [[1, 2, 3, 4, 5, 6]]), math.exp(1 - 6 / 3))
+    assert (bleu([], [[1]]), bleu([], [[]]), bleu([7], [[1]])) == (0, 1, 0)
+
+
+def test_a_model_that_says_the_same_with_every_seed_has_collapsed():
+    monitor = CollapseMonitor()
+    monitor.observe_diversity(SEEDS, step=1)
+    with pytest.raises(CollapseError, match=r"at step 2 .*distinct_answers is 0\.25, below the limit 0\.5"):
+        monitor.observe_diversity(measure_diversity([[[1, 2, 3, 4, 5]] * 4]), step=2)
+    nearly = [[1, 2, 3, 4, 5, 6, 7, 8, 9, i] for i in range(10, 14)]
+    with pytest.raises(CollapseError, match="self_bleu is"):
+        monitor.observe_diversity(measure_diversity([nearly]), step=3)
+    resumed = CollapseMonitor()
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert resumed.diversity == SEEDS

@@ -6,7 +6,7 @@ from fewstep.cli.interruption import one_voice
 
 
 def train(context: typer.Context) -> None:
-    """Trains: diffusion (a teacher), cdlm (a student), cllm, medusa, draft, sft; see fewstep train --help."""
+    """Trains: diffusion (a teacher), cdlm (a student), cllm, embedding, medusa, draft, sft; see train --help."""
     with one_voice():
         from fewstep.cli.training import app
 

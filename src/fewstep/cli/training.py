@@ -1,14 +1,15 @@
 """The subcommands of `fewstep train`: their options are the fields of settings classes, below and in `train/`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
+from annotated_types import Gt, Le
 
 from fewstep.cli.extras import EXTRAS, require
 from fewstep.cli.model_names import check_model_name
@@ -18,6 +19,8 @@ from fewstep.cli.sources import Touches
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.errors import FewstepError
+from fewstep.models.embedding_model import channel_warp, to_embedding_space
+from fewstep.models.embedding_space import UNIFORM, RowsFrom
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
@@ -28,6 +31,13 @@ from fewstep.train.cllm import CLLMObjective, CLLMSettings
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.documents import CanvasLengths
 from fewstep.train.draft import DraftObjective, DraftSettings
+from fewstep.train.embedding import (
+    EmbeddingObjective,
+    EmbeddingSettings,
+    TokenCorruption,
+    trained_space,
+    warp_by_loss,
+)
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
@@ -158,6 +168,58 @@ class HeadsStart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingStart(Start):
+    """The network to start from, causal, diffusion or in embedding space, and how noise enters it."""
+
+    scratch: Annotated[bool, "Begin with fresh weights of the model's shape."] = False
+    noise_scale: Annotated[
+        Annotated[float, Gt(0), Le(1e4)] | None,
+        "Deviation of the noise on embeddings whose numbers have a mean square of 1; by default as in the checkpoint, "
+        "or 7 for width 256 and by its square root for others.",
+    ] = None
+    rows_from: Annotated[
+        RowsFrom | None,
+        "What a noisy row enters the network as: posterior, the mean embedding of the tokens that it may stand for, or "
+        "noise; by default as in the checkpoint, or posterior.",
+    ] = None
+    self_conditioned: Annotated[
+        bool | None, "The network is given its last prediction; by default as in the checkpoint, or not."
+    ] = None
+    warp: Annotated[
+        Literal["keep", "channel", "loss", "uniform"],
+        "How time is spread over noise levels: keep as in the checkpoint; by what single rows tell of their tokens "
+        "(channel, for a model that is new here); by the loss of the network at the start; or uniform.",
+    ] = "keep"
+
+    def network(self, examples: Callable[[Network], Examples], training: EmbeddingSettings) -> tuple[Network, Examples]:
+        """In embedding space, with the examples as its token ids."""
+        source = NetworkSettings(
+            block_size=self.block_size, context_attention=self.context_attention, device=self.device
+        ).load(self.model)
+        if self.scratch:
+            source.module.init_weights()
+        if source.role.embedding_space is not None and self.context_attention is not None:
+            raise FewstepError("context_attention is settled for a network in embedding space; leave it out")
+        read = examples(source)
+        fields = {
+            "noise_scale": self.noise_scale,
+            "rows_from": self.rows_from,
+            "self_conditioned": self.self_conditioned,
+            "predicts": "embeddings" if training.objective == "mse" else None,
+            "warp": UNIFORM if self.warp == "uniform" else None,
+        }
+        made = to_embedding_space(source, **{name: value for name, value in fields.items() if value is not None})
+        if self.warp == "channel":
+            made = to_embedding_space(made, warp=channel_warp(made))
+        if self.warp == "loss":
+            made = to_embedding_space(made, warp=warp_by_loss(made, read))
+        assert made.role.embedding_space is not None
+        return made.with_role(
+            replace(made.role, embedding_space=trained_space(made.role.embedding_space, training))
+        ), read
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Training rows: JSONL or Parquet with prompt and completion, messages, or text; longer ones are left out."""
 
@@ -203,6 +265,13 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingOutcome:
+    """Where the result goes."""
+
+    output: Annotated[Path, "A new folder for the model, its report and its logs.", Touches.FILLS]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Watch:
     """Held-out rows whose prompts are answered at every evaluation, for samples in the log, health statistics and the
     detection of collapse.
@@ -213,6 +282,19 @@ class Watch:
     ] = None
     num_prompts: Annotated[Count, "How many of these rows are answered, from the first."] = 32
     max_new_tokens: Annotated[Count, "Most new tokens of an answer."] = 256
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedWatch:
+    """How the held-out prompts are answered by a model whose answers differ by the seed."""
+
+    seeds: Annotated[
+        Annotated[Count, Le(64)], "Seeds with which each prompt is answered; more than one tell of the diversity."
+    ] = 1
+    steps: Annotated[Count | None, "Passes of an answer; by default as many as the model takes by default."] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -326,6 +408,30 @@ def draft(built: Built, json: Path | None) -> None:
     _run(network, objective, built, json, start.output, decoder=SelfSpeculative.name)
 
 
+def embedding(built: Built, json: Path | None) -> None:
+    """A network in embedding space: whole texts from noise in few passes (see docs/embedding.md)."""
+    start: EmbeddingStart = built[EmbeddingStart]
+    _require_extra()
+    _refuse_unwatched(built)
+    training: EmbeddingSettings = built[EmbeddingSettings]
+    if training.target == "average" and built[TrainSettings].ema_decay is None:
+        raise FewstepError("the target average is the moving average of the weights; set --ema-decay, such as 0.99")
+    _check_output(built[EmbeddingOutcome].output)
+    network, examples = start.network(built[Data].read, training)
+    objective = EmbeddingObjective(
+        network,
+        examples,
+        num_batches=built[TrainSettings].max_steps * built[TrainSettings].accumulation,
+        settings=training,
+        corruption=built[TokenCorruption],
+        canvas=CanvasLengths(block_size=network.role.block_size, weights=built[Canvas].weights),
+    )
+    watch: SeedWatch = built[SeedWatch]
+    if built[Watch].data is None:
+        built.refuse(settings_of({SeedWatch: "watch_"}), "without --watch-data")
+    _run(network, objective, built, json, built[EmbeddingOutcome].output, num_seeds=watch.seeds, steps=watch.steps)
+
+
 def medusa(built: Built, json: Path | None) -> None:
     """Medusa heads for a causal model (arXiv 2401.10774)."""
     start: HeadsStart = built[HeadsStart]
@@ -349,6 +455,23 @@ app.command("cdlm")(with_settings(cdlm, {StudentStart: "", **RUN, CDLMSettings: 
 app.command("sft")(with_settings(sft, {Start: "", Data: "", **RUN}))
 app.command("cllm")(with_settings(cllm, {CausalStart: "", **RUN, CLLMSettings: ""}))
 app.command("draft")(with_settings(draft, {DrafterStart: "", **WATCHED, DraftSettings: ""}))
+app.command("embedding")(
+    with_settings(
+        embedding,
+        {
+            EmbeddingStart: "",
+            Data: "",
+            EmbeddingOutcome: "",
+            TrainSettings: "",
+            Watch: "watch_",
+            SeedWatch: "watch_",
+            CollapseLimits: "collapse_",
+            EmbeddingSettings: "",
+            TokenCorruption: "",
+            Canvas: "canvas_",
+        },
+    )
+)
 app.command("medusa")(with_settings(medusa, {HeadsStart: "", Data: "", TrainSettings: "", MedusaSettings: ""}))
 
 

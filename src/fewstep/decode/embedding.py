@@ -448,7 +448,7 @@ class EmbeddingSampler:
                 ticket.before_CD = last_RD[row::num]
         before_RD = torch.cat([_known(ticket.before_CD)[copy, None] for copy in range(copies) for ticket in tickets])
         before_RGD = torch.cat([before_RD[:, None], own_RGD[:, :-1]], 1)
-        read_RGD = self._part.read(own_RGD, before_RGD, shifted=network.role.right_shift_logits)
+        read_RGD = self._part.read(own_RGD, before_RGD)
         logits_RGV, clean_RGD = self._part.scores(module, read_RGD, self._unit_VD)
         logits_RGV = self._part.without_ruled_out(logits_RGV)
         if copies == 2:

@@ -4,6 +4,7 @@ Pure functions of token ids. An n-gram is n neighbouring tokens of one output; n
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -59,6 +60,64 @@ def measure_health(outputs: Iterable[Sequence[int] | Tensor], *, ignored_ids: It
         distinct_2=distinct(tokens, 2),
         entropy=entropy(tokens),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """How much answers to the same prompts differ by their seeds.
+
+    `distinct_answers`: mean over prompts of the different answers over all of them. `self_bleu`: mean BLEU of an answer
+    with the others of its prompt as references (Zhu et al., arXiv 1802.01886), 1 if all are the same.
+    """
+
+    distinct_answers: float
+    self_bleu: float
+
+    def to_json(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def measure_diversity(answers: Iterable[Sequence[Sequence[int]]], *, ignored_ids: Iterable[int] = ()) -> Diversity:
+    """Of the answers of each prompt, at least two for each, without the tokens in `ignored_ids`.
+
+    ValueError if a prompt has fewer.
+    """
+    ignored = set(ignored_ids)
+    groups = [[[one for one in answer if one not in ignored] for answer in group] for group in answers]
+    if not groups or min(map(len, groups)) < 2:
+        raise ValueError("diversity needs at least two answers of each prompt")
+    return Diversity(
+        distinct_answers=float(np.mean([len(set(map(tuple, group))) / len(group) for group in groups])),
+        self_bleu=float(
+            np.mean([bleu(one, [*group[:i], *group[i + 1 :]]) for group in groups for i, one in enumerate(group)])
+        ),
+    )
+
+
+def bleu(answer: Sequence[int], references: Sequence[Sequence[int]]) -> float:
+    """BLEU-4 of an answer (Papineni et al., 2002); counts of pairs and longer are smoothed by one, since answers are
+    short (Lin and Och, 2004). Of an empty answer 1 if a reference is empty too, else 0.
+    """
+    if not answer:
+        return float(any(not reference for reference in references))
+    logs = []
+    for n in range(1, REPEATED_NGRAM + 1):
+        counts = _counted(answer, n)
+        most: Counter[tuple[int, ...]] = Counter()
+        for reference in references:
+            most |= _counted(reference, n)
+        smooth = int(n > 1)
+        found = sum(min(count, most[gram]) for gram, count in counts.items()) + smooth
+        if not found:
+            return 0.0
+        logs.append(math.log(found / (counts.total() + smooth)))
+    nearest = min((len(reference) for reference in references), key=lambda length: (abs(length - len(answer)), length))
+    return math.exp(min(0.0, 1 - nearest / len(answer)) + sum(logs) / len(logs))
+
+
+def _counted(tokens: Sequence[int], n: int) -> "Counter[tuple[int, ...]]":
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
 def repetition(tokens: np.ndarray, n: int) -> float:

@@ -54,14 +54,14 @@ class NoiseConditioning(nn.Module):
     plus the mask's by the noise level. Either way a linear map of the noisy embedding is added, which begins at zero.
     """
 
-    def __init__(self, space: EmbeddingSpace, width: int, mask_token_id: int) -> None:
+    def __init__(self, space: EmbeddingSpace, width: int, mask_token_id: int, *, shifted: bool) -> None:
         super().__init__()
         self.predicts, self.self_conditioned = space.predicts, space.self_conditioned
         self.mask_token_id = mask_token_id
         last = nn.Linear(width, width)
         self.told = nn.Sequential(nn.Linear(num_features(), width), nn.SiLU(), last)
         self.raw = nn.Linear(width, width, bias=False)
-        self.own = nn.Linear(width, width, bias=False)
+        self.own = nn.Linear(width, width, bias=False) if shifted else None
         self.guess = nn.Linear(width, width, bias=False) if space.self_conditioned else None
         self.regress = nn.Linear(width, width) if space.predicts == "embeddings" else None
         for layer in (last, self.raw, self.own, self.guess):
@@ -103,11 +103,11 @@ class NoiseConditioning(nn.Module):
             rows_SD = rows_SD + self.guess(self._cast(noisy.guess_SD)).float()
         return rows_SD
 
-    def read(self, own_SD: Tensor, before_SD: Tensor, *, shifted: bool) -> Tensor:
+    def read(self, own_SD: Tensor, before_SD: Tensor) -> Tensor:
         """The rows that are scored, from the final rows of the positions and, where logits are shifted, of those before
         them.
         """
-        return before_SD + self.own(own_SD) if shifted else own_SD
+        return own_SD if self.own is None else before_SD + self.own(own_SD)
 
     def scores(self, module: PreTrainedModel, read_SD: Tensor, unit_VD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits in float32 [S, V], and of a network that predicts embeddings these [S, D]; else None."""
@@ -145,13 +145,13 @@ def conditioning_of(module: PreTrainedModel) -> NoiseConditioning:
     return found
 
 
-def attach(module: PreTrainedModel, space: EmbeddingSpace, mask_token_id: int) -> NoiseConditioning:
+def attach(module: PreTrainedModel, space: EmbeddingSpace, mask_token_id: int, *, shifted: bool) -> NoiseConditioning:
     """Give a stock module its conditioning, in its numbers and on its device; one that is there stays.
 
     FewstepError if the space asks for other parts than the conditioning has.
     """
     if not hasattr(module, PART):
-        made = NoiseConditioning(space, module.config.hidden_size, mask_token_id)
+        made = NoiseConditioning(space, module.config.hidden_size, mask_token_id, shifted=shifted)
         module.add_module(PART, made.to(module.device, module.dtype))
     part = conditioning_of(module)
     if (part.self_conditioned, part.predicts) != (space.self_conditioned, space.predicts):
@@ -170,12 +170,9 @@ def noisy_embeddings(module: PreTrainedModel, embedded_RTD: Tensor, noisy: Noisy
     return flat_ND.view_as(embedded_RTD)
 
 
-def noisy_scores(
-    module: PreTrainedModel, hidden_RTD: Tensor, noisy: NoisyRows, *, shifted: bool
-) -> tuple[Tensor, Tensor | None]:
+def noisy_scores(module: PreTrainedModel, hidden_RTD: Tensor, noisy: NoisyRows) -> tuple[Tensor, Tensor | None]:
     """As `NoiseConditioning.scores`, of the rows of a packed forward."""
     part, flat_ND = conditioning_of(module), hidden_RTD.flatten(0, 1)
     own_SD = flat_ND.index_select(0, noisy.rows_S)
-    before_SD = flat_ND.index_select(0, noisy.before_S) if shifted else own_SD
-    read_SD = part.read(own_SD, before_SD, shifted=shifted)
+    read_SD = part.read(own_SD, flat_ND.index_select(0, noisy.before_S))
     return part.scores(module, read_SD, part.unit(module.get_input_embeddings().weight))

@@ -48,16 +48,8 @@ def to_embedding_space(network: Network, **fields: Any) -> Network:
         )
     table_VD = network.module.get_input_embeddings().weight
     space = EmbeddingSpace.of_width(table_VD.shape[1], **fields)
-    if "warp" not in fields:
-        kept_V = torch.ones(len(table_VD), dtype=torch.bool, device=table_VD.device)
-        kept_V[network.never_drawn] = False
-        kept_V[mask_token_id] = False
-        tokens = kept_V.nonzero()[:, 0]
-        chosen = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS_COMPARED)).long()]
-        unit_VD = unit_rows(table_VD[chosen]).cpu()
-        space = replace(space, warp=warp_of_losses(LEVELS, channel_losses(unit_VD, space, LEVELS)))
     is_causal = role.name == "autoregressive"
-    return network.with_role(
+    made = network.with_role(
         replace(
             role.playing("autoregressive"),
             name="embedding",
@@ -68,6 +60,19 @@ def to_embedding_space(network: Network, **fields: Any) -> Network:
             embedding_space=space,
         )
     )
+    return made if "warp" in fields else to_embedding_space(made, warp=channel_warp(made))
+
+
+def channel_warp(network: Network) -> tuple[float, ...]:
+    """The warp under which time is what single rows leave unknown of their tokens, all equally frequent."""
+    space = network.role.embedding_space
+    assert space is not None
+    table_VD = network.module.get_input_embeddings().weight
+    kept_V = torch.ones(len(table_VD), dtype=torch.bool, device=table_VD.device)
+    kept_V[network.never_drawn] = False
+    tokens = kept_V.nonzero()[:, 0]
+    chosen = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS_COMPARED)).long()]
+    return warp_of_losses(LEVELS, channel_losses(unit_rows(table_VD[chosen]), space, LEVELS))
 
 
 class EmbeddingDenoiser(nn.Module):
@@ -211,7 +216,7 @@ class EmbeddingDenoiser(nn.Module):
         ).last_hidden_state
         part = conditioning_of(module)
         before_BLD = torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], 1)
-        read_BLD = part.read(hidden_BLD, before_BLD, shifted=network.role.right_shift_logits)
+        read_BLD = part.read(hidden_BLD, before_BLD)
         logits_BLV, found_BLD = part.scores(module, read_BLD, self.embed(torch.arange(network.vocab_size)))
         found_TD = None if found_BLD is None else found_BLD.flatten(0, 1)[noisy.rows_S]
         return part.without_ruled_out(logits_BLV), found_TD

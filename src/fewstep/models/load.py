@@ -299,7 +299,7 @@ def _load_conditioning(module: PreTrainedModel, role: Role, folders: Folders) ->
         vars(module.config).pop(EMBEDDING_SPACE, None)
         return
     assert role.mask_token_id is not None
-    part = attach(module, role.embedding_space, role.mask_token_id)
+    part = attach(module, role.embedding_space, role.mask_token_id, shifted=role.right_shift_logits)
     folder, wanted = folders[-1], part.state_dict()
     places = {
         place.name.removeprefix(f"{PART}."): place for place in read_places(folder) if place.name.startswith(PART)

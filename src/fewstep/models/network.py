@@ -119,7 +119,7 @@ class Network:
         self.end_of_tokens = 1 + max(set(range(self.vocab_size)).difference(without_token), default=-1)
         if role.embedding_space is not None:
             assert role.mask_token_id is not None
-            part = attach(module, role.embedding_space, role.mask_token_id)
+            part = attach(module, role.embedding_space, role.mask_token_id, shifted=role.right_shift_logits)
             part.rule_out(self.never_drawn, self.vocab_size)
 
     def _check(self) -> None:

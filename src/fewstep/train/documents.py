@@ -8,13 +8,14 @@ role `[context | noisy response | clean response]`, so that one forward trains a
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.models.denoiser import NoisyRows
 from fewstep.models.masks import Layout
 from fewstep.models.roles import Role
 from fewstep.train import corruption
@@ -28,11 +29,14 @@ CONTEXT, NOISY, CLEAN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents of one forward: which examples, their segment lengths, where they lie."""
+    """Documents of one forward: which examples, their segment lengths, where they lie; the number of the batch in its
+    run.
+    """
 
     examples_N: Tensor
     segments_NG: Tensor
     packed: Packed
+    number: int = 0
 
 
 class Inputs(NamedTuple):
@@ -48,8 +52,15 @@ class Inputs(NamedTuple):
     adapted_RT: Tensor | None = None
 
 
+WeightsOf = Literal["own", "average", "start"]
+"""Of a forward without gradient: the weights in training, their moving average, or those of the beginning."""
+
+
 class Forward(Protocol):
-    """The network as objectives see it: logits [S, V] of flat scored rows, with or without gradient."""
+    """The network as objectives see it: logits [S, V] of flat scored rows, with or without gradient.
+
+    `noisy`: rows of canvases in embedding space; then a network that predicts embeddings gives these, [S, D].
+    """
 
     def __call__(
         self,
@@ -60,6 +71,8 @@ class Forward(Protocol):
         adapted_RT: Tensor | None = None,
         *,
         gradient: bool = True,
+        noisy: NoisyRows | None = None,
+        weights: WeightsOf = "own",
     ) -> Tensor: ...
 
 
@@ -157,9 +170,20 @@ class Masking(NamedTuple):
 class PackedDocuments:
     """Index arithmetic shared by the objectives: contexts and responses of a batch as packed rows."""
 
-    def __init__(self, role: Role, examples: Examples, batch: Batch, eos_token_id: int, *, canvases: int = 1) -> None:
+    def __init__(
+        self,
+        role: Role,
+        examples: Examples,
+        batch: Batch,
+        eos_token_id: int,
+        *,
+        canvases: int = 1,
+        apart: bool = False,
+    ) -> None:
+        """`apart`: the context sees no canvas, even if there is one only, as in the role `embedding`."""
         self.role = role
         self.canvases = canvases
+        self.apart = apart or canvases > 1
         packed = batch.packed
         document = packed.document_RT.clamp_min(0)
         example = batch.examples_N[document]
@@ -185,7 +209,7 @@ class PackedDocuments:
         blocks = self.role.blocks(self.positions_RT, self.context_RT)
         if self.role.name == "block_causal":
             return Layout(self.packed.document_RT, blocks, self.is_noisy_RT)
-        if self.canvases == 1:
+        if not self.apart:
             return Layout(self.packed.document_RT, blocks, torch.zeros_like(self.is_noisy_RT))
         blocks = blocks + torch.where(self.is_noisy_RT, self.packed.segment_RT - NOISY, 0)
         return Layout(self.packed.document_RT, blocks, self.is_noisy_RT)

@@ -5,6 +5,7 @@ Axes: R = packed rows, T = positions of a row, S = scored positions, K = Medusa 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,16 +13,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import adjust_logits
 from fewstep.models.attention import check_trainable, compile_layers, prepare_attention, training_mask
+from fewstep.models.denoiser import NoisyRows, noisy_embeddings, noisy_scores
 from fewstep.models.gated import GatedAdapter
 from fewstep.models.load import DTYPES
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
+from fewstep.models.roles import Role
+from fewstep.train.documents import WeightsOf
 from fewstep.train.lora import LoRASettings, add_lora
 from fewstep.train.objectives import Objective
 from fewstep.train.settings import TrainSettings
@@ -33,16 +37,24 @@ class _PackedForward(nn.Module):
 
     With Medusa `heads` in place of the network's own they are [S, K, V]. `scales_logits`: of the architecture.
     `module`: the network's, a PEFT model around it, or a gated adapter in it, which applies to the rows `adapted_RT`.
+    With `noisy` rows it is a network in embedding space, see `Forward`.
     """
 
-    def __init__(self, module: nn.Module, heads: MedusaHeads | None, *, scales_logits: bool) -> None:
+    def __init__(self, module: nn.Module, role: Role, heads: MedusaHeads | None, *, scales_logits: bool) -> None:
         super().__init__()
         self.module = module
+        self.role = role
         self.heads = heads
         self.scales_logits = scales_logits
 
     def forward(
-        self, tokens_RT: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor, adapted_RT: Tensor | None = None
+        self,
+        tokens_RT: Tensor,
+        positions_RT: Tensor,
+        mask: Any,
+        rows_S: Tensor,
+        adapted_RT: Tensor | None = None,
+        noisy: NoisyRows | None = None,
     ) -> Tensor:
         module: Any = self.module
         if isinstance(module, GatedAdapter):
@@ -51,16 +63,28 @@ class _PackedForward(nn.Module):
                 embedded_RTD = module.embed(tokens_RT, adapted_RT)
                 return self._logits(module.model.get_base_model(), embedded_RTD, positions_RT, mask, rows_S)
         causal_lm = module.get_base_model() if hasattr(module, "get_base_model") else module
-        return self._logits(causal_lm, causal_lm.get_input_embeddings()(tokens_RT), positions_RT, mask, rows_S)
+        embedded_RTD = causal_lm.get_input_embeddings()(tokens_RT)
+        if noisy is None:
+            return self._logits(causal_lm, embedded_RTD, positions_RT, mask, rows_S)
+        assert self.role.embedding_space is not None
+        embedded_RTD = noisy_embeddings(causal_lm, embedded_RTD, noisy, self.role.embedding_space)
+        hidden_RTD = self._hidden(causal_lm, embedded_RTD, positions_RT, mask)
+        logits_SV, found_SD = noisy_scores(causal_lm, hidden_RTD, noisy)
+        return logits_SV if found_SD is None else found_SD
 
-    def _logits(self, causal_lm: Any, embedded_RTD: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
+    def _hidden(self, causal_lm: Any, embedded_RTD: Tensor, positions_RT: Tensor, mask: Any) -> Tensor:
+        """Rows after the final norm, [R, T, D]."""
         if torch.is_autocast_enabled(embedded_RTD.device.type):
             # The residual stream, the rotary tables and with them queries and keys take the precision of this, which
             # autocast leaves in float32.
             embedded_RTD = embedded_RTD.to(torch.get_autocast_dtype(embedded_RTD.device.type))
-        hidden = causal_lm.base_model(
+        hidden_RTD: Tensor = causal_lm.base_model(
             inputs_embeds=embedded_RTD, attention_mask=mask, position_ids=positions_RT, use_cache=False
         ).last_hidden_state
+        return hidden_RTD
+
+    def _logits(self, causal_lm: Any, embedded_RTD: Tensor, positions_RT: Tensor, mask: Any, rows_S: Tensor) -> Tensor:
+        hidden = self._hidden(causal_lm, embedded_RTD, positions_RT, mask)
         head = causal_lm.get_output_embeddings() if self.heads is None else self.heads
         logits = head(hidden.flatten(0, 1).index_select(0, rows_S))
         return adjust_logits(causal_lm, logits) if self.scales_logits else logits
@@ -79,8 +103,12 @@ class Learner:
         accelerator: Accelerator,
         lora: LoRASettings | None = None,
         heads: MedusaHeads | None = None,
+        keeps: WeightsOf = "own",
     ) -> None:
-        """FewstepError for weights that are not finite, or layers to compile where there is no GPU."""
+        """FewstepError for weights that are not finite, or layers to compile where there is no GPU.
+
+        `keeps`: which other weights an objective asks for predictions.
+        """
         check_trainable(network, compiled=settings.compiled)
         self._network, self._settings, self._accelerator = network, settings, accelerator
         if settings.compiled and network.device.type != "cuda":
@@ -109,11 +137,14 @@ class Learner:
         if settings.ema_decay:
             self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
             self.average.to(accelerator.device)
+        self._other: dict[WeightsOf, _PackedForward] = {}
+        if keeps != "own":
+            self._other[keeps] = self._kept(keeps)
         optimizer = self._new_optimizer()
         share_of = _schedule(settings, optimizer)
         # accelerate steps the scheduler once a process.
         scheduler = LambdaLR(optimizer, lambda num_calls: share_of(num_calls // accelerator.num_processes + 1))
-        self._packed = _PackedForward(body, heads, scales_logits=network.architecture.scales_logits)
+        self._packed = _PackedForward(body, network.role, heads, scales_logits=network.architecture.scales_logits)
         self._model, self._optimizer, self._scheduler = accelerator.prepare(self._packed, optimizer, scheduler)
 
         self.learning_rate = 0.0
@@ -184,6 +215,22 @@ class Learner:
         if self.average is not None:
             self.trained.load_state_dict(self.average.module.state_dict())
 
+    def _kept(self, weights: WeightsOf) -> _PackedForward:
+        """A forward with the moving average of the weights, or with a copy of them as they are. FewstepError if there
+        is no average, or if not all weights learn.
+        """
+        if self.trained is not self._network.module:
+            raise FewstepError("targets of other weights need a network that learns as a whole, without an adapter")
+        if weights == "average" and self.average is None:
+            raise FewstepError("the target average is the moving average of the weights; set ema_decay, such as 0.99")
+        module = deepcopy(self.trained) if self.average is None or weights == "start" else self.average.module
+        module.requires_grad_(False)
+        if self._settings.compiled:
+            assert isinstance(module, PreTrainedModel)
+            compile_layers(module)  # a copy forgets that its layers are compiled
+        scales_logits = self._network.architecture.scales_logits
+        return _PackedForward(module, self._network.role, None, scales_logits=scales_logits)
+
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """AdamW; vectors (norms, biases) do not decay."""
         settings = self._settings
@@ -221,12 +268,15 @@ class Learner:
         adapted_RT: Tensor | None = None,
         *,
         gradient: bool = True,
+        noisy: NoisyRows | None = None,
+        weights: WeightsOf = "own",
     ) -> Tensor:
         mask = training_mask(self._network, layout, positions_RT, compiled=self._settings.compiled)
         if gradient:
-            return self._model(tokens_RT, positions_RT, mask, rows_S, adapted_RT)
+            return self._model(tokens_RT, positions_RT, mask, rows_S, adapted_RT, noisy)
+        packed = self._packed if weights == "own" else self._other[weights]
         with torch.no_grad():
-            return self._packed(tokens_RT, positions_RT, mask, rows_S, adapted_RT)
+            return packed(tokens_RT, positions_RT, mask, rows_S, adapted_RT, noisy)
 
 
 def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

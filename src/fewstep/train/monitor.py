@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from fewstep.decode.health import Health
+from fewstep.decode.health import Diversity, Health
 from fewstep.errors import FewstepError
 from fewstep.values import MOST_INTEGER, check_fields
 
@@ -41,6 +41,13 @@ class CollapseLimits:
     distinct_share: Annotated[
         Rise | None,
         "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's, not below.",
+    ] = 0.25
+    answers_share: Annotated[
+        Rise | None,
+        "The share of distinct answers to one prompt by several seeds may fall to this share of the baseline's.",
+    ] = 0.5
+    self_bleu_rise: Annotated[
+        Rise | None, "The likeness of answers to one prompt by several seeds (self-BLEU) may rise by at most this."
     ] = 0.25
     loss_factor: Annotated[
         Factor | None, "The average loss may be at most this many times the lowest average so far."
@@ -79,6 +86,22 @@ def check_health(baseline: Health, current: Health, limits: CollapseLimits) -> N
                 )
 
 
+def check_diversity(baseline: Diversity, current: Diversity, limits: CollapseLimits) -> None:
+    """CollapseError if the answers of several seeds have become too much alike."""
+    floor = None if limits.answers_share is None else baseline.distinct_answers * limits.answers_share
+    if floor is not None and current.distinct_answers < floor:
+        raise CollapseError(
+            f"the answers of different seeds have collapsed: distinct_answers is {current.distinct_answers:.4g}, below "
+            f"the limit {floor:.4g} (baseline {baseline.distinct_answers:.4g})"
+        )
+    ceiling = None if limits.self_bleu_rise is None else baseline.self_bleu + limits.self_bleu_rise
+    if ceiling is not None and current.self_bleu > ceiling:
+        raise CollapseError(
+            f"the answers of different seeds have collapsed: self_bleu is {current.self_bleu:.4g}, above the limit "
+            f"{ceiling:.4g} (baseline {baseline.self_bleu:.4g})"
+        )
+
+
 class CollapseMonitor:
     """Watches one run. What it remembers goes through `state_dict`, so that a resumed run judges the same."""
 
@@ -86,6 +109,8 @@ class CollapseMonitor:
         """`baseline`: health of the references; None takes the first evaluation's."""
         self.limits = limits or CollapseLimits()
         self.baseline = baseline
+        self.diversity: Diversity | None = None
+        """The first that was observed."""
         self._num_losses = 0
         self._average = 0.0
         self._lowest: float | None = None
@@ -118,10 +143,23 @@ class CollapseMonitor:
         except CollapseError as error:
             raise CollapseError(f"at step {step} {error}") from None
 
+    def observe_diversity(self, diversity: Diversity, *, step: int) -> None:
+        """CollapseError if the answers of several seeds left the limits around the first evaluation's."""
+        if step < self.limits.grace_steps:
+            return
+        if self.diversity is None:
+            self.diversity = diversity
+            return
+        try:
+            check_diversity(self.diversity, diversity, self.limits)
+        except CollapseError as error:
+            raise CollapseError(f"at step {step} {error}") from None
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "baseline": None if self.baseline is None else self.baseline.to_json(),
+            "diversity": None if self.diversity is None else self.diversity.to_json(),
             "num_losses": self._num_losses,
             "average": self._average,
             "lowest": self._lowest,
@@ -130,6 +168,8 @@ class CollapseMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.baseline = None if state["baseline"] is None else Health(**state["baseline"])
+        of_seeds = state.get("diversity")  # checkpoints that were saved before it was watched have none
+        self.diversity = None if of_seeds is None else Diversity(**of_seeds)
         self._num_losses = state["num_losses"]
         self._average = state["average"]
         self._lowest = state["lowest"]

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from fewstep.models.denoiser import NoisyRows
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
+from fewstep.train.documents import WeightsOf
 from fewstep.train.objectives import Objective, to_device
 from fewstep.train.stream import BatchStream
 
@@ -50,6 +52,8 @@ def count_work(
             adapted_RT: Tensor | None = None,
             *,
             gradient: bool = True,
+            noisy: NoisyRows | None = None,
+            weights: WeightsOf = "own",
             real_RT: Tensor = real_RT,
         ) -> Tensor:
             work = counted[gradient]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.decode.health import measure_health
+from fewstep.decode.health import measure_diversity, measure_health
 from fewstep.decode.requests import Output
 from fewstep.engine.answers import check_prompts
 from fewstep.engine.language_model import LanguageModel, Prompt
@@ -30,14 +30,17 @@ class Samples:
         monitor: CollapseMonitor | None = None,
         num_shown: int = 4,
         batch_size: int = 64,
+        num_seeds: int = 1,
         **settings: Any,
     ) -> None:
-        """FewstepError if there is no prompt."""
+        """`num_seeds`: with which each prompt is answered; with more than one the diversity of the answers is logged
+        and judged. FewstepError if there is no prompt.
+        """
         if not prompts:
             raise FewstepError("samples need at least one held-out prompt")
         self._prompts = list(prompts)
         self._file, self._monitor = file, monitor
-        self._num_shown, self._batch_size = num_shown, batch_size
+        self._num_shown, self._batch_size, self._num_seeds = num_shown, batch_size, num_seeds
         # An engine prepares itself for weights that stay as they are.
         self._settings = {"engine": "off", **settings}
 
@@ -59,6 +62,7 @@ class Samples:
         health = measure_health([output.token_ids for output in outputs], ignored_ids=network.stop_token_ids)
         if self._monitor is not None:
             self._monitor.observe_health(health, step=step)
+        diversity = self._diversity(network, outputs, step)
         num_tokens, num_forwards = (
             sum(getattr(output, name) for output in outputs) for name in ("num_tokens", "num_forwards")
         )
@@ -66,8 +70,25 @@ class Samples:
         return {
             "tokens_per_forward": num_tokens / num_forwards,
             **{f"health/{name}": float(value) for name, value in health.to_json().items()},
+            **{f"diversity/{name}": value for name, value in diversity.items()},
             **{f"sample/{i}": f"{_plain(prompt)}\n\n{output.text}" for i, (prompt, output) in enumerate(shown)},
         }
+
+    def _diversity(self, network: Network, outputs: Sequence[Output], step: int) -> Mapping[str, float]:
+        """Of the answers with further seeds beside these, by name; CollapseError if the monitor judges it so."""
+        if self._num_seeds == 1:
+            return {}
+        prompts: Any = self._prompts
+        first, lm = int(self._settings.get("seed", 0)), LanguageModel(network)
+        others = [
+            lm.generate(prompts, batch_size=self._batch_size, **{**self._settings, "seed": first + i})
+            for i in range(1, self._num_seeds)
+        ]
+        groups = [[output.token_ids for output in group] for group in zip(outputs, *others, strict=True)]
+        diversity = measure_diversity(groups, ignored_ids=network.stop_token_ids)
+        if self._monitor is not None:
+            self._monitor.observe_diversity(diversity, step=step)
+        return diversity.to_json()
 
     def _write(self, file: Path, outputs: Sequence[Output], step: int) -> None:
         """Add this step's answers; those of this step and later come from an interrupted run, and are removed."""

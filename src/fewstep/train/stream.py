@@ -3,6 +3,7 @@
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,8 @@ class PreparedStream:
         generator = torch.Generator()
         key = np.random.SeedSequence((self._seed, self._number, self._process))
         generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
-        prepared = self._objective.prepare(self._batches.next_batch(), generator)
+        batch = replace(self._batches.next_batch(), number=self._number)
+        prepared = self._objective.prepare(batch, generator)
         self._number += 1
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             return to_device(prepared, self._device), self._state_after()

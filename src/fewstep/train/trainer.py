@@ -32,6 +32,7 @@ from fewstep.models.checkpoint_files import DESCRIPTIONS
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
 from fewstep.train.checkpoint import Checkpoints
+from fewstep.train.documents import WeightsOf
 from fewstep.train.figures import Means, Speed
 from fewstep.train.interruption import Interrupt, told_failures
 from fewstep.train.learner import Learner
@@ -138,7 +139,8 @@ class _Run:
         self.accelerator = _accelerator(settings, cpu=network.device.type == "cpu")
         self.is_main: bool = self.accelerator.is_main_process
         set_seed(settings.seed)
-        self.learner = Learner(network, settings, self.accelerator, lora, heads)
+        keeps: WeightsOf = getattr(objective, "target", "own")
+        self.learner = Learner(network, settings, self.accelerator, lora, heads, keeps)
         self.objective_settings = {"objective": type(objective).__name__, **objective.fingerprint()}
         self.stream = PreparedStream(
             objective,
