@@ -86,7 +86,7 @@ def test_every_training_explains_itself(run: Run, command: str) -> None:
     assert "--json" in shown.out
 
 
-@pytest.mark.parametrize("command", ["diffusion", "cdlm", "sft", "cllm", "medusa"])
+@pytest.mark.parametrize("command", ["diffusion", "cdlm", "sft", "cllm", "medusa", "embedding"])
 def test_every_option_of_training_says_what_it_is(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     lines = [line.strip("│ ") for line in run("train", command, "--help").out.splitlines() if line.startswith("│ --")]

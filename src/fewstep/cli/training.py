@@ -41,7 +41,7 @@ from fewstep.train.embedding import (
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
-from fewstep.train.monitor import CollapseLimits, CollapseMonitor
+from fewstep.train.monitor import CollapseLimits, CollapseMonitor, DiversityLimits
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
 from fewstep.train.output import SAMPLES, check_output
 from fewstep.train.samples import Samples
@@ -466,6 +466,7 @@ app.command("embedding")(
             Watch: "watch_",
             SeedWatch: "watch_",
             CollapseLimits: "collapse_",
+            DiversityLimits: "collapse_",
             EmbeddingSettings: "",
             TokenCorruption: "",
             Canvas: "canvas_",
@@ -526,7 +527,7 @@ def _run(
     """Train; `decoding`: settings of the answers to held-out prompts."""
     from fewstep.train.trainer import train
 
-    monitor = CollapseMonitor(built[CollapseLimits])
+    monitor = CollapseMonitor(built[CollapseLimits], seeds=built.get(DiversityLimits))
     result = train(
         network,
         objective,

@@ -42,13 +42,6 @@ class CollapseLimits:
         Rise | None,
         "The share of distinct pairs of tokens (distinct-2) may fall to this share of the baseline's, not below.",
     ] = 0.25
-    answers_share: Annotated[
-        Rise | None,
-        "The share of distinct answers to one prompt by several seeds may fall to this share of the baseline's.",
-    ] = 0.5
-    self_bleu_rise: Annotated[
-        Rise | None, "The likeness of answers to one prompt by several seeds (self-BLEU) may rise by at most this."
-    ] = 0.25
     loss_factor: Annotated[
         Factor | None, "The average loss may be at most this many times the lowest average so far."
     ] = 3.0
@@ -58,6 +51,22 @@ class CollapseLimits:
     grace_steps: Annotated[
         Steps, "Answers are not judged before this step (a model from scratch begins unhealthy)."
     ] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiversityLimits:
+    """How much alike answers of several seeds may become. None switches a check off."""
+
+    answers_share: Annotated[
+        Rise | None,
+        "The share of distinct answers to one prompt by several seeds may fall to this share of the baseline's.",
+    ] = 0.5
+    self_bleu_rise: Annotated[
+        Rise | None, "The likeness of answers to one prompt by several seeds (self-BLEU) may rise by at most this."
+    ] = 0.25
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,7 +95,7 @@ def check_health(baseline: Health, current: Health, limits: CollapseLimits) -> N
                 )
 
 
-def check_diversity(baseline: Diversity, current: Diversity, limits: CollapseLimits) -> None:
+def check_diversity(baseline: Diversity, current: Diversity, limits: DiversityLimits) -> None:
     """CollapseError if the answers of several seeds have become too much alike."""
     floor = None if limits.answers_share is None else baseline.distinct_answers * limits.answers_share
     if floor is not None and current.distinct_answers < floor:
@@ -105,9 +114,18 @@ def check_diversity(baseline: Diversity, current: Diversity, limits: CollapseLim
 class CollapseMonitor:
     """Watches one run. What it remembers goes through `state_dict`, so that a resumed run judges the same."""
 
-    def __init__(self, limits: CollapseLimits | None = None, *, baseline: Health | None = None) -> None:
-        """`baseline`: health of the references; None takes the first evaluation's."""
+    def __init__(
+        self,
+        limits: CollapseLimits | None = None,
+        *,
+        baseline: Health | None = None,
+        seeds: DiversityLimits | None = None,
+    ) -> None:
+        """`baseline`: health of the references; None takes the first evaluation's. `seeds`: limits for the answers of
+        several seeds, of which the first evaluation is always the baseline.
+        """
         self.limits = limits or CollapseLimits()
+        self.seeds = seeds or DiversityLimits()
         self.baseline = baseline
         self.diversity: Diversity | None = None
         """The first that was observed."""
@@ -151,7 +169,7 @@ class CollapseMonitor:
             self.diversity = diversity
             return
         try:
-            check_diversity(self.diversity, diversity, self.limits)
+            check_diversity(self.diversity, diversity, self.seeds)
         except CollapseError as error:
             raise CollapseError(f"at step {step} {error}") from None
 
