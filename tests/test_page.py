@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -54,15 +54,15 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def fulfil(body: str, route: Any) -> None:
-    route.fulfill(body=body)
+def fulfil(body: str | Callable[[Any], str], route: Any) -> None:
+    route.fulfill(body=body if isinstance(body, str) else body(route.request))
 
 
 @contextmanager
 def visit(browser: Any, address: str, **options: Any) -> Iterator[Any]:
     """The page in a window of its own. Nothing may go wrong in it, and nothing may be asked of another server.
 
-    `fulfilled`: answers that it gets in place of the server's, by path.
+    `fulfilled`: answers that it gets in place of the server's by path, or what makes them of a request.
     """
     hash, fulfilled = options.pop("hash", ""), options.pop("fulfilled", {})
     context = browser.new_context(viewport=options.pop("viewport", {"width": 1100, "height": 800}), **options)
@@ -292,31 +292,34 @@ def test_a_passage_is_written_anew_with_a_length_that_the_model_chooses(page: An
     assert "lengths" in page.inner_text("#infill-figures")
 
 
-def test_correction_is_shown_where_a_model_corrects(page: Any, browser: Any, address: str) -> None:
+def test_a_text_is_corrected_sentence_by_sentence_where_a_model_corrects(page: Any, browser: Any, address: str) -> None:
     assert page.is_hidden("#tab-correct")
-    model = {"id": "corrector", "fewstep": {"role": "embedding", "abilities": ["correct"]}}
-    tokens = [{"text": "the cat <b>sat</b>", "step": 1, "provisional": False}]
-    chunk = {
-        "choices": [{"index": 0, "delta": {"content": "the cat <b>sat</b>"}, "finish_reason": "stop"}],
-        "fewstep": {"step": 1, "tokens": tokens, "num_forwards": 1, "num_tokens": 5, "seconds": 0.1},
-    }
-    with visit(
-        browser,
-        address,
-        hash="#correct",
-        fulfilled={"v1/models": json.dumps({"data": [model]}), "v1/chat/completions": reply(chunk)},
-    ) as other:
+    model = {"id": "corrector", "fewstep": {"role": "bidirectional", "abilities": ["correct"]}}
+    asked: list[str] = []
+
+    def corrected(request: Any) -> str:
+        sentence = request.post_data_json["messages"][0]["content"]
+        asked.append(sentence)
+        text, ends = sentence.replace("teh", "the"), "length" if "endless" in sentence else "stop"
+        state = {"step": 2, "tokens": [{"text": text, "step": 1, "provisional": False}]}
+        state |= {"num_forwards": 2, "num_tokens": 5, "seconds": 0.1}
+        return reply({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": ends}], "fewstep": state})
+
+    answers = {"v1/models": json.dumps({"data": [model]}), "v1/chat/completions": corrected}
+    text = "See teh <b>cat</b>  there. Oh teh!\n\nAn endless teh is no answer.  It is all right."
+    with visit(browser, address, hash="#correct", fulfilled=answers) as other:
         other.wait_for_selector("#correct:not([hidden])")
-        sent = bodies(other)
-        other.fill("#correct-text", "teh cat <b>sat</b>")
+        assert [other.is_hidden(f"#tab-{tab}") for tab in ("chat", "infill", "compare")] == [True] * 3
+        other.fill("#correct-text", text)
         other.click("#correct button[type=submit]")
-        other.wait_for_selector("#correct-result:not([hidden])")
-        assert sent[0]["messages"] == [{"role": "user", "content": "teh cat <b>sat</b>"}]
+        other.wait_for_selector("#correct-changes[aria-busy=false]")
+        assert sorted(asked) == ["An endless teh is no answer.", "It is all right.", "See teh <b>cat</b> there."]
         assert other.locator("#correct-changes del").all_inner_texts() == ["teh"]
         assert other.locator("#correct-changes ins").all_inner_texts() == ["the"]
         assert other.locator("#correct-changes b").count() == 0
+        assert other.inner_text("#correct-figures").startswith("3 of 3 sentences · 15 tokens · 2.5 per pass")
         other.click("#correct-take")
-        assert other.input_value("#correct-text") == "the cat <b>sat</b>"
+        assert other.input_value("#correct-text") == text.replace("See teh", "See the")
 
 
 # Compare

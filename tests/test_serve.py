@@ -12,8 +12,11 @@ import pytest
 from helpers.networks import network
 from helpers.serving import Running, running, slow
 
+from fewstep.cli.serve import _served
 from fewstep.decode.registry import setting_names
 from fewstep.engine.language_model import LanguageModel
+from fewstep.errors import FewstepError
+from fewstep.serve.catalogue import Entry
 from fewstep.serve.fields import ChatBody, schema_of
 
 QUESTION = "what is 2+2?"
@@ -215,6 +218,15 @@ def test_responses_have_the_documented_order(client: openai.OpenAI, models: dict
     last: Any = events[-1]
     assert last.response.output_text == expected.text
     assert last.response.usage.output_tokens == expected.num_tokens
+
+
+def test_a_model_that_corrects_is_told_as_such() -> None:
+    assert _served("gsm-student,task=correction,threshold=0.5").corrects
+    assert not _served("gsm-student").corrects
+    with pytest.raises(FewstepError, match="must be correction"):
+        _served("gsm-student,task=chess")
+    entry = Entry(name="c", lm=LanguageModel(network("bidirectional")), settings={}, created=0, corrects=True)
+    assert entry.card()["fewstep"]["abilities"] == ["correct"]
 
 
 def test_models_are_listed_and_told_one_by_one(client: openai.OpenAI) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fewstep.serve.catalogue import Served
 
 KEY_VARIABLE = "FEWSTEP_API_KEY"
+CORRECTION = "correction"
+"""The task of a model that answers a sentence with the corrected one: a page offers it for that alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,20 @@ def _serve(built: Built) -> None:
 
 
 def _served(specification: str) -> "Served":
-    """A model as it was typed: `MODEL[,name=NAME][,role=ROLE][,setting=value...]`. Its name is that of its folder."""
+    """A model as it was typed: `MODEL[,name=NAME][,role=ROLE][,task=correction][,setting=value...]`. Its name is that
+    of its folder.
+    """
     from fewstep.serve.catalogue import Served
 
-    model, settings = read_specification(specification, texts=("role", "name"))
+    model, settings = read_specification(specification, texts=("role", "name", "task"))
     name = settings.pop("name", None)
     if name == "":
         raise FewstepError(f"the name in {specification!r} is empty; give some letters, or leave it out")
+    task = settings.pop("task", None)
+    if task not in (None, CORRECTION):
+        raise FewstepError(f"the task in {specification!r} must be {CORRECTION}, or be left out")
     role = cast("RoleName | None", settings.pop("role", None))
-    return Served(model=model, name=name or _short_name(model), role=role, settings=settings)
+    return Served(model=model, name=name or _short_name(model), role=role, settings=settings, corrects=task is not None)
 
 
 def _short_name(model: str) -> str:

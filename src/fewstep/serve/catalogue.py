@@ -17,13 +17,14 @@ from fewstep.serve.errors import ApiError
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """A model to serve: what to load, under which name, in which role (by default the checkpoint's), and settings that
-    hold unless a request sets others.
+    hold unless a request sets others. `corrects`: it was trained to answer a sentence with the corrected one.
     """
 
     model: str
     name: str
     role: RoleName | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    corrects: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Entry:
     settings: Mapping[str, Any]
     created: int
     multi_turn: bool = True
+    corrects: bool = False
 
     @property
     def infills(self) -> bool:
@@ -46,6 +48,8 @@ class Entry:
     @property
     def abilities(self) -> list[str]:
         """What it can be asked for besides going on with a text."""
+        if self.corrects:
+            return ["correct"]
         has_template = bool(self.lm.network.tokenizer.chat_template)
         return [name for name, able in (("chat", has_template), ("infill", self.infills)) if able]
 
@@ -114,6 +118,7 @@ def _entry(served: Served, lm: LanguageModel) -> Entry:
         settings=dict(served.settings),
         created=int(time.time()),
         multi_turn=not is_bundled(served.model),
+        corrects=served.corrects,
     )
 
 

@@ -1,69 +1,119 @@
-// A text, and what a model that corrects makes of it: such a model answers a text with the corrected text.
+// A text corrected sentence by sentence: a model that corrects answers a sentence with the corrected one.
 
 import { streamed } from "./api.js";
-import { Answer } from "./answer.js";
+import { tokenSpan } from "./answer.js";
 import { Running, byId, element, showAlert } from "./dom.js";
 import { Setup } from "./setup.js";
 
-const MOST_WORDS = 2000; // of which differences are shown; the table below grows with their square
+const AT_ONCE = 8; // sentences; the server lets them share passes
+const LEAST_WORDS = 3; // of a sentence that is asked about: fewer say too little about what was meant
 
 export function correctPanel(models) {
   const panel = byId("correct");
   const form = byId("correct-form");
   const text = byId("correct-text");
-  const result = byId("correct-result");
+  const view = byId("correct-changes");
+  const figures = byId("correct-figures");
+  const take = byId("correct-take");
   const running = new Running(panel, byId("correct-stop"), [form.querySelector("[type=submit]")]);
   const setup = new Setup(panel.querySelector("[data-setup]"), models);
   let corrected = "";
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const given = text.value;
-    if (!given.trim()) return;
-    running.run(async (signal) => {
-      showAlert(null);
-      result.hidden = true;
-      const answer = new Answer();
-      byId("correct-answer").replaceChildren(answer.root);
-      try {
-        const messages = [{ role: "user", content: given }];
-        const body = { model: setup.model.id, messages, ...setup.fields, fewstep: { canvas: true } };
-        await answer.follow(streamed("v1/chat/completions", body, signal));
-        if (answer.stopped) return;
-        corrected = answer.text;
-        byId("correct-changes").replaceChildren(...changes(given, corrected));
-        result.hidden = false;
-      } catch (error) {
-        showAlert(error);
-        answer.root.remove();
-      }
-    });
+    if (text.value.trim()) running.run((signal) => correct(text.value, signal));
   });
-  byId("correct-take").addEventListener("click", () => {
+
+  async function correct(given, signal) {
+    showAlert(null);
+    const begun = performance.now();
+    const parts = sentencesOf(given).map((sentence) => ({ sentence, answer: sentence, shown: element("span", {}, sentence) }));
+    const asked = parts.filter(({ sentence }) => sentence.trim().split(/\s+/).length >= LEAST_WORDS);
+    const sums = { tokens: 0, forwards: 0, done: 0 };
+    view.replaceChildren(...parts.map(({ shown }) => shown));
+    view.setAttribute("aria-busy", "true");
+    byId("correct-result").hidden = false;
+    take.disabled = true;
+    const tell = () => {
+      const seconds = (performance.now() - begun) / 1000;
+      figures.textContent = [
+        `${sums.done} of ${asked.length} sentences`,
+        `${sums.tokens} tokens`,
+        ...(sums.forwards ? [`${(sums.tokens / sums.forwards).toFixed(1)} per pass`] : []),
+        `${(sums.tokens / seconds).toFixed(0)} tokens/s`,
+        `${seconds.toFixed(2)} s`,
+      ].join(" · ");
+    };
+    const waiting = [...asked];
+    const worker = async () => {
+      for (let part = waiting.shift(); part && !signal.aborted; part = waiting.shift()) {
+        await correctOne(part, sums, signal);
+        sums.done += 1;
+        tell();
+      }
+    };
+    const workers = await Promise.allSettled(Array.from({ length: AT_ONCE }, worker));
+    tell();
+    view.setAttribute("aria-busy", "false");
+    const compared = parts.flatMap(({ sentence, answer }) => changes(sentence, answer));
+    view.replaceChildren(...compared.map(({ kind, text }) => element(kind, {}, text)));
+    corrected = compared.map(({ kind, text }) => (kind === "del" ? "" : text)).join("");
+    take.disabled = corrected === given;
+    if (corrected === given && !signal.aborted) figures.textContent += " · nothing to correct";
+    const failed = workers.find((one) => one.status === "rejected" && one.reason.name !== "AbortError");
+    if (failed) showAlert(failed.reason);
+  }
+
+  async function correctOne(part, sums, signal) {
+    const [, before, sentence, after] = part.sentence.match(/^(\s*)([^]*?)(\s*)$/);
+    const messages = [{ role: "user", content: sentence.replace(/\s+/g, " ") }];
+    const body = { model: setup.model.id, messages, ...setup.fields, fewstep: { canvas: true } };
+    let [answer, ended, state] = ["", null, null];
+    for await (const chunk of streamed("v1/chat/completions", body, signal)) {
+      const choice = chunk.choices?.[0];
+      answer += choice?.delta?.content ?? "";
+      ended = choice?.finish_reason ?? ended;
+      if (!chunk.fewstep) continue;
+      state = chunk.fewstep;
+      part.shown.replaceChildren(before, element("span", { class: "canvas inline" }, ...state.tokens.map(tokenSpan)), after);
+    }
+    sums.tokens += state?.num_tokens ?? 0;
+    sums.forwards += state?.num_forwards ?? 0;
+    // An answer without an end is no correction.
+    if (ended === "stop" && answer.trim()) part.answer = before + answer.trim() + after;
+  }
+
+  take.addEventListener("click", () => {
     text.value = corrected;
     text.focus();
   });
 }
 
-// The second text, with what it has in place of parts of the first: <del> and <ins>, word by word.
+// The sentences of a text, each with the white space around it: together they are the text. Lines are apart.
+export function sentencesOf(text) {
+  const segmenter = new Intl.Segmenter("en", { granularity: "sentence" });
+  return text.split(/(?<=\n\s*\n)/).flatMap((paragraph) => [...segmenter.segment(paragraph)].map(({ segment }) => segment));
+}
+
+// From one text to the other, word by word: what stays (span), goes (del) and comes (ins). White space stays as it is.
 export function changes(one, other) {
+  const same = (i, j) => a[i] === b[j] || !(a[i].trim() || b[j].trim());
   const [a, b] = [one, other].map((text) => text.split(/(\s+)/).filter((part) => part !== ""));
-  if (a.length > MOST_WORDS || b.length > MOST_WORDS) return [other];
   const common = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
   for (let i = a.length - 1; i >= 0; i--) {
     for (let j = b.length - 1; j >= 0; j--) {
-      common[i][j] = a[i] === b[j] ? common[i + 1][j + 1] + 1 : Math.max(common[i + 1][j], common[i][j + 1]);
+      common[i][j] = same(i, j) ? common[i + 1][j + 1] + 1 : Math.max(common[i + 1][j], common[i][j + 1]);
     }
   }
   const parts = [];
-  const add = (name, text) => {
+  const add = (kind, text) => {
     const last = parts.at(-1);
-    if (last?.name === name) last.text += text;
-    else parts.push({ name, text });
+    if (last?.kind === kind) last.text += text;
+    else parts.push({ kind, text });
   };
   let [i, j] = [0, 0];
   while (i < a.length || j < b.length) {
-    if (i < a.length && j < b.length && a[i] === b[j]) {
+    if (i < a.length && j < b.length && same(i, j)) {
       add("span", a[i++]);
       j++;
     } else if (j >= b.length || (i < a.length && common[i + 1][j] >= common[i][j + 1])) {
@@ -72,5 +122,5 @@ export function changes(one, other) {
       add("ins", b[j++]);
     }
   }
-  return parts.map(({ name, text }) => element(name, {}, text));
+  return parts;
 }
