@@ -11,6 +11,7 @@ import openai
 import pytest
 from helpers.networks import network
 from helpers.serving import Running, running, slow
+from huggingface_hub import InferenceClient
 
 from fewstep.cli.serve import _served
 from fewstep.decode.registry import setting_names
@@ -78,7 +79,7 @@ def test_a_stream_has_the_order_of_openai_and_the_same_text(
     served: Running, models: dict[str, LanguageModel], name: str
 ) -> None:
     body = {"model": name, "messages": MESSAGES, "max_tokens": LIMIT, "stream_options": {"include_usage": True}}
-    first, *middle, last, usage, done = served.events("/v1/chat/completions", body)
+    first, *middle, last, usage, done = served.streamed("/v1/chat/completions", body)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert all(set(one["choices"][0]["delta"]) == {"content"} for one in middle)
     assert last["choices"][0]["delta"] == {}
@@ -103,7 +104,7 @@ def test_the_client_streams_and_its_helper_too(client: openai.OpenAI, models: di
 
 def test_a_diffusing_stream_holds_the_whole_text_in_each_chunk(served: Running) -> None:
     body = {"messages": MESSAGES, "max_tokens": LIMIT, "threshold": 0.3, "diffusing": True}
-    texts = [one["choices"][0]["delta"].get("content") for one in served.events("/v1/chat/completions", body)[1:-2]]
+    texts = [one["choices"][0]["delta"].get("content") for one in served.streamed("/v1/chat/completions", body)[1:-2]]
     assert len(texts) > 2
     assert (
         texts[-1] == served.chat(QUESTION, max_tokens=LIMIT, threshold=0.3).json()["choices"][0]["message"]["content"]
@@ -114,7 +115,7 @@ def test_a_diffusing_stream_holds_the_whole_text_in_each_chunk(served: Running) 
 
 def test_the_canvas_tells_of_each_token_the_step_that_fixed_it(served: Running, models: dict[str, Any]) -> None:
     body = {"messages": MESSAGES, "max_tokens": LIMIT, "threshold": 0.3, "fewstep": {"canvas": True}}
-    canvases = [one["fewstep"] for one in served.events("/v1/chat/completions", body)[1:-2]]
+    canvases = [one["fewstep"] for one in served.streamed("/v1/chat/completions", body)[1:-2]]
     expected = models["block"].generate(QUESTION, max_new_tokens=LIMIT, threshold=0.3)
     last = canvases[-1]
     assert [token["step"] for token in last["tokens"]] == expected.step_G[: expected.num_tokens].tolist()
@@ -229,6 +230,20 @@ def test_a_model_that_corrects_is_told_as_such() -> None:
     assert entry.card()["fewstep"]["abilities"] == ["correct"]
 
 
+def test_the_client_of_transformers_chat_is_answered(served: Running, models: dict[str, LanguageModel]) -> None:
+    assert served.events("/load_model", {"model": "block"}) == [{"status": "ready", "model": "block", "cached": True}]
+    refused(served.post("/load_model", {"model": "other"}), 404, code="model_not_found")
+    config = {"do_sample": False, "max_new_tokens": LIMIT, "transformers_version": "5.23.0"}
+    client = InferenceClient(base_url=served.url)
+    chunks = client.chat_completion(
+        MESSAGES, stream=True, model="block", extra_body={"generation_config": json.dumps(config), "model": "block"}
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == models["block"].generate(QUESTION, max_new_tokens=LIMIT).text
+    refused(served.chat(generation_config='{"num_beams": 4}'), 400, param="num_beams")
+    refused(served.chat(generation_config="{"), 400, param="generation_config")
+
+
 def test_models_are_listed_and_told_one_by_one(client: openai.OpenAI) -> None:
     assert [one.id for one in client.models.list()] == ["block", "causal", "full", "slow"]
     card: Any = client.models.retrieve("full").model_extra
@@ -269,14 +284,14 @@ def test_a_suffix_is_filled_at_the_length_of_the_best_mean_probability(
     assert answer["choices"][0]["text"] == texts[best]
     assert answer["usage"]["completion_tokens"] == answer["usage"]["fewstep"]["gap"] == best
     for path in ("/v1/completions", "/v1/fim/completions"):
-        events = served.events(path, body)
+        events = served.streamed(path, body)
         assert "".join(one["choices"][0]["text"] for one in events[:-1]) == texts[best]
 
 
 def test_a_gap_of_a_given_length_forms_in_a_stream(served: Running, models: dict[str, LanguageModel]) -> None:
     expected = models["full"].infill("ab", "cd", num_tokens=6)
     body = {"model": "full", "prompt": "ab", "suffix": "cd", "fewstep": {"gap": 6, "canvas": True}}
-    events = served.events("/v1/completions", body)
+    events = served.streamed("/v1/completions", body)
     assert "".join(one["choices"][0]["text"] for one in events[:-1]) == expected.text[2:-2]
     canvas = events[-3]["fewstep"]
     assert [token["step"] for token in canvas["tokens"]] == expected.step_G[:6].tolist()
@@ -454,9 +469,12 @@ def test_who_sends_too_slowly_is_not_waited_for(served: Running) -> None:
 
 def test_who_does_not_read_is_not_waited_for(served: Running) -> None:
     body = json.dumps({"messages": MESSAGES, "max_tokens": 4, "stream": True}).encode()
+    before = served.server.service.statistics().requests["submitted"]
     with served.connected() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while served.server.service.statistics().requests["submitted"] == before:
+            time.sleep(0.01)
         served.wait_until_idle()
 
 

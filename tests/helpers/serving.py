@@ -56,9 +56,13 @@ class Running:
     def chat(self, content: str = "2+2=", **fields: Any) -> httpx2.Response:
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **fields})
 
+    def streamed(self, path: str, body: Mapping[str, Any]) -> list[Any]:
+        """The events of an answer that streams."""
+        return self.events(path, {**body, "stream": True})
+
     def events(self, path: str, body: Mapping[str, Any]) -> list[Any]:
-        """What a stream sends, JSON where it is that."""
-        with httpx2.stream("POST", self.url + path, json={**body, "stream": True}, timeout=30) as response:
+        """What is sent as events, JSON where it is that."""
+        with httpx2.stream("POST", self.url + path, json=body, timeout=30) as response:
             assert response.status_code == 200, response.read()
             assert response.headers["content-type"].startswith("text/event-stream")
             lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]

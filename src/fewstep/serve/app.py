@@ -27,6 +27,7 @@ from fewstep.serve.fields import (
     CompletionBody,
     EditBody,
     FimBody,
+    LoadBody,
     Part,
     ResponsesBody,
     VoteBody,
@@ -34,7 +35,7 @@ from fewstep.serve.fields import (
 )
 from fewstep.serve.logs import log, log_failure
 from fewstep.serve.metrics import metrics
-from fewstep.serve.models import health, list_models, ready, show_model
+from fewstep.serve.models import health, list_models, load_model, ready, show_model
 from fewstep.serve.page import show_page
 from fewstep.serve.responses import responses
 from fewstep.serve.server import Server
@@ -70,6 +71,7 @@ ROUTES: Sequence[Route] = (
     Route("/v1/fim/completions", fim_completions, FimBody),
     Route("/v1/edit/completions", edit_completions, EditBody),
     Route("/v1/responses", responses, ResponsesBody),
+    Route("/load_model", load_model, LoadBody),
     Route("/compare/votes", add_vote, VoteBody),
     Route("/compare/votes", tell_votes),
     Route("/compare/votes.csv", export_votes, media_type="text/csv"),

@@ -4,6 +4,7 @@ The few-step settings are those that `GenerationSettings`, the decoders and the 
 bounds and help. A request may not name what the server would load (a draft, heads), nor choose the engine.
 """
 
+import json
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,6 +134,9 @@ class ChatBody(StreamBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    generation_config: Annotated[
+        str | None, Field(description="Settings as the text of a generation config, as `transformers chat` sends them.")
+    ] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
@@ -202,6 +206,12 @@ class ResponsesBody(Body):
         if any(tool.get("type") in ("function", "custom") for tool in tools or ()):
             raise ValueError("functions are not supported by this server; leave them out")
         return tools
+
+
+class LoadBody(Part):
+    """POST /load_model"""
+
+    model: str
 
 
 class VoteBody(Part):
@@ -301,7 +311,7 @@ class Fields:
 
 def read_fields(body: Mapping[str, Any], kind: type[_Read]) -> tuple[_Read, Fields]:
     """The body as one of this kind, and the settings in it. ApiError naming the first field that is wrong."""
-    rest = dict(body)
+    rest = with_generation_config(body) if kind is ChatBody else dict(body)
     for name, harmless in UNSUPPORTED.get(kind, {}).items():
         if name in rest:
             _check_harmless(name, rest.pop(name), harmless)
@@ -320,6 +330,29 @@ def read_fields(body: Mapping[str, Any], kind: type[_Read]) -> tuple[_Read, Fiel
     except ValidationError as error:
         raise _refusal(error, kind) from None
     return read, Fields(settings, tuple(body))
+
+
+def with_generation_config(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body with the settings that `transformers chat` sends as the text of a generation config; a field beside it
+    comes first. ApiError if the text is none.
+    """
+    rest = dict(body)
+    text = rest.pop("generation_config", None)
+    if text is None:
+        return rest
+    try:
+        config = json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ApiError("generation_config must be the text of a JSON object; correct it", param="generation_config")
+    config = {name: value for name, value in config.items() if name != "transformers_version"}
+    samples, limit = config.pop("do_sample", None), config.pop("max_new_tokens", None)
+    if samples is not None:
+        config["temperature"] = config.get("temperature", 1.0) if samples else 0.0
+    if limit is not None and not any(name in rest for name in LIMITS):
+        config["max_tokens"] = limit
+    return config | rest
 
 
 def _setting(name: str, declared: Declared, value: Any) -> Any:

@@ -4,7 +4,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fewstep.serve.errors import ApiError, stopping
+from fewstep.serve.fields import LoadBody
 from fewstep.serve.server import Server
+from fewstep.serve.streams import event
 
 
 async def list_models(server: Server, request: Request) -> Response:
@@ -13,6 +15,14 @@ async def list_models(server: Server, request: Request) -> Response:
 
 async def show_model(server: Server, request: Request) -> Response:
     return JSONResponse(server.catalogue[request.path_params["name"]].card())
+
+
+async def load_model(server: Server, request: Request) -> Response:
+    """What `transformers chat` asks first: a model of this server is always loaded."""
+    body, _ = await server.read(request, LoadBody)
+    name = server.catalogue[body.model].name
+    told = event({"status": "ready", "model": name, "cached": True})
+    return Response(told, media_type="text/event-stream")
 
 
 async def health(server: Server, request: Request) -> Response:
