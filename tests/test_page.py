@@ -161,6 +161,18 @@ def test_the_earlier_turns_go_with_a_question_unless_told_otherwise(page: Any) -
     assert page.locator("#chat-log .answer").count() == 0
 
 
+def test_the_oldest_turns_are_left_out_where_the_model_has_no_room(page: Any) -> None:
+    sent = bodies(page)
+    page.click("#chat .settings summary")
+    page.fill("#chat-max_tokens", "20")
+    for count, question in enumerate(("first question?", "second question?", "third question?"), start=1):
+        ask(page, question)
+        answered(page, count)
+    assert page.is_hidden("#alert")
+    assert [message["content"] for message in sent[-1]["messages"]][::2] == ["second question?", "third question?"]
+    assert page.locator("#chat-log .question").count() == 3
+
+
 def test_a_block_is_seen_forming_and_stop_keeps_what_is_there(page: Any) -> None:
     page.select_option("#chat-model", "slow")
     ask(page, "what?")
@@ -301,6 +313,7 @@ def test_a_text_is_corrected_sentence_by_sentence_where_a_model_corrects(page: A
         sentence = request.post_data_json["messages"][0]["content"]
         asked.append(sentence)
         text, ends = sentence.replace("teh", "the"), "length" if "endless" in sentence else "stop"
+        text = "1234567890" if sentence == "It is all right." else text
         state = {"step": 2, "tokens": [{"text": text, "step": 1, "provisional": False}]}
         state |= {"num_forwards": 2, "num_tokens": 5, "seconds": 0.1}
         return reply({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": ends}], "fewstep": state})

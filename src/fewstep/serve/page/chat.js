@@ -36,12 +36,13 @@ export function chatPanel(models) {
     byId("chat-examples").replaceChildren(...(bundled ? [element("p", { class: "hint" }, warning), ...examples] : []));
   }
 
-  function messagesFor(text) {
+  const earlier = () => (remember.checked ? turns.filter((turn) => turn.answer) : []);
+
+  function messagesFor(text, numLeftOut) {
     const system = byId("chat-system").value.trim();
-    const earlier = remember.checked ? turns.filter((turn) => turn.answer) : [];
     return [
       ...(system ? [{ role: "system", content: system }] : []),
-      ...earlier.flatMap((turn) => [
+      ...earlier().slice(numLeftOut).flatMap((turn) => [
         { role: "user", content: turn.question },
         { role: "assistant", content: turn.answer },
       ]),
@@ -52,15 +53,25 @@ export function chatPanel(models) {
   async function ask(text) {
     await running.run(async (signal) => {
       showAlert(null);
-      const answer = new Answer();
       const question = element("div", { class: "question" }, text);
+      let answer = new Answer();
       byId("chat-empty").hidden = true;
       log.append(question, answer.root);
       again.disabled = true;
+      question.scrollIntoView({ block: "start" });
       try {
-        const [path, what] = asked(setup.model, messagesFor(text));
-        question.scrollIntoView({ block: "start" });
-        await answer.follow(streamed(path, { ...what, ...setup.fields, fewstep: { canvas: true } }, signal));
+        for (let numLeftOut = 0; ; numLeftOut++) {
+          try {
+            const [path, what] = asked(setup.model, messagesFor(text, numLeftOut));
+            await answer.follow(streamed(path, { ...what, ...setup.fields, fewstep: { canvas: true } }, signal));
+            break;
+          } catch (error) {
+            if (error.code !== "context_length_exceeded" || numLeftOut >= earlier().length) throw error;
+            const next = new Answer(); // without the oldest turns, for which the model has no room
+            answer.root.replaceWith(next.root);
+            answer = next;
+          }
+        }
         turns.push({ question: text, answer: answer.text, shown: [question, answer.root] });
       } catch (error) {
         showAlert(error);

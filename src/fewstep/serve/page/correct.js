@@ -7,6 +7,7 @@ import { Setup } from "./setup.js";
 
 const AT_ONCE = 8; // sentences; the server lets them share passes
 const LEAST_WORDS = 3; // of a sentence that is asked about: fewer say too little about what was meant
+const LEAST_ALIKE = 0.5; // share of letters that an answer and its sentence have in common, or else it is no correction
 
 export function correctPanel(models) {
   const panel = byId("correct");
@@ -79,8 +80,8 @@ export function correctPanel(models) {
     }
     sums.tokens += state?.num_tokens ?? 0;
     sums.forwards += state?.num_forwards ?? 0;
-    // An answer without an end is no correction.
-    if (ended === "stop" && answer.trim()) part.answer = before + answer.trim() + after;
+    // An answer without an end is no correction either.
+    if (ended === "stop" && alike(sentence, answer.trim()) >= LEAST_ALIKE) part.answer = before + answer.trim() + after;
   }
 
   take.addEventListener("click", () => {
@@ -90,21 +91,33 @@ export function correctPanel(models) {
 }
 
 // The sentences of a text, each with the white space around it: together they are the text. Lines are apart.
-export function sentencesOf(text) {
+function sentencesOf(text) {
   const segmenter = new Intl.Segmenter("en", { granularity: "sentence" });
   return text.split(/(?<=\n\s*\n)/).flatMap((paragraph) => [...segmenter.segment(paragraph)].map(({ segment }) => segment));
 }
 
-// From one text to the other, word by word: what stays (span), goes (del) and comes (ins). White space stays as it is.
-export function changes(one, other) {
-  const same = (i, j) => a[i] === b[j] || !(a[i].trim() || b[j].trim());
-  const [a, b] = [one, other].map((text) => text.split(/(\s+)/).filter((part) => part !== ""));
-  const common = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
-  for (let i = a.length - 1; i >= 0; i--) {
-    for (let j = b.length - 1; j >= 0; j--) {
+// How alike two texts are in their letters, from 0 to 1.
+function alike(one, other) {
+  const [a, b] = [[...one], [...other]];
+  return (2 * longestCommon(a.length, b.length, (i, j) => a[i] === b[j])[0][0]) / Math.max(1, a.length + b.length);
+}
+
+// Entry [i][j]: the length of the longest common subsequence of what follows i and j.
+function longestCommon(m, n, same) {
+  const common = Array.from({ length: m + 1 }, () => new Uint16Array(n + 1));
+  for (let i = m - 1; i >= 0; i--) {
+    for (let j = n - 1; j >= 0; j--) {
       common[i][j] = same(i, j) ? common[i + 1][j + 1] + 1 : Math.max(common[i + 1][j], common[i][j + 1]);
     }
   }
+  return common;
+}
+
+// From one text to the other, word by word: what stays (span), goes (del) and comes (ins). White space stays as it is.
+function changes(one, other) {
+  const [a, b] = [one, other].map((text) => text.split(/(\s+)/).filter((part) => part !== ""));
+  const same = (i, j) => a[i] === b[j] || !(a[i].trim() || b[j].trim());
+  const common = longestCommon(a.length, b.length, same);
   const parts = [];
   const add = (kind, text) => {
     const last = parts.at(-1);

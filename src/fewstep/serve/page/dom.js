@@ -16,7 +16,10 @@ export function element(name, attributes = {}, ...children) {
 export function showAlert(error) {
   const alert = byId("alert");
   alert.hidden = !error;
-  alert.textContent = error ? sentence(error) : "";
+  if (!error) return;
+  const close = element("button", { type: "button", "aria-label": "Close the message" }, "×");
+  close.addEventListener("click", () => (alert.hidden = true));
+  alert.replaceChildren(element("span", {}, sentence(error)), close);
 }
 
 export function sentence(error) {

@@ -6,8 +6,8 @@ const FIELDS = [
   ["max_tokens", "Most new tokens", { type: "number", min: 1, step: 1, placeholder: "256" }],
   ["threshold", "Threshold", { type: "number", min: 0.01, max: 1, step: "any" }],
   ["temperature", "Temperature", { type: "number", min: 0, step: "any", placeholder: "0" }],
-  ["top_p", "Top p", { type: "number", min: 0.01, max: 1, step: "any" }],
-  ["seed", "Seed", { type: "number", step: 1 }],
+  ["top_p", "Top p", { type: "number", min: 0.01, max: 1, step: "any", placeholder: "1" }],
+  ["seed", "Seed", { type: "number", step: 1, placeholder: "any" }],
 ];
 
 // What a model can do: "chat" (it has a chat template), "infill", "correct". Without any of them it continues texts.
