@@ -9,7 +9,7 @@ from helpers.networks import lively, with_random_adapter
 
 import fewstep
 from fewstep.decode.requests import Output
-from fewstep.engine.parity import difference, few_rows
+from fewstep.engine.parity import difference_of_layers, few_rows
 from fewstep.engine.stack import fused
 from fewstep.errors import FewstepError
 from fewstep.measure.roofline import Sizes
@@ -67,7 +67,7 @@ def test_layers_in_float8_are_fused_and_give_the_same_rows() -> None:
     assert kinds.count(Float8Linear) == 7 * network.module.config.num_hidden_layers
     rounded = network.hidden(few_rows(network)).detach().float()
     assert 0 < float((rounded - before).norm() / before.norm()) < 0.1
-    assert difference(fused(network), network) < 0.02
+    assert difference_of_layers(fused(network), network) < 0.02
     assert Sizes.of(network.module).weight_bytes < whole
 
 
