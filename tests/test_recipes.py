@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fewstep.decode.requests import Output
 from fewstep.engine.language_model import LanguageModel
@@ -384,3 +385,38 @@ def test_a_share_of_an_adapter_scales_what_it_adds(tmp_path: Path) -> None:
     name = "model.layers.3.mlp.up_proj.weight"
     torch.testing.assert_close(half[name] - base[name], 0.5 * (whole[name] - base[name]), atol=1e-6, rtol=1e-4)
     assert not torch.equal(half[name], base[name])
+
+
+def test_the_recipe_in_embedding_space_goes_from_the_teacher_to_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = importlib.import_module("embedding")
+    monkeypatch.setattr(recipe, "MAX_ANSWER", CANVAS)
+    monkeypatch.setattr(recipe, "BUNDLED_TEACHERS", ("teacher",))
+    teacher = tiny_network("bidirectional", context_attention="causal", right_shift_logits=True, max_positions=512)
+    save_network(teacher, tmp_path / "teacher")
+    examples = Examples.from_ids([[3, 10 + i, 4] for i in range(12)], [[20 + i, 21 + i, 1] for i in range(12)])
+    (tmp_path / "data").mkdir()
+    save_file(examples.tensors(), tmp_path / "data" / "part-0000-12.safetensors")
+    monkeypatch.setattr(recipe, "CANVAS", replace(recipe.CANVAS, block_size=TOY_BLOCK))
+    short: dict[str, Any] = {"runs": tmp_path, "steps": 2, "rows": 1, "row_length": 256, "dev": 1, "warmup_steps": 1}
+    first = replace(recipe.DENOISER, **short, source="teacher", answer_steps=2)
+    monkeypatch.setattr("stages.MAX_ANSWER", CANVAS)
+    first.run()
+    second = replace(
+        first, source="denoiser", name="shortcuts", warp_examples=4,
+        training=recipe.EmbeddingSettings(objective="shortcut", most_steps=4, canvases=2),
+    )  # fmt: skip
+    second.run()
+    second.run()  # is there
+    measuring = recipe.Measuring(
+        runs=tmp_path, models=("denoiser", "shortcuts", "teacher", "absent"), passes=(2, 1), problems=2, seeds=2,
+        seeded=1,
+    )  # fmt: skip
+    measuring.run()
+    measuring.run()
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert len(table.splitlines()) == 5
+    assert re.search(r"^\| shortcuts \| shortcut \| \d", table, re.M)
+    assert re.search(r"^\| teacher \| diffusion \| \d", table, re.M)
+    assert "absent is not trained yet" in capsys.readouterr().out
