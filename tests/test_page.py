@@ -244,6 +244,22 @@ def test_settings_are_sent_and_a_refusal_gives_the_question_back(page: Any) -> N
     assert page.locator("#chat-log .answer").count() == 1
 
 
+def test_a_server_that_goes_away_is_told_and_the_question_stays(browser: Any, address: str) -> None:
+    begun = reply({"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+    refused = reply({"error": {"message": "the pass failed", "code": "pass_failed", "param": None}})
+    for body, told in ((begun.removesuffix("data: [DONE]\n\n"), "connection ended"), (refused, "The pass failed.")):
+        with visit(browser, address, fulfilled={"v1/chat/completions": body}) as page:
+            page.wait_for_selector("body.ready")
+            ask(page, "what?")
+            assert told in alert(page)
+            assert page.input_value("#chat-question") == "what?"
+            page.click("#alert button")
+            assert page.is_hidden("#alert")
+            page.route(f"{address}v1/chat/completions", lambda route: route.abort())
+            page.press("#chat-question", "Enter")
+            assert "cannot be reached" in alert(page)
+
+
 def test_ask_again_replaces_the_last_answer(page: Any) -> None:
     ask(page, "what?")
     answered(page)

@@ -33,7 +33,10 @@ export async function* streamed(path, body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     if (done) throw new ApiError("the connection ended before the answer did; ask again");
     text += value.replaceAll("\r", "");
     const events = text.split("\n\n");
