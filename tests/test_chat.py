@@ -357,8 +357,10 @@ def test_a_conversation_in_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.type("\x1b[A\x1b[A\n")
     assert "how long?" in terminal.wait_for("5 tokens in 5 passes")
     terminal.wait_for(">>> ")
-    time.sleep(0.3)  # until the line is being edited: readline loses a Ctrl-C that comes before
-    terminal.type("half a quest\x03")
+    terminal.type("half a quest")
+    terminal.wait_for("quest")
+    time.sleep(0.2)  # until readline waits for more: it loses a Ctrl-C that comes before
+    terminal.type("\x03")
     assert "/quit ends the conversation" in terminal.wait_for(">>> ")
     terminal.type("/stats\n")
     assert "turns of the conversation: 2" in terminal.wait_for(">>> ")
