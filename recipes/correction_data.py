@@ -1,8 +1,8 @@
 """Sentences of English prose to train and measure correction on, with errors of ours; see docs/correction.md.
 
-    python recipes/correction_data.py sentences data/correction     # fetches documentation packages of Debian 12
-    python recipes/correction_data.py problems data/correction      # tokenizer, and files for `fewstep eval`
-    python recipes/correction_data.py rows data/correction rows.jsonl --copies 2      # rows to train on
+    python recipes/correction_data.py sentences runs/correction-data     # fetches documentation packages of Debian 12
+    python recipes/correction_data.py problems runs/correction-data      # tokenizer, and files for `fewstep eval`
+    python recipes/correction_data.py rows runs/correction-data rows.jsonl --copies 2      # rows to train on
 
 The first needs a Debian system and its package server, the others need neither.
 """

@@ -11,6 +11,7 @@ bundled problem files.
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from pipeline import CausalFromScratch, Student, Tables, Teacher, Trajectories
 from stages import app_of
 
 from fewstep.errors import FewstepError
+from fewstep.files import write_text_whole
 from fewstep.json_files import read_json, write_json_whole
 from fewstep.models.load import load_network, save_network
 from fewstep.models.names import BUNDLED
@@ -71,6 +73,9 @@ def bundle(
         _change(target / "adapter_config.json", base_model_name_or_path=f"../{base}")
     else:
         save_network(load_network(source, dtype="bfloat16", device="cpu"), target)
+    # Without white space a table of tokens is less than half as long.
+    table = target / "tokenizer.json"
+    write_text_whole(table, json.dumps(read_json(table), ensure_ascii=False, separators=(",", ":")))
     chosen = {"threshold": threshold, "gaps": gaps, "block_size": block_size}
     _change(target / "config.json", **{key: value for key, value in chosen.items() if value is not None})
 

@@ -3,15 +3,19 @@
 import gzip
 import importlib
 import json
+import re
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_rows
 from fewstep.tasks.registry import task_named
+from fewstep.train.trainer import TrainSettings
 
 PAGE = """<html><head><title>No prose here.</title><script>var x = 'The end of it is here.';</script></head><body>
 <nav><ul><li>The way to the next page is here.</li></ul></nav>
@@ -29,6 +33,22 @@ FOUND = [
 ]
 
 
+class Pool:
+    """The same in this process."""
+
+    def __init__(self, _: int) -> None: ...
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def imap(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(function, items)
+
+    imap_unordered = imap
+
+
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     return importlib.import_module("correction_data")
@@ -43,15 +63,6 @@ def gathered(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def documents(package: str) -> list[tuple[str, str, str]]:
         made = [recipe.Document(f"{package}/{name}", [" ".join(those)]) for name, those in texts.items()]
         return [(one.name, one.part, text) for one in made for text in one.sentences()]
-
-    class Pool:
-        def __init__(self, _: int) -> None: ...
-        def __enter__(self) -> "Pool":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-        def imap(self, function, items):
-            return map(function, items)
 
     monkeypatch.setattr(recipe, "documents", documents)
     monkeypatch.setattr(recipe, "Pool", Pool)
@@ -115,7 +126,7 @@ def write_part(folder: Path, part: str, count: int) -> None:
             )
 
 
-def test_tokenizer_problems_and_rows(recipe: ModuleType, tmp_path: Path) -> None:
+def test_tokenizer_problems_and_rows(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for part, count in (("train", 300), ("dev", 20), ("test", 20), ("unseen", 20)):
         write_part(tmp_path, part, count)
     recipe.problems(tmp_path, count=8, vocab_size=320)
@@ -127,6 +138,7 @@ def test_tokenizer_problems_and_rows(recipe: ModuleType, tmp_path: Path) -> None
     asked = task_named("correction").problems(data=tmp_path / "test-problems.jsonl")
     assert 0 < len(asked) <= 8
     assert any(problem.question != problem.answer for problem in asked)
+    monkeypatch.setattr(recipe, "Pool", Pool)
     recipe.rows(tmp_path, tmp_path / "rows.jsonl", copies=2, limit=10, workers=1)
     rows = list(read_rows(tmp_path / "rows.jsonl", required=("prompt", "completion")))
     assert len(rows) == 20
@@ -139,3 +151,43 @@ def test_what_was_not_gathered_is_told(recipe: ModuleType, tmp_path: Path) -> No
         FewstepError, match=r"train.jsonl.gz is not there; gather it with: correction_data.py sentences"
     ):
         recipe.rows(tmp_path, tmp_path / "rows.jsonl")
+
+
+def test_networks_of_every_role_are_trained_and_measured(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = importlib.import_module("correction")
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    data.mkdir()
+    for part, count in (("train", 60), ("dev", 9), ("test", 9), ("unseen", 9)):
+        write_part(data, part, count)
+    recipe.problems(data, count=3, vocab_size=320)
+    monkeypatch.setattr(training, "Pool", Pool)
+    training.tables(data, runs, copies=2, workers=1)
+    assert len(training.read_tables(runs)) == 120
+
+    def fit(network: Any, made: Any, output: Path, seconds: float, *, rows: int, row_length: int, **_: Any) -> Any:
+        settings = TrainSettings(max_steps=2, rows=rows, row_length=row_length)
+        training.run_training(network, made(2), settings, output)
+        return training.load_network(output, dtype="float32", device="cpu")
+
+    fit_for_a_time = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    small = {"width": 32, "layers": 1, "rows": 1, "row_length": 256}
+    for name in training.TRAININGS:
+        training.train(name, runs, prompts=8, **small)
+    training.measure(data, runs, results=tmp_path / "results", part=["test"], timed=0, batch_size=4)
+    rows = json.loads((tmp_path / "results/test.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == list(training.CONTENDERS)
+    assert all(row["n"] == 3 and 0 <= row["restored"][0] <= 1 for row in rows)
+    assert {row["num_forwards_mean"] for row in rows if row["contender"] == "embedding, 2 passes"} == {2}
+
+    monkeypatch.setattr(training, "PROBE_STEPS", 3)
+    network = training.fresh_network(runs, 32, 1)
+    objective = training.CausalObjective(network.role, training.read_tables(runs), network.eos_token_id)
+    fit_for_a_time(network, lambda _: objective, runs / "timed", 0.1, rows=1, row_length=256, learning_rate=1e-3)
+    told = re.search(r"timed: (\d+) steps of", capsys.readouterr().out)
+    assert told is not None
+    assert json.loads((runs / "timed/report.json").read_text())["steps"] == int(told[1])
+    with pytest.raises(FewstepError, match="no time is left to train late"):
+        fit_for_a_time(network, lambda _: objective, runs / "late", -1.0)
