@@ -479,6 +479,16 @@ def test_a_canvas_may_be_longer_than_the_answer(lm: LanguageModel) -> None:
     assert len(output.token_ids) <= 5
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the engine multiplies with oneDNN")
+def test_the_engine_gives_the_texts_of_the_plain_path(lm: LanguageModel) -> None:
+    assert (lm.manner().engine, lm.manner(engine="off").engine) == ("cpu", "off")
+    for steps in (1, 4):
+        fast, plain = (
+            lm.generate(PROMPTS, max_new_tokens=12, steps=steps, engine=engine) for engine in ("auto", "off")
+        )
+        assert [output.token_ids for output in fast] == [output.token_ids for output in plain]
+
+
 def test_a_folder_is_loaded_by_name(network: Network, tmp_path: Path) -> None:
     save_network(network, tmp_path / "model")
     lm = fewstep.load(tmp_path / "model", dtype="float32")

@@ -31,7 +31,6 @@ from fewstep.models.cache import bytes_per_position
 from fewstep.models.denoiser import NoisyRows, conditioning_of
 from fewstep.models.embedding_space import EmbeddingSpace
 from fewstep.models.load import free_memory
-from fewstep.models.masks import added_to_scores, cached_mask
 from fewstep.models.network import Network
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.threads import sparing_threads
@@ -432,14 +431,7 @@ class EmbeddingSampler:
         )
         cache.place(places_RQ, blocks_RQ)
         embedded_RQD = self._embedded(tickets, prompts, num_P, num_G)
-        mask = added_to_scores(cached_mask(blocks_RQ, cache.blocks_RK), cache.keys.dtype)
-        hidden_RQD = module.base_model(
-            inputs_embeds=embedded_RQD,
-            attention_mask=network.architecture.attention_mask(mask, None),
-            position_ids=positions_RQ,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden_RQD = network.hidden_of(embedded_RQD, positions_RQ, blocks_RQ, cache)
         own_RGD = hidden_RQD[:, num_P:]
         if first:
             last_R = (context_R1[:, 0] - 1).repeat(copies).to(device)

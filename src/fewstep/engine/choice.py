@@ -86,6 +86,17 @@ class Engines:
             return self._plain(str(error))
         return self._plain(f"there is no engine yet for {self.network.device.type}")
 
+    def without_decoder(self, setting: EngineSetting) -> Choice:
+        """How forwards of whole texts are run, which no decoder plans: on a CPU by fused layers, elsewhere plainly."""
+        if setting == "off":
+            return self._plain(None)
+        if self.network.device.type != "cpu":
+            return self._plain("passes of models in embedding space are not captured")
+        try:
+            return Choice(engine="cpu", network=self._cpu_network(self.network, rounds=True), run_pass=run_pass)
+        except FewstepError as error:
+            return self._plain(str(error))
+
     def _plain(self, note: str | None) -> Choice:
         return Choice(engine=OFF, network=self.network, run_pass=run_pass, note=note)
 

@@ -11,7 +11,7 @@ from fewstep.decode.embedding import EmbeddingSampler, EmbeddingSampling, check_
 from fewstep.decode.generator import Generator, answer
 from fewstep.decode.requests import Output, Record, Request
 from fewstep.decode.sampling import Sampling
-from fewstep.engine.choice import OFF
+from fewstep.engine.choice import Engines
 from fewstep.engine.manner import Manner
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
@@ -24,6 +24,7 @@ class Samplers:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self._engines = Engines(network)
 
     def __call__(
         self,
@@ -45,7 +46,7 @@ class Samplers:
         if note is not None:
             warnings.warn(note, stacklevel=2)
         made = sampler_for(
-            self.network,
+            self._engines.without_decoder(settings.engine).network,
             sampling,
             requests,
             batch_size=batch_size,
@@ -58,12 +59,13 @@ class Samplers:
     def manner(self, settings: GenerationSettings) -> Manner:
         """How it answers. FewstepError for a setting that has no meaning in embedding space."""
         sampling = self._sampling(settings).for_role(self.network.role)
+        choice = self._engines.without_decoder(settings.engine)
         return Manner(
             decoder=str(sampling.sampler),
             rule={"threshold": None, "gaps": None, "block_size": None},
-            engine=OFF,
-            note=self._note(sampling),
-            computed_in=self.network.dtype,
+            engine=choice.engine,
+            note=self._note(sampling) or choice.note,
+            computed_in=choice.network.dtype,
             told={**vars(sampling), "temperature": _temperature(settings)},
         )
 

@@ -230,6 +230,17 @@ class Network:
         with self.adapter.open_for(plan.adapted_RQ):
             return self._backbone(inputs_embeds=embedded_RQD, **rows)
 
+    def hidden_of(self, embedded_RQD: Tensor, positions_RQ: Tensor, blocks_RQ: Tensor, cache: KVCache) -> Tensor:
+        """The same of rows that are embedded already, whose places in the cache are announced (`KVCache.place`)."""
+        mask = added_to_scores(cached_mask(blocks_RQ, cache.blocks_RK), cache.keys.dtype)
+        return self._backbone(
+            inputs_embeds=embedded_RQD,
+            attention_mask=self.architecture.attention_mask(mask, None),
+            position_ids=positions_RQ,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
     def _backbone(self, **rows: Any) -> Tensor:
         """The stock module's rows after the final norm; an engine has a forward of its own here."""
         return self.module.base_model(**rows).last_hidden_state

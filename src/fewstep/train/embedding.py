@@ -317,15 +317,15 @@ class EmbeddingObjective:
             weight_U = first_weight(space.level(now_U), space.level(mid_U), space.level(then_U))
             weight_S1 = weight_U[prepared.unit_S][:, None]
             return weight_S1 * first_SV + (1 - weight_S1) * second_SV
-        if self.settings.objective == "consistency":
-            x_SD = path.at(then_U)
-            end_SV = torch.nn.functional.one_hot(prepared.truth_S, len(path.unit_VD)).float()
-        else:
+        # A clean text is its own prediction.
+        ends_S1 = (then_U == 0)[prepared.unit_S][:, None]
+        told_U = told_step("consistency", space, then_U, torch.zeros_like(then_U))
+        if self.settings.objective == "distillation":
             end_SV = path.target(x_SD, now_U, torch.zeros_like(now_U))
             x_SD = path.moved(x_SD, now_U, then_U, end_SV)
-        found_SV = path.target(x_SD, then_U, told_step("consistency", space, then_U, torch.zeros_like(then_U)))
-        # A clean text is its own prediction.
-        return torch.where((then_U == 0)[prepared.unit_S][:, None], end_SV, found_SV)
+            return torch.where(ends_S1, end_SV, path.target(x_SD, then_U, told_U))
+        found_SV = path.target(path.at(then_U), then_U, told_U).masked_fill(ends_S1, 0.0)
+        return found_SV.scatter_add(1, prepared.truth_S[:, None], ends_S1.float())
 
     def _loss(self, path: "_Path", output: Tensor, target_SV: Tensor | None) -> Loss:
         prepared = path.prepared
