@@ -11,9 +11,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from fewstep.decode.generator import answer
-from fewstep.decode.loop import Loop
 from fewstep.decode.policies import Scheduled, evenly, scheduled
 from fewstep.decode.requests import Request
+from fewstep.engine.captured import CapturedLoop
+from fewstep.engine.captured_pass import CapturedPass
+from fewstep.engine.choice import Engines
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.measure.bandwidth import DeviceRates, measure_device
@@ -296,18 +298,23 @@ def test_every_decoder_is_measured_round_by_round(role: str, decoder: str, kinds
         assert row["bytes_read"] >= Sizes.of(lm.network.module).weight_bytes
 
 
-def test_what_is_compiled_meanwhile_is_waited_for_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["auto", "compiled"])
+def test_what_is_to_be_compiled_is_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     told = list[str]()
-    monkeypatch.setattr(Loop, "compile_passes", lambda loop: told.append("compiled"), raising=False)
-    step = Loop.step
-    monkeypatch.setattr(Loop, "step", lambda loop: [told.append("step"), step(loop)][1])
+    monkeypatch.setattr(Engines, "_cpu", lambda engines, decoder: engines._cuda(decoder, compiles=engine == "compiled"))
+    monkeypatch.setattr(CapturedPass, "compile", lambda one: told.append("compiled"))
+    step = CapturedLoop.step
+    monkeypatch.setattr(CapturedLoop, "step", lambda loop: [told.append("step"), step(loop)][1])
     lm = LanguageModel(tiny_network(block_size=4))
     policy = scheduled([4])
-    variant = Variant(
-        lm=lm, settings={"policy": policy}, batches=[requests_of(lm, 1, 6, policy, new=8)], told={}, is_fixed=True
-    )
-    variant.prepare(1)
-    assert told == ["step"] * 4 + ["compiled"] + ["step"] * 2  # watched, warmed up, and once more
+    settings = {"policy": policy, "engine": engine}
+    variant = Variant(lm=lm, settings=settings, batches=[requests_of(lm, 1, 6, policy, new=12)], told={}, is_fixed=True)
+    variant.prepare(2)
+    assert ("compiled" in told) == (engine == "compiled")
+    assert told[-1] == "step"
+    told.clear()
+    variant.time(0)
+    assert set(told) == {"step"}
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does() -> None:

@@ -129,6 +129,21 @@ def test_compiled_passes_give_the_same_answers(name: str) -> None:
     same(again, expected[0])
 
 
+def test_a_loop_that_compiles_does_so_at_once_and_is_kept_for_those_alone_who_ask_for_it() -> None:
+    net, decoder, asked = case("block")
+    expected = decode(net, asked[:2], decoder, batch_size=1)
+    loop = captured(net, decoder, asked, num_slots=1, compiles=True)
+    for output, plain in zip(answer(loop, asked[:2]), expected, strict=True):
+        same(output, plain)
+    denoising = [one for (shape, _), one in loop._passes.items() if shape.kind != "prefill" and one._num_runs > 1]
+    assert denoising
+    assert all(one._is_compiled for one in denoising)
+    made: dict[str, Any] = {"num_slots": 1, "length": loop.length, "record": None, "companions": None}
+    made["run_pass"] = loop._run_pass
+    assert loop.fits(net, decoder, **made, compiles=True)
+    assert not loop.fits(net, decoder, **made, compiles=False)
+
+
 @pytest.mark.parametrize("reading", ["item", "nonzero"])
 def test_a_policy_that_waits_for_the_device_runs_as_it_is_with_a_warning(reading: str) -> None:
     def waits(masked: Any, confidence: Any) -> Any:
@@ -183,7 +198,7 @@ def test_a_compiler_that_fails_leaves_the_pass_as_it_is(monkeypatch: pytest.Monk
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On this device too, `auto` takes the engine for GPUs."""
-    monkeypatch.setattr(Engines, "_cpu", Engines._cuda)
+    monkeypatch.setattr(Engines, "_cpu", lambda engines, decoder: engines._cuda(decoder, compiles=False))
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

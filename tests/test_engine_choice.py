@@ -28,5 +28,5 @@ def test_a_function_of_ones_own_runs_the_passes_whatever_the_setting():
 
 def test_an_engine_that_there_is_not_is_refused():
     lm = LanguageModel(lively("block_causal"))
-    with pytest.raises(FewstepError, match="unknown engine 'fast'; choose auto or off"):
+    with pytest.raises(FewstepError, match="unknown engine 'fast'; choose auto, compiled or off"):
         lm.generate("a", engine="fast")

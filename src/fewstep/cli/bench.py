@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fewstep.models.roles import RoleName
 
 _WHAT, _DECODED, _RUN = "Model", "What is decoded", "Measurement"
-_ENGINES = ("auto", "off")
+_ENGINES = ("auto", "compiled", "off")
 _DEFAULT_CONTEXT = 256
 _DEFAULT_TOKENS_PER_STEP = 6
 _DEFAULT_MODEL = "gsm-student"
@@ -79,7 +79,8 @@ def bench(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="LIST", help="auto, off, or auto,off to time both.", rich_help_panel=_DECODED)
+        str,
+        typer.Option(metavar="LIST", help="Of auto, compiled and off.", rich_help_panel=_DECODED),
     ] = "auto",
     batch_size: Annotated[
         str, typer.Option(metavar="LIST", help="Requests at once, such as 1,8,32.", rich_help_panel=_DECODED)

@@ -153,8 +153,9 @@ class Loop:
         record: Record | None,
         run_pass: RunPass,
         companions: Mapping[str, Network] | None,
+        **more: Any,
     ) -> bool:
-        """Whether this loop is idle and can stand for a new one of these."""
+        """Whether this loop is idle and can stand for a new one of these. `more`: what its class takes beside."""
         if self.busy or (self.network, self.num_slots, self._run_pass) != (network, num_slots, run_pass):
             return False
         if self._companions != dict(companions or {}):
@@ -432,7 +433,7 @@ def loop_for(
     made: dict[str, Any] = {
         "num_slots": num_slots, "length": length, "record": record, "run_pass": run_pass, "companions": companions,
     }  # fmt: skip
-    if type(kept) is not kind or not kept.fits(network, decoder, **made):
+    if type(kept) is not kind or not kept.fits(network, decoder, **made, **more):
         return kind(network, decoder, listeners=listeners, **made, **more)
     kept.listeners = list(listeners)
     return kept

@@ -44,10 +44,18 @@ class _InFlight:
 
 
 class CapturedLoop(Loop):
-    """See the module; `fused`: the networks of the decoder's plans, by name, whose layers run fused."""
+    """See the module. `fused`: the networks of the decoder's plans, by name, whose layers run fused. `compiles`:
+    whether passes that decode are compiled as soon as they are captured, for which the request under way waits.
+    """
 
     def __init__(
-        self, network: Network, decoder: Decoder, *, fused: Mapping[str, FusedNetwork], **options: Any
+        self,
+        network: Network,
+        decoder: Decoder,
+        *,
+        fused: Mapping[str, FusedNetwork],
+        compiles: bool = False,
+        **options: Any,
     ) -> None:
         if options.get("record") is not None:
             raise ValueError("hidden rows are recorded by the plain loop")
@@ -58,6 +66,7 @@ class CapturedLoop(Loop):
             decoder=decoder,
             state=self.state,
             caches=self._caches,
+            compiles=compiles,
             pool=torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None,
         )
         self._passes: dict[tuple[Shape, bool], CapturedPass] = {}
@@ -72,13 +81,14 @@ class CapturedLoop(Loop):
         self._attends_by_parts = self.dtype != torch.float32 and all(one.stack.splits for one in fused.values())
 
     def compile_passes(self) -> None:
-        """Compile the passes that have run twice so far, which takes seconds; from then on they are faster."""
+        """Compile passes that have run twice so far, prefills among them: seconds each, and then they are faster."""
         for each in self._passes.values():
             each.compile()
 
     def fits(self, network: Network, decoder: Decoder, **made: Any) -> bool:
         """See Loop. A policy of someone's own may have changed since it was traced, and be equal to itself."""
-        return type(decoder.policy) in BUILT_IN and super().fits(network, decoder, **made)
+        as_made = made.get("compiles", False) == self._memory.compiles
+        return as_made and type(decoder.policy) in BUILT_IN and super().fits(network, decoder, **made)
 
     def submit(self, request: Request) -> int:
         """See Loop. An idle loop forgets who was told of events."""

@@ -27,7 +27,8 @@ from fewstep.models.network import Network
 class LoopMemory:
     """What the passes of a loop work on. `fused`: the networks with fused layers, by the names of `networks`.
 
-    `pool`: memory of all graphs for what they compute on the way, since one runs at a time. `is_traceable`: whether a
+    `compiles`: whether passes with fused layers are compiled as soon as they are captured. `pool`: memory of all graphs
+    for what they compute on the way, since one runs at a time. `is_traceable`: whether a
     pass of this decoder and policy could be traced; None: nobody has tried.
     """
 
@@ -36,6 +37,7 @@ class LoopMemory:
     decoder: Decoder
     state: State
     caches: Mapping[str, KVCache]
+    compiles: bool
     pool: Any
     is_traceable: bool | None = None
 
@@ -68,6 +70,8 @@ class CapturedPass:
         self._num_runs += 1
         if self._num_runs == 2:
             self._begin()
+            if self._fuse and self._memory.compiles:
+                self.compile()
         if self._graph is not None and self._told_XR is not None:
             self._graph.replay()
             return self._told_XR

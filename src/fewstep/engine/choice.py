@@ -20,8 +20,10 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import free_memory
 from fewstep.models.network import Network
 
-EngineSetting = Literal["auto", "off"]
-"""`auto` takes the engine where it pays, `off` is the plain path."""
+EngineSetting = Literal["auto", "compiled", "off"]
+"""`auto` takes the engine where it pays; `compiled` too, and waits until passes are compiled, where the engine can be
+faster for that; `off` is the plain path.
+"""
 
 OFF = "off"
 """The plain path, as reports name it in the place of an engine."""
@@ -81,7 +83,7 @@ class Engines:
             if self.network.device.type == "cpu":
                 return self._cpu(decoder)
             if self.network.device.type == "cuda":
-                return self._cuda(decoder)
+                return self._cuda(decoder, compiles=setting == "compiled")
         except FewstepError as error:
             return self._plain(str(error))
         return self._plain(f"there is no engine yet for {self.network.device.type}")
@@ -100,11 +102,13 @@ class Engines:
     def _plain(self, note: str | None) -> Choice:
         return Choice(engine=OFF, network=self.network, run_pass=run_pass, note=note)
 
-    def _cuda(self, decoder: Decoder) -> Choice:
+    def _cuda(self, decoder: Decoder, *, compiles: bool) -> Choice:
         """Captured passes on fused layers, in the numbers of the network."""
         networks = {"target": self.network, **decoder.traits.companions}
         fused = {name: self._fused(each) for name, each in networks.items()}
-        return Choice(engine="cuda", network=self.network, run_pass=run_pass, kind=CapturedLoop, more={"fused": fused})
+        made = {"fused": fused, "compiles": compiles}
+        name = "cuda compiled" if compiles else "cuda"
+        return Choice(engine=name, network=self.network, run_pass=run_pass, kind=CapturedLoop, more=made)
 
     def _fused(self, network: Network) -> FusedNetwork:
         """FewstepError if it cannot be run so; told once more each time that it is asked for."""

@@ -65,7 +65,9 @@ class GenerationSettings:
     top_p: Annotated[float | None, "Draw from the most probable tokens that together have this probability."] = None
     seed: Annotated[Seed, "Seed of each request."] = 0
     engine: Annotated[
-        EngineSetting, "How passes are run: auto takes the engine where it pays, off takes the plain path."
+        EngineSetting,
+        "How passes are run: auto takes the engine where it pays; compiled too, and on a GPU waits until passes are "
+        "compiled; off takes the plain path.",
     ] = "auto"
     stop: tuple[str, ...] = ()
     """Texts before the first of which the answer ends; its counts end with the step that completed it."""

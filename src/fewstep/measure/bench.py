@@ -29,6 +29,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.generator import Generator, submit_all
 from fewstep.decode.loop import Listener, loop_for
 from fewstep.decode.requests import Output, Request
+from fewstep.engine.captured import CapturedLoop
 from fewstep.engine.choice import Choice
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
@@ -149,10 +150,9 @@ class Variant:
             before, started_s = _allocated(self.device), time.perf_counter()
         for index in range(max(warm_up, len(self.batches))):
             answered(self.batches[index % len(self.batches)])
-        # Of a loop that compiles what has run so far: it takes seconds, and from then on passes are faster.
-        compile_passes = getattr(self._generator, "compile_passes", None)
-        if compile_passes is not None:
-            compile_passes()
+        generator = self._generator
+        if self.settings.get("engine") == "compiled" and isinstance(generator, CapturedLoop):
+            generator.compile_passes()  # prefills too
             answered(self.batches[0])
         self.warm_up_seconds = time.perf_counter() - started_s
         self.peak_memory_bytes = self._peak_since(before)
