@@ -402,6 +402,15 @@ def test_settings_are_those_that_are_declared(served: Running) -> None:
     assert "$ref" not in json.dumps(schema)
 
 
+def test_few_step_settings_come_through_under_each_of_their_names(served: Running, models: dict[str, Any]) -> None:
+    expected = models["full"].generate(QUESTION, max_new_tokens=8, steps=3, order="entropy")
+    for fields in ({"num_inference_steps": 3, "remasking": "entropy"}, {"steps": 3, "order": "entropy"}):
+        answer = served.chat(QUESTION, model="full", max_tokens=8, **fields).json()
+        assert answer["choices"][0]["message"]["content"] == expected.text
+        assert answer["usage"]["fewstep"]["num_forwards"] == 3
+    refused(served.chat(steps=3, num_inference_steps=3), 400, param="num_inference_steps")
+
+
 def test_a_mask_token_that_a_user_types_stays_text(served: Running, models: dict[str, LanguageModel]) -> None:
     lm = models["full"]
     literal = lm.encode(f"<mask>{QUESTION}", literal=[lm.role.mask_token_id])
@@ -559,7 +568,7 @@ def test_health_metrics_and_paths(served: Running) -> None:
     assert 'fewstep_request_seconds_bucket{le="+Inf"}' in text
     assert 'fewstep_http_responses_total{path="/v1/chat/completions",status="200"}' in text
     refused(served.get("/v1/nothing"), 404)
-    refused(served.get("/v1/chat/completions"), 405)
+    refused(served.get("/v1/chat/completions"), 405, code="method_not_allowed")
 
 
 def test_the_page_has_a_strict_policy_and_no_way_out(served: Running, tmp_path: Any, monkeypatch: Any) -> None:

@@ -15,11 +15,14 @@ from helpers.command import Run, fewstep_process
 from helpers.networks import network
 from helpers.serving import running
 
+import fewstep
 from fewstep.cli import extras
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.measure.serving import Load
 from fewstep.models.load import save_network
+from fewstep.serve.catalogue import Entry, Served, load_all
+from fewstep.serve.server import Server
 
 MESSAGES = [{"role": "user", "content": "what is 2+2?"}]
 
@@ -142,3 +145,45 @@ def test_load_on_nothing_and_contradictions_are_told(run: Run) -> None:
     assert "numbers" in run("bench-serve", "--concurrency", "1,x").sentence()
     with pytest.raises(FewstepError, match="either concurrency or rate"):
         Load(num_requests=1)
+
+
+# What is served
+
+
+def test_adapters_of_one_base_share_its_weights() -> None:
+    for order in (("gsm-teacher", "gsm-student"), ("gsm-student", "gsm-teacher")):
+        catalogue = load_all([Served(model=name, name=name) for name in order], fewstep.load)
+        assert catalogue[None].name == order[0]
+        teacher, student = (catalogue[name].lm.network for name in ("gsm-teacher", "gsm-student"))
+        assert student.base is teacher
+        assert teacher.name == "gsm-teacher"
+    assert load_all([Served(model="gsm-student", name="s")], fewstep.load)["s"].lm.network.base is None
+
+
+def test_a_run_file_names_models_and_settings_that_options_override(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewstep.serve import run as serving
+
+    made: list[Server] = []
+    monkeypatch.setattr(serving, "run_server", lambda server, _: made.append(server))
+    monkeypatch.setenv("FEWSTEP_API_KEY", "from the environment")
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"models: ['{folder},name=one,threshold=0.5', '{folder},name=two']\nport: 0\nmax_queued: 3\n")
+    assert run("serve", "--config", config, "--max-queued", 4).code == 0
+    assert list(made[0].catalogue.entries) == ["one", "two"]
+    assert made[0].catalogue["one"].settings == {"threshold": 0.5}
+    assert (made[0].settings.max_queued, made[0].settings.api_key) == (4, "from the environment")
+    config.write_text("modles: [a]\n")
+    assert "did you mean 'models'" in run("serve", "--config", config).sentence()
+
+
+def test_settings_of_the_operator_hold_unless_a_request_sets_others() -> None:
+    lm = LanguageModel(network("block_causal"))
+    entry = Entry(name="s", lm=lm, settings={"threshold": 0.2, "max_new_tokens": 7}, created=1)
+    with running({}, entries=[entry]) as made:
+        for fields, expected in (({}, {"threshold": 0.2}), ({"threshold": 0.9}, {"threshold": 0.9})):
+            answer = made.chat("what is 2+2?", **fields).json()
+            alone = lm.generate("what is 2+2?", max_new_tokens=7, **expected)
+            assert answer["choices"][0]["message"]["content"] == alone.text
+            assert answer["usage"]["fewstep"]["num_forwards"] == alone.num_forwards

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,11 +92,13 @@ class Running:
 
 
 @contextmanager
-def running(models: Mapping[str, LanguageModel], **settings: Any) -> Iterator[Running]:
+def running(
+    models: Mapping[str, LanguageModel], *, entries: Sequence[Entry] = (), **settings: Any
+) -> Iterator[Running]:
     """While it is entered, these models are served; at its end nothing is left of any request."""
     chosen = ServerSettings(port=0, **settings)
-    entries = [Entry(name=name, lm=lm, settings={}, created=1) for name, lm in models.items()]
-    server = make_server(chosen, Catalogue(entries), Votes(lambda count, n: (0.0, 1.0), chosen.votes), "0")
+    served = [*entries, *(Entry(name=name, lm=lm, settings={}, created=1) for name, lm in models.items())]
+    server = make_server(chosen, Catalogue(served), Votes(lambda count, n: (0.0, 1.0), chosen.votes), "0")
     with bound_socket(chosen) as listening:
         http = HttpServer(server)
         thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -114,23 +114,34 @@ def _questions(count: int) -> list[Any]:
 
 
 def _one_after_another(name: str, prompts: list[Any], **settings: Any) -> dict[str, Any]:
-    """`generate` in this process, as a row of the report."""
+    """Streams in this process, as a row of the report."""
     import fewstep
+    from fewstep.measure.serving import percentiles
 
     lm = fewstep.load(name)
     lm.generate(prompts[0], **settings)
-    started_s = time.perf_counter()
-    outputs = [lm.generate(prompt, **settings) for prompt in prompts]
-    wall_s = time.perf_counter() - started_s
-    num_tokens = sum(output.num_tokens for output in outputs)
+    first_text_s, seconds, num_tokens, num_forwards = list[float](), list[float](), 0, 0
+    for prompt in prompts:
+        started_s = time.perf_counter()
+        stream, has_text = lm.stream(prompt, **settings), False
+        for _ in stream:
+            if not has_text and stream.answer_text():
+                first_text_s.append(time.perf_counter() - started_s)
+                has_text = True
+        seconds.append(time.perf_counter() - started_s)
+        assert stream.output is not None
+        num_tokens += stream.output.num_tokens
+        num_forwards += stream.output.num_forwards
     return {
         "concurrency": "alone",
-        "n": len(outputs),
-        "completed": len(outputs),
-        "wall_seconds": wall_s,
-        "tokens_per_second": num_tokens / wall_s,
-        "answers_per_second": len(outputs) / wall_s,
-        "tokens_per_forward": num_tokens / sum(output.num_forwards for output in outputs),
+        "n": len(prompts),
+        "completed": len(prompts),
+        "wall_seconds": sum(seconds),
+        "tokens_per_second": num_tokens / sum(seconds),
+        "answers_per_second": len(prompts) / sum(seconds),
+        "tokens_per_forward": num_tokens / num_forwards,
+        "first_text_ms": percentiles(first_text_s),
+        "answer_ms": percentiles(seconds),
     }
 
 
@@ -151,5 +162,5 @@ def _counts(row: dict[str, Any]) -> list[str]:
 
 
 def _times(row: dict[str, Any]) -> list[str]:
-    found = [one for name in ("first_text_ms", "answer_ms") for one in row.get(name, dict.fromkeys("123")).values()]
+    found = [one for name in ("first_text_ms", "answer_ms") for one in row[name].values()]
     return ["" if one is None else f"{one:.0f}" for one in found]

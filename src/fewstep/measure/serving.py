@@ -204,8 +204,8 @@ def summary(sent: Sequence[Sent], wall_s: float, load: Load, *, alone: Sequence[
         "answers_per_second": len(done) / wall_s,
         "goodput_per_second": sum(one.seconds <= load.goal_s for one in done) / wall_s,
         "tokens_per_forward": num_tokens / num_forwards if num_forwards else 0.0,
-        "first_text_ms": _percentiles([one.first_text_s for one in done if one.first_text_s is not None]),
-        "answer_ms": _percentiles([one.seconds for one in done]),
+        "first_text_ms": percentiles([one.first_text_s for one in done if one.first_text_s is not None]),
+        "answer_ms": percentiles([one.seconds for one in done]),
     }
 
 
@@ -215,6 +215,7 @@ def _differs(one: Sent, expected: str) -> bool:
     return one.outcome == "cut" and not expected.startswith(one.text)
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    """In milliseconds; None where there are none."""
     found = np.percentile(seconds, PERCENTILES).tolist() if seconds else [None] * len(PERCENTILES)
     return {f"p{share}": None if one is None else 1000 * one for share, one in zip(PERCENTILES, found, strict=True)}

@@ -219,9 +219,11 @@ async def _watching(server: Server, route: Route, request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        what = {404: "there is no such path", 405: f"the path does not take {request.method}"}
-        sentence = what.get(error.status_code, str(error.detail))
-        return _told(ApiError(f"{sentence}; see /openapi.json", status=error.status_code, code="not_found"), request)
+        sentence, code = {
+            404: ("there is no such path", "not_found"),
+            405: (f"the path does not take {request.method}", "method_not_allowed"),
+        }.get(error.status_code, (str(error.detail), None))
+        return _told(ApiError(f"{sentence}; see /openapi.json", status=error.status_code, code=code), request)
     log_failure(error)
     return _told(api_error(error), request)
 

@@ -26,7 +26,7 @@ MOST_CHOICES = 128
 _KEPT_BACK = ("engine", "max_new_tokens")
 """Settings that are no fields: the operator's, and the limit, which has the names of OpenAI."""
 
-LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "gen_length")
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """Names of the limit of new tokens; each endpoint takes some of them."""
 
 
