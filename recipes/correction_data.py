@@ -29,11 +29,13 @@ from typing import Annotated
 
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
 from fewstep.json_files import write_json_whole, write_rows_whole
+from fewstep.models.load import load_tokenizer
+from fewstep.models.names import BUNDLED
 from fewstep.models.sentences import plain_word, sentence_ends, straight_quotes
 from fewstep.tasks.text_errors import TextErrors
 
@@ -196,13 +198,18 @@ def sentences_file(folder: Path, part: str) -> Path:
     return folder / f"{part}.jsonl.gz"
 
 
-def read_sentences(folder: Path, part: str) -> list[str]:
+def _rows(folder: Path, part: str) -> list[dict[str, str]]:
     """FewstepError if they have not been gathered."""
     path = sentences_file(folder, part)
     if not path.exists():
         raise FewstepError(f"{path} is not there; gather it with: correction_data.py sentences {folder}")
     with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line)["text"] for line in stream]
+        return [json.loads(line) for line in stream]
+
+
+def read_sentences(folder: Path, part: str) -> list[str]:
+    """The texts of a part. FewstepError if they have not been gathered."""
+    return [row["text"] for row in _rows(folder, part)]
 
 
 @app.command()
@@ -279,14 +286,29 @@ def problems(
     for part in ("dev", "test", "unseen"):
         of_part = read_sentences(folder, part)
         chosen = of_part[:: max(1, len(of_part) // (2 * count))]
-        found = []
-        for number, text in enumerate(chosen):
-            mistyped = TextErrors().mistype(text, seed=1)
-            lengths = map(len, tokenizer([mistyped.text, text])["input_ids"])
-            if max(lengths) <= MOST_TOKENS:
-                found.append({"id": f"{part}-{number:05d}", "question": mistyped.text, "answer": text})
-        write_rows_whole(folder / f"{part}-problems.jsonl", found[:count])
-        print(f"{part}: {len(found[:count])} problems")
+        found = list(_problems(chosen, tokenizer, part))[:count]
+        write_rows_whole(folder / f"{part}-problems.jsonl", found)
+        print(f"{part}: {len(found)} problems")
+
+
+@app.command()
+def sample(folder: Folder, each: Annotated[int, typer.Option(help="sentences of each source", min=1)] = 150) -> None:
+    """Write the problems that ship with the package: text in the public domain, of documents not trained on."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    found = []
+    for source, part, beginning in (("sqlite", "test", "sqlite3-doc/"), ("persuasion", "unseen", UNSEEN[-1])):
+        texts = [row["text"] for row in _rows(folder, part) if row["document"].startswith(beginning)]
+        asked = list(_problems(texts, tokenizer, source))
+        found += asked[:: max(1, len(asked) // each)][:each]
+    write_rows_whole(BUNDLED / "correction-problems" / "test.jsonl", found)
+
+
+def _problems(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[dict[str, str]]:
+    """Those that are short enough, with errors."""
+    for number, text in enumerate(texts):
+        mistyped = TextErrors().mistype(text, seed=1)
+        if max(map(len, tokenizer([mistyped.text, text])["input_ids"])) <= MOST_TOKENS:
+            yield {"id": f"{name}-{number:05d}", "question": mistyped.text, "answer": text}
 
 
 def _rows_of(task: tuple[list[str], int]) -> list[dict[str, str]]:

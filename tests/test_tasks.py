@@ -215,9 +215,15 @@ def test_a_sentence_is_restored_if_every_word_and_mark_is_right(tmp_path: Path) 
         assert not task.is_correct(text, problem.answer)
 
 
-def test_the_task_correction_needs_a_file_and_refuses_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(FewstepError, match="data must be given for the task correction"):
-        task_named("correction").problems()
+def test_the_task_correction_has_problems_of_its_own_and_refuses_an_empty_file(tmp_path: Path) -> None:
+    task = task_named("correction")
+    found = task.problems()
+    assert len(found) == 300 == len({problem.answer for problem in found})
+    assert {problem.id.split("-")[0] for problem in found} == {"sqlite", "persuasion"}
+    assert 0.55 < sum(problem.question != problem.answer for problem in found) / len(found) < 0.85
+    assert task.problems("test", 5) == found[:5]
+    with pytest.raises(FewstepError, match="301 problems were asked for, 300 are bundled"):
+        task.problems(n=301)
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(FewstepError, match="holds no problems"):
-        task_named("correction").problems(data=tmp_path / "none.jsonl")
+        task.problems(data=tmp_path / "none.jsonl")

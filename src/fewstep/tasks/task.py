@@ -15,13 +15,15 @@ class Task(ABC):
     """What a model is asked, and how its answers are judged; a new task defines `name`, `about` and `read`.
 
     `splits`: the parts it has, the default first; none if a file is all there is. `reads`: what file or folder the user
-    gives, None if the problems ship with the package. `metrics`: those that a user may choose from.
+    gives, None if the problems ship with the package; `ships`: whether some do, although it reads data too. `metrics`:
+    those that a user may choose from.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     splits: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str | None] = None
+    ships: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = (NUMBER.name,)
 
     metric: Metric = NUMBER
@@ -36,7 +38,7 @@ class Task(ABC):
         FewstepError for a split that the task does not have, for data that it does not read or that is missing, and for
         damaged files.
         """
-        if data is None and self.reads is not None:
+        if data is None and self.reads is not None and not self.ships:
             raise FewstepError(f"data must be given for the task {self.name}: {self.reads}")
         if data is not None and self.reads is None:
             raise FewstepError(
