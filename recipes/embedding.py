@@ -5,8 +5,9 @@
 
 Stages, in order: `data` (rendered problems as token tables), `denoiser` (from the bundled teacher), `shortcuts` (the
 denoiser learns long steps), `measure` (both, and the teacher cut to the same passes). Beside them, each from the
-teacher or the denoiser, for comparison: `consistency`, `distillation`, and `squared-error` (Diffusion-LM from scratch).
-Each writes a folder under --runs; what is there is left alone, and training that was interrupted resumes.
+teacher or the denoiser, for comparison: `consistency`, `distillation`, `paths` (of the denoiser's sampler) and
+`trajectories` (which learns from them), and `squared-error` (Diffusion-LM from scratch). Each writes a folder under
+--runs; what is there is left alone, and training that was interrupted resumes.
 """
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pipeline import Tables
-from stages import FineTuning, Stage, app_of, device
-from word_problems import MAX_ANSWER, load_examples
+from stages import FineTuning, Stage, app_of, device, worker
+from word_problems import MAX_ANSWER, load_examples, prompt_rows
 
 from fewstep.decode.health import measure_diversity
 from fewstep.engine.language_model import LanguageModel, load
@@ -27,6 +28,7 @@ from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.evaluate import evaluate
 from fewstep.models.embedding_model import to_embedding_space
 from fewstep.models.embedding_space import EmbeddingSpace
+from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
 from fewstep.tasks.gsm_symbolic import problems
@@ -38,6 +40,7 @@ from fewstep.train.embedding import (
     trained_space,
     warp_by_loss,
 )
+from fewstep.train.embedding_paths import collect_paths, read_paths
 from fewstep.train.trainer import TrainSettings
 from fewstep.values import Count
 
@@ -53,6 +56,7 @@ class EmbeddingTraining(FineTuning):
     corruption: TokenCorruption = field(default_factory=TokenCorruption)
     warp_examples: Annotated[int, "Examples by whose loss at the start time is warped; 0 keeps the warp."] = 0
     scratch: Annotated[bool, "Begin with fresh weights of the source's shape."] = False
+    store: Annotated[str | None, "Folder under --runs of collected paths, which are learnt from."] = None
     average: Annotated[float, "Decay of the moving average of the weights, which is kept; 0 is none."] = 0.999
     answer_steps: Annotated[Count, "Passes in which the development problems are answered."] = 16
 
@@ -63,7 +67,8 @@ class EmbeddingTraining(FineTuning):
         source = self.load()
         if self.scratch:
             source.module.init_weights()
-        examples = load_examples(self.runs / "data")
+        paths = None if self.store is None else read_paths(self.runs / self.store)
+        examples = load_examples(self.runs / "data") if paths is None else paths.examples
         network = self._in_embedding_space(source)
         if self.warp_examples:
             told = lambda level, loss: print(f"noise {level:.2f}: cross-entropy {loss:.3f}", flush=True)  # noqa: E731
@@ -72,8 +77,9 @@ class EmbeddingTraining(FineTuning):
         space = trained_space(_space(network), self.training)
         network = network.with_role(replace(network.role, embedding_space=space))
         objective = EmbeddingObjective(
-            network, examples, num_batches=self.steps, settings=self.training, corruption=self.corruption, canvas=CANVAS
-        )
+            network, examples, num_batches=self.steps, settings=self.training, corruption=self.corruption,
+            canvas=CANVAS, paths=paths,
+        )  # fmt: skip
         self.train(network, objective, steps=self.answer_steps)
 
     def _in_embedding_space(self, source: Network) -> Network:
@@ -82,6 +88,29 @@ class EmbeddingTraining(FineTuning):
         if self.training.objective == "mse":
             return to_embedding_space(source, predicts="embeddings", rows_from="noise")
         return to_embedding_space(source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectPaths(Stage):
+    """Sample training problems with the denoiser, and keep points of the paths."""
+
+    source: Annotated[str, "The denoiser: a folder under --runs, or another."]
+    name: Annotated[str, "Folder under --runs for the paths."]
+    prompts: Count
+    steps: Count = 64
+    points: Annotated[Count, "Points of a path that are kept."] = 4
+    canvas_length: Count = MAX_ANSWER
+    batch_size: Count = 256
+    seed: int = 7
+
+    def run(self) -> None:
+        network = load_network(self.found(self.source), device=device())
+        rows, _ = prompt_rows(network.tokenizer, self.prompts, self.seed)
+        shards = collect_paths(
+            network, [list(row.prompt_ids) for row in rows], self.runs / self.name, steps=self.steps, points=self.points,
+            canvas_length=self.canvas_length, batch_size=self.batch_size, seed=self.seed, worker=worker(),
+        )  # fmt: skip
+        print(f"{self.runs / self.name}: {len(shards.finished())} shards", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +211,11 @@ app = app_of({
     "distillation": replace(
         DENOISER, source="denoiser", name="distillation", steps=1200, learning_rate=8e-4, warp_examples=64,
         answer_steps=4, training=EmbeddingSettings(objective="distillation", target="average", canvases=3),
+    ),
+    "paths": CollectPaths(runs=RUNS, source="denoiser", name="paths", prompts=4096),
+    "trajectories": replace(
+        DENOISER, source="denoiser", name="trajectories", store="paths", steps=1600, learning_rate=8e-4,
+        answer_steps=4, training=EmbeddingSettings(objective="trajectories", canvases=3),
     ),
     "squared-error": replace(
         DENOISER, name="squared-error", scratch=True, learning_rate=2e-3, answer_steps=200,

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fewstep.cli.main import main
-from fewstep.decode.embedding import Rows, euler
+from fewstep.decode.embedding import EmbeddingSampler, EmbeddingSampling, Rows, euler, normal_noise
+from fewstep.decode.generator import answer
+from fewstep.decode.requests import Request
+from fewstep.decode.sampling import Sampling
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.models.denoiser import NoisyRows, conditioning_of, noisy_embeddings, noisy_scores
@@ -31,6 +34,7 @@ from fewstep.train.embedding import (
     trained_space,
     warp_by_loss,
 )
+from fewstep.train.embedding_paths import collect_paths, read_paths
 from fewstep.train.examples import Examples
 from fewstep.train.settings import TrainSettings
 from fewstep.train.trainer import train
@@ -268,6 +272,61 @@ def test_objectives_and_predictions_that_do_not_fit_are_refused() -> None:
         TokenCorruption(masked=0.6, replaced=0.6)
 
 
+# Paths
+
+
+def test_paths_are_those_that_sampling_goes_and_lead_to_what_it_writes(tmp_path: Path) -> None:
+    network = fresh()
+    space = network.role.embedding_space
+    assert space is not None
+    shape: dict[str, Any] = {"steps": 4, "points": 2, "canvas_length": 6, "shard_size": 2, "seed": 3}
+    collect_paths(network, PROMPTS, tmp_path / "paths", **shape)
+    first = (tmp_path / "paths" / "shard-00000.safetensors").stat().st_mtime_ns
+    collect_paths(network, PROMPTS, tmp_path / "paths", **shape)
+    assert (tmp_path / "paths" / "shard-00000.safetensors").stat().st_mtime_ns == first
+    with pytest.raises(FewstepError, match="points is 2 there and 4 here"):
+        collect_paths(network, PROMPTS, tmp_path / "paths", **{**shape, "points": 4})
+    paths = read_paths(tmp_path / "paths")
+    assert paths.states_NKGD.shape == (3, 2, 6, 32)
+    assert paths.times_K.tolist() == [1, 0.5]
+    unit = EmbeddingDenoiser(network).embed(torch.arange(64))
+    for i, prompt in enumerate(PROMPTS):
+        request = Request(prompt_ids=prompt, max_new_tokens=6, seed=3 + i, sampling=Sampling(temperature=1.0))
+        sampler = EmbeddingSampler(network, EmbeddingSampling(steps=4, sampler="euler"), num_slots=1, length=20)
+        (output,) = answer(sampler, [request])
+        start, end = paths.examples.completion_offsets[i : i + 2]
+        assert paths.examples.completion_ids[start:end].tolist() == output.canvas_ids_G.tolist()
+        noise = space.noise_scale * normal_noise(3 + i, 0, 6, 32, torch.device("cpu"))
+        assert_close(paths.states_NKGD[i, 0].float(), noise, atol=2e-2, rtol=2e-3)
+        level = space.level(torch.tensor(0.5))
+        assert paths.states_NKGD[i, 1].float().std() < (level * space.noise_scale + unit.std()) * 1.3
+
+
+def test_points_of_paths_learn_their_end(tmp_path: Path) -> None:
+    network = fresh()
+    collect_paths(network, PROMPTS, tmp_path / "paths", steps=4, points=2, canvas_length=6)
+    paths, settings = read_paths(tmp_path / "paths"), EmbeddingSettings(objective="trajectories", canvases=3)
+    assert network.role.embedding_space is not None
+    space = trained_space(network.role.embedding_space, settings)
+    network = network.with_role(replace(network.role, embedding_space=space))
+    made = EmbeddingObjective(network, EXAMPLES, num_batches=1, settings=settings, paths=paths)
+    prepared, calls = (
+        made.prepare(batch_of(made, range(3), num_rows=3), torch.Generator().manual_seed(2)),
+        list[NoisyRows](),
+    )
+    made.loss(forward_of(network, calls), prepared)
+    (noisy,) = calls
+    on_path = ~prepared.data_U[prepared.unit_S]
+    assert 0 < on_path.sum() < len(on_path)
+    points = {tuple(row.tolist()) for row in paths.states_NKGD.flatten(0, 2).float()}
+    assert {tuple(row.tolist()) for row in noisy.x_SD[on_path]} <= points
+    assert set(noisy.step_S[on_path].tolist()) <= {1.0, 0.5}
+    assert set(noisy.step_S[~on_path].tolist()) == {0.0}
+    train(made.network, made, QUICK, tmp_path / "out")
+    with pytest.raises(FewstepError, match="learns from collected paths"):
+        EmbeddingObjective(network, EXAMPLES, num_batches=1, paths=paths)
+
+
 # Runs
 
 QUICK = TrainSettings(
@@ -396,6 +455,7 @@ def test_the_command_trains_a_denoiser_and_then_shortcuts(teacher: Path, tmp_pat
         (["--watch-seeds", "3"], "--watch-seeds has no effect without --watch-data"),
         (["--objective", "shortcut", "--data-share", "0"], "data-share must lie between 0 and 1"),
         (["--canvas-weights", "[1]", "--block-size", "2"], "exceeds the longest canvas of 2"),
+        (["--objective", "trajectories"], "learns from --paths; name it"),
     ],
 )
 def test_the_command_refuses_in_a_sentence(

@@ -409,6 +409,14 @@ def test_the_recipe_in_embedding_space_goes_from_the_teacher_to_a_table(
     )  # fmt: skip
     second.run()
     second.run()  # is there
+    monkeypatch.setattr(recipe, "prompt_rows", lambda tok, count, seed: ([PromptRow("0", [3, 10, 4], None)], {}))
+    recipe.CollectPaths(
+        runs=tmp_path, source="denoiser", name="paths", prompts=1, steps=4, points=2, canvas_length=CANVAS
+    ).run()
+    replace(
+        second, name="trajectories", store="paths", warp_examples=0,
+        training=recipe.EmbeddingSettings(objective="trajectories"),
+    ).run()  # fmt: skip
     measuring = recipe.Measuring(
         runs=tmp_path, models=("denoiser", "shortcuts", "teacher", "absent"), passes=(2, 1), problems=2, seeds=2,
         seeded=1,

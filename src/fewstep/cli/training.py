@@ -1,7 +1,7 @@
 """The subcommands of `fewstep train`: their options are the fields of settings classes, below and in `train/`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,7 @@ from fewstep.train.embedding import (
     trained_space,
     warp_by_loss,
 )
+from fewstep.train.embedding_paths import Paths, read_paths
 from fewstep.train.examples import Examples, encode_rows, numbered_training_rows
 from fewstep.train.lora import LoRASettings, add_gated_lora
 from fewstep.train.medusa import MedusaObjective, MedusaSettings
@@ -191,8 +192,8 @@ class EmbeddingStart(Start):
         "(channel, for a model that is new here); by the loss of the network at the start; or uniform.",
     ] = "keep"
 
-    def network(self, examples: Callable[[Network], Examples], training: EmbeddingSettings) -> tuple[Network, Examples]:
-        """In embedding space, with the examples as its token ids."""
+    def network(self, data: "EmbeddingData", training: EmbeddingSettings) -> tuple[Network, Examples, Paths | None]:
+        """In embedding space, with what it learns from."""
         source = NetworkSettings(
             block_size=self.block_size, context_attention=self.context_attention, device=self.device
         ).load(self.model)
@@ -200,7 +201,7 @@ class EmbeddingStart(Start):
             source.module.init_weights()
         if source.role.embedding_space is not None and self.context_attention is not None:
             raise FewstepError("context_attention is settled for a network in embedding space; leave it out")
-        read = examples(source)
+        examples, paths = data.read(source)
         fields = {
             "noise_scale": self.noise_scale,
             "rows_from": self.rows_from,
@@ -212,11 +213,11 @@ class EmbeddingStart(Start):
         if self.warp == "channel":
             made = to_embedding_space(made, warp=channel_warp(made))
         if self.warp == "loss":
-            made = to_embedding_space(made, warp=warp_by_loss(made, read))
+            made = to_embedding_space(made, warp=warp_by_loss(made, examples))
         assert made.role.embedding_space is not None
-        return made.with_role(
-            replace(made.role, embedding_space=trained_space(made.role.embedding_space, training))
-        ), read
+        space = trained_space(made.role.embedding_space, training)
+        space = trained_space(made.role.embedding_space, training)
+        return made.with_role(replace(made.role, embedding_space=space)), examples, paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +243,38 @@ class Data:
             max_completion=self.max_completion,
             stop_token_ids=network.stop_token_ids,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingData:
+    """Training rows as for the other trainings, or the paths of a denoiser's sampler."""
+
+    data: Annotated[Path | None, "Rows of prompt and completion, messages, or text.", Touches.READS] = None
+    paths: Annotated[Path | None, "Folder of collected paths, for the objective trajectories.", Touches.READS] = None
+    max_prompt: Annotated[Count | None, "Leave out rows with a longer prompt, in tokens; by default none."] = None
+    max_completion: Annotated[Count | None, "Leave out rows with a longer completion, in tokens; by default none."] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check(self, objective: str) -> None:
+        """FewstepError unless that is given which the objective learns from."""
+        wanted, other = ("paths", "data") if objective == "trajectories" else ("data", "paths")
+        if getattr(self, wanted) is None:
+            raise FewstepError(f"the objective {objective} learns from --{wanted}; name it")
+        if getattr(self, other) is not None:
+            raise FewstepError(f"--{other} has no effect with the objective {objective}; leave it out")
+
+    def read(self, network: Network) -> tuple[Examples, Paths | None]:
+        """FewstepError as from `Data.read` and `read_paths`."""
+        if self.paths is not None:
+            found = read_paths(self.paths)
+            return found.examples, found
+        assert self.data is not None
+        rows = Data(data=self.data, max_prompt=self.max_prompt, max_completion=self.max_completion)
+        return rows.read(network), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,8 +449,9 @@ def embedding(built: Built, json: Path | None) -> None:
     training: EmbeddingSettings = built[EmbeddingSettings]
     if training.target == "average" and built[TrainSettings].ema_decay is None:
         raise FewstepError("the target average is the moving average of the weights; set --ema-decay, such as 0.99")
+    built[EmbeddingData].check(training.objective)
     _check_output(built[EmbeddingOutcome].output)
-    network, examples = start.network(built[Data].read, training)
+    network, examples, paths = start.network(built[EmbeddingData], training)
     objective = EmbeddingObjective(
         network,
         examples,
@@ -425,6 +459,7 @@ def embedding(built: Built, json: Path | None) -> None:
         settings=training,
         corruption=built[TokenCorruption],
         canvas=CanvasLengths(block_size=network.role.block_size, weights=built[Canvas].weights),
+        paths=paths,
     )
     watch: SeedWatch = built[SeedWatch]
     if built[Watch].data is None:
@@ -460,7 +495,7 @@ app.command("embedding")(
         embedding,
         {
             EmbeddingStart: "",
-            Data: "",
+            EmbeddingData: "",
             EmbeddingOutcome: "",
             TrainSettings: "",
             Watch: "watch_",

@@ -225,8 +225,8 @@ class EmbeddingSampler:
     request under way, whichever step it is at. The first pass of a request also carries its prompt, whose keys and
     values stay in the cache.
 
-    `length`: the most positions that a request needs. `listeners` are called after each round. `fixed_temperature`: of
-    all requests; None: each its own.
+    `length`: the most positions that a request needs. `listeners` are called after each round, `on_begin` before one in
+    which requests begin. `fixed_temperature`: of all requests; None: each its own.
     """
 
     def __init__(
@@ -265,6 +265,7 @@ class EmbeddingSampler:
         self._num_submitted = 0
         self._seen: list[_Ticket] = []
         self.listeners: list[Callable[[EmbeddingSampler], None]] = []
+        self.on_begin: Callable[[EmbeddingSampler], None] | None = None
 
     @property
     def steps(self) -> int:
@@ -321,6 +322,8 @@ class EmbeddingSampler:
         while self._queue and self._free:
             slot = self._free.pop()
             joining[slot] = self._live[slot] = self._queue.popleft()
+        if joining and self.on_begin is not None:
+            self.on_begin(self)
         going_on = {slot: ticket for slot, ticket in self._live.items() if slot not in joining}
         num_requests = len(self._live)
         with sparing_threads(self.network.device, self.network.num_parameters, num_requests):
@@ -345,6 +348,10 @@ class EmbeddingSampler:
     def provisional(self) -> list[tuple[int, list[Event]]]:
         """The present tokens of the open positions of the requests under way, up to an end-of-text: they may change."""
         return [(ticket.number, self._events(ticket, final=False)) for ticket in self._live.values()]
+
+    def rows(self) -> list[tuple[int, int, Tensor]]:
+        """Number, steps taken and noisy rows [G, D] of each request under way, for who records paths."""
+        return [(ticket.number, ticket.step, ticket.x_GD) for ticket in self._live.values()]
 
     def cancel(self, number: int) -> Output | None:
         """Give a request up; see `Generator`."""

@@ -26,17 +26,18 @@ from fewstep.models.embedding_space import EmbeddingSpace, warp_of_losses
 from fewstep.models.network import Network
 from fewstep.train.corruption import stratified_uniform
 from fewstep.train.documents import CONTEXT, NOISY, Batch, CanvasLengths, Forward, Inputs, PackedDocuments, WeightsOf
+from fewstep.train.embedding_paths import Paths
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import Loss
 from fewstep.values import Count, Share, check_fields
 
-ObjectiveName = Literal["denoiser", "mse", "consistency", "distillation", "shortcut"]
+ObjectiveName = Literal["denoiser", "mse", "consistency", "distillation", "shortcut", "trajectories"]
 
 FIRST_LEVELS = 4
 """Noise levels that consistency objectives begin with."""
 
 BANDS = (0.25, 0.5, 0.75, 1.0)
-"""Upper ends of the bands of noise levels that the log tells losses of."""
+"""Upper ends of the bands of time that the log tells losses of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,13 @@ class EmbeddingSettings:
     their rounding (Diffusion-LM, arXiv 2205.14217). `consistency`: the same prediction as from the next lower level of
     the same path (arXiv 2303.01469, and with the weights in training as the target arXiv 2310.14189). `distillation`:
     the same, at the point to which a step of the network's own flow leads. `shortcut`: one step gives what its two
-    halves give (arXiv 2410.12557), as a mixture of their distributions.
+    halves give (arXiv 2410.12557), as a mixture of their distributions. `trajectories`: what the paths of a teacher's
+    sampler, collected before, lead to; a share of the canvases learns to denoise these texts.
     """
 
-    objective: Annotated[ObjectiveName, "What is learnt: denoiser, mse, consistency, distillation or shortcut."] = (
-        "denoiser"
-    )
+    objective: Annotated[
+        ObjectiveName, "What is learnt: denoiser, mse, consistency, distillation, shortcut or trajectories."
+    ] = "denoiser"
     most_steps: Annotated[
         Annotated[Count, Le(4096)], "Steps from noise to text of the shortest steps that are learnt."
     ] = 32
@@ -96,9 +98,9 @@ class EmbeddingSettings:
                 f"data_share must lie between 0 and 1 for {self.objective}, got {self.data_share}: without data the "
                 "same answer to everything would satisfy it"
             )
-        if not self.learns_steps and self.target != "own":
+        if not self.predicts_targets and self.target != "own":
             raise FewstepError(f"target has no meaning for {self.objective}, which learns from data alone")
-        if not self.learns_steps and self.target_guidance:
+        if not self.predicts_targets and self.target_guidance:
             raise FewstepError(f"target_guidance has no meaning for {self.objective}, which learns from data alone")
         if self.objective == "shortcut" and self.most_steps & (self.most_steps - 1):
             raise FewstepError(f"most_steps is a power of two for shortcut, got {self.most_steps}; use 32")
@@ -106,6 +108,11 @@ class EmbeddingSettings:
     @property
     def learns_steps(self) -> bool:
         return self.objective not in ("denoiser", "mse")
+
+    @property
+    def predicts_targets(self) -> bool:
+        """Whether the network's own predictions are targets."""
+        return self.learns_steps and self.objective != "trajectories"
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,8 @@ class Prepared:
     `without_RT`: the tokens with no prompt at all. `truth_S`: the clean tokens; `shown_S` what is noised in their
     place, `hidden_S` where nothing is; `given_S`: given ones. `unit_S`: their canvas. Of each canvas: `now_U`, where it
     stands; `mid_U` and `then_U`, where half of its step and all of it lead; `data_U`, whether it learns from data.
-    `noise_seed`: of the noise. `guesses`: the network is given its own first prediction.
+    `noise_seed`: of the noise. `guesses`: the network is given its own first prediction. `state_SD`: rows of collected
+    paths, where data is not noised instead.
     """
 
     inputs: Inputs
@@ -133,6 +141,7 @@ class Prepared:
     data_U: Tensor
     noise_seed: int
     guesses: bool
+    state_SD: Tensor | None = None
 
 
 class EmbeddingObjective:
@@ -150,8 +159,11 @@ class EmbeddingObjective:
         settings: EmbeddingSettings | None = None,
         corruption: TokenCorruption | None = None,
         canvas: CanvasLengths | None = None,
+        paths: Paths | None = None,
     ) -> None:
-        """FewstepError for a network that is not in embedding space, or whose predictions are of another kind."""
+        """`paths`: for the objective trajectories, whose examples are theirs. FewstepError for a network that is not in
+        embedding space, or whose predictions are of another kind.
+        """
         space = network.role.embedding_space
         if space is None:
             raise FewstepError(f"training in embedding space needs the role embedding, not {network.role.name}")
@@ -161,8 +173,16 @@ class EmbeddingObjective:
                 f"the objective {self.settings.objective} does not train a network that predicts {space.predicts}; the "
                 "objective mse trains those that predict embeddings"
             )
+        if (self.settings.objective == "trajectories") != (paths is not None):
+            raise FewstepError("the objective trajectories, and no other, learns from collected paths")
+        if paths is not None and paths.states_NKGD.shape[-1] != network.module.config.hidden_size:
+            raise FewstepError(
+                f"the paths are of a network of width {paths.states_NKGD.shape[-1]}, and {network.name} has "
+                f"{network.module.config.hidden_size}"
+            )
         self.network, self.space, self.role = network, space, network.role
-        self.examples = examples
+        self.paths = paths
+        self.examples = examples = examples if paths is None else paths.examples
         self.corruption = corruption or TokenCorruption()
         self.canvas = canvas or CanvasLengths(block_size=network.role.block_size)
         self.num_batches = num_batches
@@ -183,10 +203,13 @@ class EmbeddingObjective:
             "embedding": asdict(self.settings),
             "corruption": asdict(self.corruption),
             "canvas": asdict(self.canvas),
+            **({} if self.paths is None else {"paths": self.paths.fingerprint()}),
         }
 
     def segment_lengths(self, examples_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         context, completion = self._lengths[examples_N].T
+        if self.paths is not None:
+            return np.stack([context, *[completion] * self.settings.canvases], 1)
         too_long = (completion > self.canvas.longest).nonzero()[0]
         if len(too_long):
             raise FewstepError(
@@ -212,6 +235,12 @@ class EmbeddingObjective:
         ratio_U = torch.where(given_U < self.settings.given, ratio_U, 0.0)
         given_S = torch.rand(len(rows_S), generator=generator) < ratio_U[unit_S]
         now_U, mid_U, then_U = self._times(num_units, batch.number, generator)
+        state_SD = None
+        if self.paths is not None:
+            point_U = torch.randint(len(self.paths.times_K), (num_units,), generator=generator)
+            now_U, then_U = self.paths.times_K[point_U], torch.zeros(num_units)
+            index_S, example_S = (each.flatten()[rows_S] for each in (documents.packed.index_RT, documents.document_RT))
+            state_SD = self.paths.states_NKGD[batch.examples_N[example_S], point_U[unit_S], index_S]
         data_U = data_U < (self.settings.data_share if self.settings.learns_steps else 1.0)
         anywhere_U = stratified_uniform((num_units,), generator).clamp_min(1e-4)
         without_RT = torch.where(
@@ -237,6 +266,7 @@ class EmbeddingObjective:
             data_U=data_U,
             noise_seed=int(torch.randint(1 << 62, (), generator=generator)),
             guesses=bool(torch.rand((), generator=generator) < 0.5),
+            state_SD=state_SD,
         )
 
     @property
@@ -299,7 +329,7 @@ class EmbeddingObjective:
         )
         told_U = torch.where(prepared.data_U, 0.0, step_U)
         target_SV = None
-        if self.settings.learns_steps:
+        if self.settings.predicts_targets:
             with torch.no_grad():
                 target_SV = self._target(path)
         output_S = path.predict(path.at(prepared.now_U), prepared.now_U, told_U, gradient=True)
@@ -339,14 +369,16 @@ class EmbeddingObjective:
             error_S = (output.float() - path.unit_VD[truth_S]).pow(2).mean(-1)
             parts["squared_error"] = _mean(error_S, open_S)
             loss_S = loss_S + error_S / 2
+        if self.paths is not None:
+            parts["step"] = _mean(from_data_S, open_S - data_S)
         if target_SV is not None:
             step_S = (torch.special.xlogy(target_SV, target_SV) - target_SV * logits_SV.log_softmax(-1)).sum(-1)
             loss_S = torch.where(data_S > 0, from_data_S, step_S)
             parts["step"] = _mean(step_S, open_S - data_S)
-        level_S, lowest = self.space.level(prepared.now_U)[prepared.unit_S], 0.0
+        time_S, lowest = prepared.now_U[prepared.unit_S], 0.0
         for highest in BANDS:
-            inside_S = data_S * ((level_S > lowest) & (level_S <= highest))
-            parts[f"cross_entropy/noise_{highest:g}"] = _mean(from_data_S, inside_S)
+            inside_S = data_S * ((time_S > lowest) & (time_S <= highest))
+            parts[f"cross_entropy/time_{highest:g}"] = _mean(from_data_S, inside_S)
             lowest = highest
         total = (loss_S * open_S).sum() / open_S.sum().clamp_min(1)
         return Loss(total, {name: part.detach() for name, part in parts.items()})
@@ -374,8 +406,13 @@ class _Path:
 
     @torch.no_grad()
     def at(self, time_U: Tensor) -> Tensor:
-        """The noisy embeddings of data at these times, always with the same noise."""
-        return self.space.noised(self._clean_SD, self.level(time_U), self._noise_SD)
+        """The noisy embeddings of data at these times, always with the same noise; those of paths stand as they are."""
+        x_SD = self.space.noised(self._clean_SD, self.level(time_U), self._noise_SD)
+        state_SD = self.prepared.state_SD
+        if state_SD is None:
+            return x_SD
+        from_data_S1 = (self.prepared.data_U[self.prepared.unit_S] | self.prepared.given_S)[:, None]
+        return torch.where(from_data_S1, x_SD, state_SD.float())
 
     @torch.no_grad()
     def moved(self, x_SD: Tensor, now_U: Tensor, then_U: Tensor, predicted_SV: Tensor) -> Tensor:
