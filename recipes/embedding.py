@@ -108,7 +108,8 @@ class CollectPaths(Stage):
         rows, _ = prompt_rows(network.tokenizer, self.prompts, self.seed)
         shards = collect_paths(
             network, [list(row.prompt_ids) for row in rows], self.runs / self.name, steps=self.steps,
-            points=self.points, canvas_length=self.canvas_length, batch_size=self.batch_size, seed=self.seed, worker=worker(),
+            points=self.points, canvas_length=self.canvas_length, batch_size=self.batch_size, seed=self.seed,
+            worker=worker(),
         )  # fmt: skip
         print(f"{self.runs / self.name}: {len(shards.finished())} shards", flush=True)
 
