@@ -137,6 +137,12 @@ def test_numbers_paths_and_curly_quotes_stay(before: str, answer: str, after: st
     assert correct_text(Corrector(lambda _: answer), before).text == after
 
 
+def test_a_title_or_an_item_gets_no_full_stop_and_a_sentence_of_a_paragraph_does() -> None:
+    lm = Corrector(lambda sentence: rewritten(sentence).rstrip(".") + ".")
+    text = "Teh title of it\n\n- Teh first item\n- Teh second item.\n\nTeh cat sat here. Teh mat was red\n"
+    assert correct_text(lm, text).text == text.replace("Teh", "The").replace("red", "red.")
+
+
 @pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
 def test_models_of_every_role_are_asked(role: Any) -> None:
     corrected = correct_text(LanguageModel(tiny_network(role, max_positions=256)), "Teh cat sat on the mat.\n")
@@ -235,6 +241,15 @@ def test_a_terminal_shows_each_sentence_in_colours(run: Run, corrector: Path, mo
     assert "\x1b[9;31mTeh\x1b[0m\x1b[4;32mThe\x1b[0m" in shown.out
     assert "\x1b[2J" not in shown.out
     assert "\\x1b[2J" in shown.out
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_without_colours_shows_a_patch(
+    run: Run, corrector: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv(name, value)
+    assert "+The cat sat on the\n" in run("correct", "text.md").out
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def correct(
         # The text itself may be what standard output is for.
         stream = sys.stderr if STANDARD_OUTPUT in (output, json) else sys.stdout
         console = Console(file=stream, highlight=False, soft_wrap=True)
-        if console.is_terminal:
+        # A terminal without colours would not tell what was taken out from what was put in.
+        if console.is_terminal and console.color_system is not None and not console.no_color:
             for change in corrected.changes:
                 console.print(_coloured(change))
         else:

@@ -152,7 +152,11 @@ def _corrected(piece: Piece, words_of: dict[str, list[str] | None]) -> Piece:
     if not isinstance(piece, Sentence):
         return piece
     words = words_of.get(straight_quotes(piece.text))
-    return piece if words is None else piece.with_words(_merged(piece.words, words))
+    if words is None:
+        return piece
+    if piece.is_fragment:  # which models, that have learnt from whole sentences, would end with a full stop
+        words = [*words[:-1], words[-1].rstrip(".!?") or words[-1]]
+    return piece.with_words(_merged(piece.words, words))
 
 
 def _is_unfit(character: str) -> bool:

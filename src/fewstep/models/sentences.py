@@ -7,7 +7,7 @@ Markdown, reStructuredText and plain text, and the marks at the beginning of quo
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 _ABBREVIATIONS = frozenset(
@@ -39,12 +39,14 @@ _UNDERLINE = re.compile(r"[ \t]*([=\-~^\"'#*+])\1{2,}[ \t]*$")
 class Sentence:
     """The words of one sentence; `gaps[i]` stands behind `words[i]`: white space, and the marks of a new line.
 
-    `line`: that of its first word, from 1.
+    `line`: that of its first word, from 1. `is_fragment`: it stands alone and has no full stop or other end, as titles
+    and items of lists do.
     """
 
     words: tuple[str, ...]
     gaps: tuple[str, ...]
     line: int = 1
+    is_fragment: bool = False
 
     @property
     def text(self) -> str:
@@ -61,13 +63,13 @@ class Sentence:
         words: what stood behind the last stays.
         """
         if not words:
-            return Sentence((), (), self.line)
+            return replace(self, words=(), gaps=())
         places = _places(self.words, words)
         gaps = []
         for here, there in pairwise(places):
             between = self.gaps[here:there]
             gaps.append(next((gap for gap in between if gap != " "), " "))
-        return Sentence(tuple(words), (*gaps, self.gaps[-1]), self.line)
+        return replace(self, words=tuple(words), gaps=(*gaps, self.gaps[-1]))
 
 
 def _places(before: Sequence[str], after: Sequence[str]) -> list[int]:
@@ -135,10 +137,10 @@ def _sentences(lines: _Lines, number: int) -> Iterator[Piece]:
         numbers += [number + i] * len(found)
         gaps += [body[word.end() : following.start()] for word, following in pairwise(found)]
         gaps.append(ending + (lines[i + 1][0] if i + 1 < len(lines) else ""))
-    start = 0
-    for end in sentence_ends(words):
-        yield Sentence(tuple(words[start:end]), tuple(gaps[start:end]), numbers[start])
-        start = end
+    ends = sentence_ends(words)
+    is_fragment = len(ends) == 1 and not _SENTENCE_END.search(words[-1])
+    for start, end in pairwise([0, *ends]):
+        yield Sentence(tuple(words[start:end]), tuple(gaps[start:end]), numbers[start], is_fragment)
 
 
 def _blocks(text: str) -> Iterator[str | tuple[_Lines, int]]:
