@@ -17,7 +17,7 @@ from run_recipe import run_recipe  # isort: skip  (before what takes long to imp
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -36,7 +36,7 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
 from fewstep.measure.contenders import figure, markdown_table
-from fewstep.measure.metrics import chrf_interval, wilson_interval
+from fewstep.measure.metrics import chrf_interval, paired_interval, wilson_interval
 from fewstep.measure.timing import time_interleaved, write_figures
 from fewstep.models.embedding_model import to_embedding_space
 from fewstep.models.load import load_network, load_tokenizer
@@ -272,8 +272,9 @@ def train(
 
 # --- measuring ---
 
+BASELINE = "causal, KV cache"
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "causal, KV cache": ("causal", {}),
+    BASELINE: ("causal", {}),
     "causal, prompt lookup": ("causal", {"decoder": "prompt-lookup"}),
     "causal, jacobi": ("causal", {"decoder": "jacobi"}),
     "teacher, one token a pass": ("teacher-long", {}),
@@ -284,10 +285,22 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"denoiser, {steps} passes": ("denoiser", {"steps": steps}) for steps in (32, 4, 1)},
     **{f"embedding, {steps} passes": ("embedding", {"steps": steps}) for steps in (16, 8, 4, 2, 1)},
 }
+
+
+def _interval(form: str, name: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], str]:
+    """The cell of a figure with its interval; empty if it is not there."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        return "" if row[name] is None else form.format(*(factor * value for value in row[name]))
+
+    return cell
+
+
 COLUMNS = {
     "": lambda row: row["contender"],
-    "restored, %": lambda row: "{:.1f} ({:.1f}-{:.1f})".format(*(100 * value for value in row["restored"])),
-    "chrF": lambda row: "{:.2f} ({:.2f}-{:.2f})".format(*row["chrf"]),
+    "restored, %": _interval("{:.1f} ({:.1f} to {:.1f})", "restored", 100),
+    "more than causal": _interval("{:+.1f} ({:+.1f} to {:+.1f})", "difference", 100),
+    "chrF": _interval("{:.2f} ({:.2f} to {:.2f})", "chrf"),
     "with errors: restored, %": figure(".1f", "percent_of_wrong"),
     "without: left alone, %": figure(".1f", "percent_of_right"),
     "passes": figure(".1f", "num_forwards_mean"),
@@ -296,27 +309,27 @@ COLUMNS = {
 }
 
 
-def judged(lm: LanguageModel, problems: Sequence[Problem], batch_size: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """How many sentences are restored, of those with errors and of those without."""
-    questions = [problem.last_turn for problem in problems]
-    outputs = lm.generate(questions, batch_size=batch_size, max_new_tokens=ROOM, **settings)
+def judged(texts: Sequence[str], problems: Sequence[Problem], baseline: list[bool] | None) -> dict[str, Any]:
+    """How many sentences are restored, of those with errors and of those without, and how many more than by another."""
     task = task_named("correction")
-    right = [task.is_correct(one.text, problem.answer) for one, problem in zip(outputs, problems, strict=True)]
-    wrong = [question != problem.answer for question, problem in zip(questions, problems, strict=True)]
+    right = [task.is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
+    wrong = [problem.question != problem.answer for problem in problems]
 
     def percent(kind: bool) -> float | None:
         of_kind = [one for one, is_wrong in zip(right, wrong, strict=True) if is_wrong is kind]
         return 100 * sum(of_kind) / len(of_kind) if of_kind else None
 
     share = wilson_interval(sum(right), len(right))
-    chrf = chrf_interval([one.text for one in outputs], [problem.answer for problem in problems])
+    chrf = chrf_interval(texts, [problem.answer for problem in problems])
+    more = None if baseline is None else paired_interval(right, baseline)
     return {
         "n": len(problems),
+        "right": right,
         "restored": [share.estimate, share.low, share.high],
+        "difference": None if more is None else [more.estimate, more.low, more.high],
         "chrf": [chrf.estimate, chrf.low, chrf.high],
         "percent_of_wrong": percent(True),
         "percent_of_right": percent(False),
-        "num_forwards_mean": sum(one.num_forwards for one in outputs) / len(outputs),
     }
 
 
@@ -337,22 +350,26 @@ def measure(
     timings: dict[str, Any] = {}
     for name in part:
         problems = task_named("correction").problems(n=count, data=data / f"{name}-problems.jsonl")
+        questions = [problem.last_turn for problem in problems]
         if timed and not timings:
-            tok = models["causal"].network.tokenizer
-            fitting = [one for one in problems if 36 <= len(encode_completion(tok, one.answer)) <= 44][:timed]
             on_cpu = {folder: load(runs / folder, dtype="float32", device="cpu") for folder in folders}
+            tok = next(iter(on_cpu.values())).network.tokenizer
+            fitting = [one for one in problems if 36 <= len(encode_completion(tok, one.answer)) <= 44][:timed]
             takers = {
-                contender: lambda prompt, lm=on_cpu[folder], settings=settings: lm.generate(
-                    prompt, max_new_tokens=ROOM, **settings
-                )
+                contender: partial(on_cpu[folder].generate, max_new_tokens=ROOM, **settings)
                 for contender, (folder, settings) in there.items()
             }
             timings = time_interleaved(takers, [problem.last_turn for problem in fitting])
-        rows = []
+        rows: list[dict[str, Any]] = [{"contender": "left as it is", **judged(questions, problems, None)}]
+        baseline: list[bool] | None = None
         for contender, (folder, settings) in there.items():
-            row = {"contender": contender, **judged(models[folder], problems, batch_size, settings)}
-            if contender in timings:
-                base, mine = timings["causal, KV cache"], timings[contender]
+            outputs = models[folder].generate(questions, batch_size=batch_size, max_new_tokens=ROOM, **settings)
+            row = {"contender": contender, **judged([one.text for one in outputs], problems, baseline)}
+            row["num_forwards_mean"] = sum(one.num_forwards for one in outputs) / len(outputs)
+            if contender == BASELINE:
+                baseline = row["right"]
+            if BASELINE in timings:
+                base, mine = timings[BASELINE], timings[contender]
                 row |= {"timing": mine.to_json(), "speed_ratio": sum(base.seconds) / sum(mine.seconds)}
             rows.append(row)
             print(f"{name}: {contender}: {row['restored'][0]:.1%}", flush=True)

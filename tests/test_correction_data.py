@@ -178,9 +178,11 @@ def test_networks_of_every_role_are_trained_and_measured(
         training.train(name, runs, prompts=8, **small)
     training.measure(data, runs, results=tmp_path / "results", part=["test"], timed=0, batch_size=4)
     rows = json.loads((tmp_path / "results/test.json").read_text())["rows"]
-    assert [row["contender"] for row in rows] == list(training.CONTENDERS)
+    assert [row["contender"] for row in rows] == ["left as it is", *training.CONTENDERS]
     assert all(row["n"] == 3 and 0 <= row["restored"][0] <= 1 for row in rows)
     assert {row["num_forwards_mean"] for row in rows if row["contender"] == "embedding, 2 passes"} == {2}
+    assert rows[0]["percent_of_right"] in (None, 100)
+    assert rows[0]["percent_of_wrong"] in (None, 0)
 
     monkeypatch.setattr(training, "PROBE_STEPS", 3)
     network = training.fresh_network(runs, 32, 1)
