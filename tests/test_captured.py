@@ -140,6 +140,7 @@ def test_a_loop_that_compiles_does_so_at_once_and_is_kept_for_those_alone_who_as
     assert all(one._is_compiled for one in denoising)
     made: dict[str, Any] = {"num_slots": 1, "length": loop.length, "record": None, "companions": None}
     made["run_pass"] = loop._run_pass
+    made["fused"] = loop._memory.fused
     assert loop.fits(net, decoder, **made, compiles=True)
     assert not loop.fits(net, decoder, **made, compiles=False)
 
@@ -313,6 +314,26 @@ def test_parameters_are_in_memory_once() -> None:
     assert own.k_proj.weight.data_ptr() == own.q_proj.weight.data_ptr() + own.q_proj.weight.nbytes
     for name, parameter in net.module.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_draft_rows_of_a_small_network_have_weights_of_their_own_which_follow_the_adapter() -> None:
+    lm, question = load("gsm-draft", device="cpu", dtype="float32"), "What is 3 + 4?"
+    adapter = lm.network.adapter
+    assert adapter is not None
+    made = fused(lm.network)
+    layer: Any = made.stack.layers[0]
+    assert made.copies_weights
+    assert not [name for name, _ in layer.named_parameters() if "lora" in name]
+    before = lm.generate(question, max_new_tokens=24)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    after = lm.generate(question, max_new_tokens=24)
+    assert after.token_ids == before.token_ids
+    assert after.num_forwards == lm.generate(question, max_new_tokens=24, engine="off").num_forwards
+    assert after.num_forwards > before.num_forwards  # the base alone does not draft as well
 
 
 def test_layers_that_compute_something_else_are_refused() -> None:

@@ -87,8 +87,12 @@ class CapturedLoop(Loop):
 
     def fits(self, network: Network, decoder: Decoder, **made: Any) -> bool:
         """See Loop. A policy of someone's own may have changed since it was traced, and be equal to itself."""
-        as_made = made.get("compiles", False) == self._memory.compiles
-        return as_made and type(decoder.policy) in BUILT_IN and super().fits(network, decoder, **made)
+        mine = self._memory.fused, self._memory.compiles
+        return (
+            (made["fused"], made["compiles"]) == mine
+            and type(decoder.policy) in BUILT_IN
+            and super().fits(network, decoder, **made)
+        )
 
     def submit(self, request: Request) -> int:
         """See Loop. An idle loop forgets who was told of events."""

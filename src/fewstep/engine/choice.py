@@ -29,6 +29,10 @@ OFF = "off"
 """The plain path, as reports name it in the place of an engine."""
 
 
+_Weights = list[tuple[int, int]]
+"""Of each parameter where it is in memory, and how often it was written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """How passes are run.
@@ -66,8 +70,8 @@ class Engines:
         self.network = network
         self._run_pass = run_pass
         self._on_cpu: dict[tuple[Network, torch.dtype], CpuNetwork | FewstepError] = {}
-        self._state_of: dict[Network, list[tuple[int, int]]] = {}
-        self._on_gpu: dict[Network, tuple[FusedNetwork | FewstepError | None, tuple[int, ...]]] = {}
+        self._state_of: dict[Network, _Weights] = {}
+        self._on_gpu: dict[Network, tuple[FusedNetwork | FewstepError | None, _Weights]] = {}
 
     def choice(self, decoder: Decoder, setting: EngineSetting, *, records: bool = False) -> Choice:
         """How the passes of this decoder are run; `records`: hidden rows are recorded, as training reads them."""
@@ -112,13 +116,15 @@ class Engines:
 
     def _fused(self, network: Network) -> FusedNetwork:
         """FewstepError if it cannot be run so; told once more each time that it is asked for."""
-        found, places = self._on_gpu.get(network, (None, ()))
-        if places != _places(network):  # nobody has tried, or it has other weights since
+        found, weights = self._on_gpu.get(network, (None, []))
+        copied = isinstance(found, FusedNetwork) and found.copies_weights
+        if weights != _weights(network, written=copied):  # nobody has tried, or it has other weights since
             try:
                 found = fused_network(network)
             except FewstepError as error:
                 found = error
-            self._on_gpu[network] = found, _places(network)
+            copied = isinstance(found, FusedNetwork) and found.copies_weights
+            self._on_gpu[network] = found, _weights(network, written=copied)
         if isinstance(found, FewstepError):
             raise found
         assert found is not None
@@ -139,7 +145,7 @@ class Engines:
 
         It is made anew when weights have been changed since, as training does.
         """
-        state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in network.module.parameters()]
+        state = _weights(network, written=True)
         if self._state_of.setdefault(network, state) != state:
             self._state_of[network] = state
             self._on_cpu = {key: made for key, made in self._on_cpu.items() if key[0] is not network}
@@ -156,9 +162,12 @@ class Engines:
         return found
 
 
-def _places(network: Network) -> tuple[int, ...]:
-    """Where its parameters are in memory. Fused layers share these, and none that are put in their stead."""
-    return tuple(parameter.data_ptr() for parameter in network.module.parameters())
+def _weights(network: Network, *, written: bool) -> _Weights:
+    """Where its parameters are in memory, and if it matters how often they were written."""
+    return [
+        (each.data_ptr(), each._version if written and not each.is_inference() else 0)
+        for each in network.module.parameters()
+    ]
 
 
 def _check_fits(network: Network, dtype: torch.dtype) -> None:

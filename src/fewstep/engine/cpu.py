@@ -29,7 +29,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
 from fewstep.models.gated import GatedAdapter
 from fewstep.models.network import Network
-from fewstep.models.shared import LeanLinear
+from fewstep.models.shared import LeanLinear, merged_weight
 
 FEW_ROWS = 8
 """A product of fewer rows, in float32, is faster with weights as they are: reading them takes the time."""
@@ -279,7 +279,7 @@ class Product:
 
 def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, LeanLinear):
-        return module.merged_weight(), module.get_base_layer().bias
+        return merged_weight(module), module.get_base_layer().bias
     if type(module) is not nn.Linear:
         raise TypeError(f"a {type(module).__name__} in the place of a linear module")
     return module.weight, module.bias

@@ -33,10 +33,11 @@ from fewstep.engine.attention import SPLIT_ATTENTION, LayerCache, attending
 from fewstep.engine.parity import difference_of_layers, few_rows
 from fewstep.errors import FewstepError
 from fewstep.models.cache import KVCache
-from fewstep.models.gated import GatedAdapter
+from fewstep.models.gated import GatedAdapter, GatedLinear
 from fewstep.models.network import Network, Plan
 from fewstep.models.quantize import Float8Linear
 from fewstep.models.roles import INVISIBLE
+from fewstep.models.shared import merged_weight
 
 Shared = tuple[Tensor | None, ...]
 """Mask, cosine, sine, slots, requests and adapted rows."""
@@ -113,7 +114,9 @@ class FusedNetwork(Network):
         self.adapter = copy.deepcopy(network.adapter, memory)
         if splits := self.module._supports_sdpa:
             self.module.set_attn_implementation(SPLIT_ATTENTION)
-        self.stack = Stack(self.module.base_model.layers, self.adapter, _sharing_an_input(network), splits=splits)
+        layers = self.module.base_model.layers
+        self.copies_weights = _give_each_row_its_weights(layers)
+        self.stack = Stack(layers, self.adapter, _sharing_an_input(self), splits=splits)
         self.module.base_model.layers = self.stack.stand_ins()
         self.never_drawn = self.never_drawn.to(self.device)
 
@@ -168,7 +171,7 @@ class Stack:
     ) -> None:
         self.splits = splits
         self.layers = list(layers)
-        self.gate = None if adapter is None else adapter._gate
+        self.gate = None if adapter is None else adapter.gate
         self._now = _Now()
         self.number = next(_numbers)
         _STACKS[self.number] = self
@@ -321,6 +324,43 @@ def _(hidden: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(hidden)
 
 
+_FREE_BYTES = 2**24
+"""Weights that are read in a few microseconds, which is what a product of a few rows takes at least."""
+
+
+class _Either(nn.Module):
+    """A linear module with a gated adapter: for rows of the gate the product with other weights, W + s B A.
+
+    Both products are slices of one, so that an adapter adds no kernel to a pass.
+    """
+
+    def __init__(self, linear: GatedLinear) -> None:
+        super().__init__()
+        self.base = linear.get_base_layer()
+        self.adapted = copy.deepcopy(self.base, {id(each): each for each in self.base.parameters()})
+        self.adapted.weight = nn.Parameter(merged_weight(linear), requires_grad=False)
+        self.gate = linear.gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = cast(Tensor, self.base(x))
+        if self.gate.rows_RQ1 is None:
+            return out
+        return torch.where(self.gate.rows_RQ1, cast(Tensor, self.adapted(x)), out)
+
+
+def _give_each_row_its_weights(layers: nn.ModuleList) -> bool:
+    """Put `_Either` in the place of every gated linear module, if these are small; whether they are."""
+    found = [
+        (layer, name, part) for layer in layers for name, part in layer.named_modules() if isinstance(part, GatedLinear)
+    ]
+    num_bytes = sum(part.get_base_layer().weight.nbytes for layer, _, part in found if layer is layers[0])
+    if not 0 < num_bytes <= _FREE_BYTES:
+        return False
+    for layer, name, part in found:
+        layer.set_submodule(name, _Either(part))
+    return True
+
+
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """What tells a layer's function from that of another, besides its tensors: the plain settings of its parts."""
     return tuple(
@@ -363,7 +403,7 @@ class _Slice(nn.Module):
 
 def _sharing_an_input(network: Network) -> list[list[str]]:
     """Names, within a layer, of linear modules that are given the same tensor in its forward, several each time."""
-    layer = network.module.base_model.layers[0]
+    layer: nn.Module = network.module.base_model.layers[0]
     seen: list[tuple[Tensor, str]] = []
 
     def note(name: str) -> Any:
@@ -373,7 +413,7 @@ def _sharing_an_input(network: Network) -> list[list[str]]:
     hooks = [part.register_forward_pre_hook(note(name)) for name, part in linear.items()]
     try:
         with torch.no_grad():
-            network.hidden(few_rows(network))
+            Network.hidden(network, few_rows(network))
     finally:
         for hook in hooks:
             hook.remove()

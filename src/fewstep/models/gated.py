@@ -30,16 +30,16 @@ MASK_EMBEDDING = "mask_embedding"
 """A gated adapter's tensor beside those that PEFT reads."""
 
 
-class _Gate:
+class Gate:
     """Which rows of the forward being run are adapted, boolean [R, Q, 1]; None: none of them."""
 
     rows_RQ1: Tensor | None = None
 
 
-class _GatedLinear(LoRALinear):
+class GatedLinear(LoRALinear):
     """W x, and W x + s B A x where the gate is open."""
 
-    gate: _Gate
+    gate: Gate
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = cast(Tensor, self.get_base_layer()(x))
@@ -68,16 +68,16 @@ class GatedAdapter(nn.Module):
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.base_hash = base_hash
-        self._gate = _Gate()
+        self.gate = Gate()
         for layer in model.modules():
             if isinstance(layer, LoRALinear):
-                layer.__class__ = _GatedLinear
-                layer.gate = self._gate
+                layer.__class__ = GatedLinear
+                layer.gate = self.gate
 
     @property
     def open_rows(self) -> Tensor | None:
         """The rows of the forward being run to which the adapter applies, boolean [R, Q, 1]; None: to none."""
-        return self._gate.rows_RQ1
+        return self.gate.rows_RQ1
 
     def learn_alone(self) -> None:
         """Make the adapter and the mask's embedding trainable, and nothing of the base."""
@@ -97,11 +97,11 @@ class GatedAdapter(nn.Module):
     @contextmanager
     def open_for(self, adapted_RQ: Tensor | None) -> Iterator[None]:
         """Within this block the adapter applies to these rows, boolean [R, Q]."""
-        self._gate.rows_RQ1 = None if adapted_RQ is None else adapted_RQ[..., None]
+        self.gate.rows_RQ1 = None if adapted_RQ is None else adapted_RQ[..., None]
         try:
             yield
         finally:
-            self._gate.rows_RQ1 = None
+            self.gate.rows_RQ1 = None
 
 
 def new_gated_adapter(
@@ -145,7 +145,7 @@ def start_from(adapter: GatedAdapter, other: PreTrainedModel, mask_embedding: Te
     weights = dict(other.named_parameters())
     prefix = "base_model.model."
     for name, layer in adapter.model.named_modules():
-        if not isinstance(layer, _GatedLinear):
+        if not isinstance(layer, GatedLinear):
             continue
         base = cast(nn.Linear, layer.get_base_layer()).weight
         own = weights.get(f"{name.removeprefix(prefix)}.weight")

@@ -24,11 +24,12 @@ class LeanLinear(LoRALinear):
         added = self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
         return cast(Tensor, self.get_base_layer()(x)) + added
 
-    def merged_weight(self) -> Tensor:
-        """W + s B A, in the numbers of W."""
-        name, own = self.active_adapters[0], cast(nn.Linear, self.get_base_layer()).weight.detach()
-        down, up = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
-        return (own.float() + self.scaling[name] * (up.float() @ down.float())).to(own.dtype)
+
+def merged_weight(linear: LoRALinear) -> Tensor:
+    """W + s B A, in the numbers of W."""
+    name, own = linear.active_adapters[0], cast(nn.Linear, linear.get_base_layer()).weight.detach()
+    down, up = linear.lora_A[name].weight.detach(), linear.lora_B[name].weight.detach()
+    return (own.float() + linear.scaling[name] * (up.float() @ down.float())).to(own.dtype)
 
 
 @contextmanager
