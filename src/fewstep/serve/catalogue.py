@@ -111,6 +111,11 @@ def load_all(served: Sequence[Served], load: Load) -> Catalogue:
 
 
 def _entry(served: Served, lm: LanguageModel) -> Entry:
+    if lm.role.name == "embedding":
+        raise FewstepError(
+            f"{served.model} is a model in embedding space, which has no decoder that requests could share; serve a "
+            "causal or a diffusion model"
+        )
     lm.decoder(**served.settings)
     return Entry(
         name=served.name,

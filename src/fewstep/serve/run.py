@@ -159,10 +159,12 @@ def _protocol(settings: ServerSettings) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            # The head of the request is there; its body has a time limit of its own.
-            if self._coming is not None and self.cycle is not None:
-                self._coming.cancel()
+            # Once the head of a request is there, its body has a time limit of its own.
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._cancel(self._coming)
                 self._coming = None
+            elif self._coming is None:
+                self._coming = self.loop.call_later(settings.read_time, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()

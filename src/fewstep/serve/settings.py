@@ -36,7 +36,7 @@ class ServerSettings:
         tuple[str, ...], "Origins whose pages may call the server from a browser, such as [https://example.org]."
     ] = ()
     votes: Annotated[Path | None, "File in which the votes of the comparison page are kept; else in memory."] = None
-    log_prompts: Annotated[bool, "Write prompts and answers into the log."] = False
+    log_prompts: Annotated[bool, "Write the bodies of requests, prompts among them, into the log."] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
