@@ -57,7 +57,7 @@ class EmbeddingTraining(FineTuning):
     warp_examples: Annotated[int, "Examples by whose loss at the start time is warped; 0 keeps the warp."] = 0
     scratch: Annotated[bool, "Begin with fresh weights of the source's shape."] = False
     store: Annotated[str | None, "Folder under --runs of collected paths, which are learnt from."] = None
-    average: Annotated[float, "Decay of the moving average of the weights, which is kept; 0 is none."] = 0.999
+    average: Annotated[float, "Decay of the moving average of the weights, which is kept; 0 is none."] = 0.995
     answer_steps: Annotated[Count, "Passes in which the development problems are answered."] = 16
 
     def settings(self, **others: Any) -> TrainSettings:

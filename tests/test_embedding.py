@@ -467,6 +467,11 @@ def test_settings_of_embedding_space_are_refused_by_decoders() -> None:
         LanguageModel(tiny_network()).generate("a", sampler="euler")
 
 
+def test_what_needs_a_decoder_refuses_such_a_model(lm: LanguageModel) -> None:
+    with pytest.raises(FewstepError, match="makes whole texts from noise and answers without a decoder"):
+        lm.decoder()
+
+
 def test_guidance_needs_a_model_that_was_trained_for_it() -> None:
     lm = LanguageModel(to_embedding_space(tiny_network("bidirectional")))
     with pytest.raises(FewstepError, match="trained without its prompts"):

@@ -163,6 +163,11 @@ class LanguageModel:
 
     @property
     def _loops(self) -> Loops:
+        if self.role.embedding_space is not None:
+            raise FewstepError(
+                f"{self.network.name} makes whole texts from noise and answers without a decoder, which is needed "
+                "here; use generate, infill, stream, eval or correct"
+            )
         if not isinstance(self._generator_for, Loops):
             raise FewstepError(f"{self.network.name} answers without a decoder")
         return self._generator_for
