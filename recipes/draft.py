@@ -31,7 +31,7 @@ from fewstep.decode.decoder import Decoder
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.json_files import read_rows
-from fewstep.measure.agreement import same_answers
+from fewstep.measure.agreement import margins, same_answers
 from fewstep.measure.timing import write_figures
 from fewstep.models.gated import start_from
 from fewstep.models.load import load_network
@@ -163,14 +163,19 @@ def measure(
     branches: Annotated[list[int], typer.Option(help="of fused passes; 0: two passes a cycle")] = [0, 2, 4],  # noqa: B006
     dtype: str = "float32",
     batch_size: int = 1000,
+    control: Annotated[int, typer.Option(help="another batch size, at which the base is compared with itself")] = 250,
     limit: Annotated[int | None, typer.Option(help="the first problems only")] = None,
 ) -> None:
-    """Whether texts are the base's own, and how many tokens a pass gives, every pass counted."""
+    """Whether texts are the base's own, by what margin of log-probability they part if not, and how many tokens a pass
+    gives, every pass counted.
+    """
     lm = load(model, dtype=dtype, device=device())
     questions = [row["question"] for row in islice(read_rows(data, required=("question",)), limit)]
     asked: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": MAX_ANSWER}
     own = lm.generate(questions, decoder="autoregressive", **asked)
-    figures: list[dict[str, float]] = []
+    again = lm.generate(questions, decoder="autoregressive", **{**asked, "batch_size": control})
+    of_control = {"batch_size": control, **same_answers(again, own), "margins": margins(lm, questions, again, own)}
+    figures: list[dict[str, Any]] = []
     for count, wide in product(window, branches):
         cycle: dict[str, Any] = {"cycle": "fused", "branches": wide} if wide else {"cycle": "two-pass"}
         outputs = lm.generate(questions, decoder="self-speculative", window=count, **cycle, **asked)
@@ -179,10 +184,11 @@ def measure(
             "window": count, "branches": wide, "n": found["n"], "identical": found["same"] / found["n"],
             "tokens_per_forward": found["tokens_per_forward"],
             "num_tokens_mean": sum(one.num_tokens for one in outputs) / len(outputs),
+            "margins": margins(lm, questions, outputs, own),
         })  # fmt: skip
         print(figures[-1], flush=True)
-        told = {"model": model, "dtype": dtype, "device": str(lm.network.device), "figures": figures}
-        write_figures(output, told)
+        told = {"model": model, "dtype": dtype, "device": str(lm.network.device), "control": of_control}
+        write_figures(output, {**told, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """Hand-worked agreement of answers."""
 
-import pytest
+from dataclasses import replace
 
-from fewstep.measure.agreement import common_prefix, measure_agreement, similarity
+import pytest
+from helpers.networks import lively
+
+from fewstep.decode.requests import Record
+from fewstep.engine.language_model import LanguageModel
+from fewstep.measure.agreement import common_prefix, margins, measure_agreement, similarity
 
 
 @pytest.mark.parametrize(
@@ -55,3 +60,20 @@ def test_every_answer_needs_a_reference() -> None:
     for answers, references in (([], []), ([[1]], [])):
         with pytest.raises(ValueError, match="a reference for each answer"):
             measure_agreement(answers, references)
+
+
+def test_margins_are_differences_of_log_probability_where_texts_part() -> None:
+    lm = LanguageModel(lively("autoregressive"))
+    prompts = ["ab", "cd", "ef"]
+    expected = lm.generate(prompts, max_new_tokens=5, record=Record(top_k=4), early_stop=False)
+    top = expected[0].top_k
+    assert top is not None
+    ids = expected[0].token_ids
+    second = int(top.ids_GK[3, 1])
+    other = [
+        replace(expected[0], token_ids=[*ids[:3], second, ids[4]]),
+        expected[1],
+        replace(expected[2], token_ids=expected[2].token_ids[:2]),
+    ]
+    (found,) = margins(lm, prompts, other, expected)
+    assert found == pytest.approx(float(top.log_probs_GK[3, 0] - top.log_probs_GK[3, 1]), abs=1e-4)

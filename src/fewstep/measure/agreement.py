@@ -6,10 +6,13 @@ from difflib import SequenceMatcher
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from fewstep.decode.requests import Output
+from fewstep.engine.language_model import LanguageModel, Prompt
 from fewstep.errors import FewstepError
 from fewstep.measure.metrics import Interval, wilson_interval
-from fewstep.models.network import Network
+from fewstep.models.network import Network, Plan
 
 Tokens = Sequence[int]
 
@@ -55,6 +58,38 @@ def same_answers(outputs: Sequence[Output], expected: Sequence[Output]) -> dict[
     same = sum(one.token_ids == other.token_ids for one, other in zip(outputs, expected, strict=True))
     tokens, passes = (sum(getattr(one, key) for one in outputs) for key in ("num_tokens", "num_forwards"))
     return {"n": len(outputs), "same": same, "tokens_per_forward": tokens / passes}
+
+
+def margins(
+    lm: LanguageModel, prompts: Sequence[Prompt], outputs: Sequence[Output], expected: Sequence[Output]
+) -> list[float]:
+    """Of each output that parts from the expected one: by how much the log-probability of the expected token exceeds
+    that of the other where they part, in nats, in one forward of the causal model.
+
+    Where that is nearly 0, rounding decides which token is the more probable. An output that is a beginning of the
+    expected one, or continues it, has no such token and is left out.
+    """
+    network, found = lm.network, list[float]()
+    for prompt, output, other in zip(prompts, outputs, expected, strict=True):
+        pairs = zip(output.token_ids, other.token_ids, strict=False)
+        part = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), None)
+        if part is None:
+            continue
+        ids = [*lm.encode(prompt), *other.token_ids[:part]]
+        row_1Q = torch.arange(len(ids), device=network.device)[None]
+        plan = Plan(
+            kind="decode",
+            tokens_RQ=torch.tensor([ids], device=network.device),
+            positions_RQ=row_1Q,
+            blocks_RQ=row_1Q,
+            slots_RQ=None,
+            scored_RS=row_1Q[:, -1:],
+            context_length_R=row_1Q[:, 0],
+        )
+        with torch.no_grad():
+            logits_V = network.score(plan).logits_RSV[0, 0]
+        found.append(float(logits_V[other.token_ids[part]] - logits_V[output.token_ids[part]]))
+    return found
 
 
 def measure_agreement(answers: Sequence[Tokens], references: Sequence[Tokens]) -> Agreement:
