@@ -86,6 +86,7 @@ SEVERAL_LINES = {
     "train sft": (f"train sft --model causal --data rows.jsonl --lora {TRAIN} {WATCH}",),
     "train cllm": (f"train cllm --model causal --trajectories windows {TRAIN} {WATCH}",),
     "train draft": (f"train draft --model causal --texts texts {TRAIN} {WATCH}",),
+    "train embedding": (f"train embedding --model causal --data rows.jsonl {TRAIN} {WATCH}",),
     "train medusa": (f"train medusa --model causal --data rows.jsonl --heads 2 {TRAIN}",),
 }
 """Command -> lines that work, into which hostile values are put; the first is also the one for rows and folders."""
