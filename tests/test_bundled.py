@@ -1,5 +1,6 @@
 """The models that ship with the package: complete, and as good as a sample of development problems can tell."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,12 @@ def test_a_question_becomes_a_prompt_alike_for_all_models(name: str) -> None:
     assert tokenizer.decode(ids) == "<bos>What is 12 + 7?<answer>"
     assert tokenizer.mask_token_id == 2
     assert tokenizer.eos_token_id == 1
+
+
+def test_their_tokenizers_are_one_and_hold_no_white_space_between_values() -> None:
+    texts = {name: (BUNDLED / name / "tokenizer.json").read_text("utf-8") for name in (*MODELS, "gsm-tokenizer")}
+    (text,) = set(texts.values())
+    assert text == json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
 
 
 @cache
