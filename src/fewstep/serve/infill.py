@@ -1,7 +1,12 @@
-"""Filling a gap of unknown length: several lengths are decoded as a batch, and the most probable text wins."""
+"""Filling a gap of unknown length: several lengths are decoded as a batch, and the most probable text wins.
+
+How probable the gap itself is says little: a text that only goes on from what stands before is probable at any length.
+Therefore the first tokens behind the gap count too. They are masked once more, and scored in the filled text.
+"""
 
 import asyncio
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +22,21 @@ from fewstep.serve.server import Server
 DEFAULT_GAP_LIMIT = 32
 """Longest gap that is tried, where the request sets no limit."""
 
+TRIED_ONE_BY_ONE = 16
+"""Every length up to this one is tried; of longer ones some, and then those around the best."""
+
 MOST_REFINED = 8
 """Lengths that are tried around the best of the first ones."""
+
+SEAM = 4
+"""Tokens behind the gap that are scored with it."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A filled gap: what was asked, what came out, and the mean log-probability of a token for each length tried."""
+    """A filled gap: what was asked, what came out, and for each length tried the mean log-probability of its tokens and
+    of the first ones behind it.
+    """
 
     asked: Asked
     output: Output
@@ -100,26 +113,41 @@ def with_gap(asked: Asked, suffix_ids: Sequence[int], length: int) -> Asked:
 
 
 async def fill(server: Server, request: Request, asked: Asked, suffix_ids: Sequence[int]) -> Filled:
-    """The best filling of all lengths up to the limit: first lengths that grow like 1, 2, 3, 4, 6, 8, 12, 16, then
-    those beside the best of them.
+    """The best filling of all lengths up to the limit: first short lengths and some longer ones, then those beside the
+    best of them.
     """
     longest = asked.settings["max_new_tokens"]
     found: dict[int, tuple[Asked, Output]] = {}
+    scores: dict[int, float] = {}
+    num_forwards = 0
 
     async def attempt(lengths: Sequence[int]) -> int:
+        nonlocal num_forwards
         several = [with_gap(asked, suffix_ids, length) for length in lengths]
         outputs = await outputs_of(await server.begin(request, several))
-        found.update(zip(lengths, zip(several, outputs, strict=True), strict=True))
-        return max(found, key=lambda length: mean_log_prob(found[length][1], length))
+        seams = [seam_of(one, output, suffix_ids) for one, output in zip(several, outputs, strict=True)]
+        scored = await outputs_of(await server.begin(request, seams)) if suffix_ids else [None] * len(lengths)
+        for length, one, output, seam in zip(lengths, several, outputs, scored, strict=True):
+            found[length] = one, output
+            scores[length] = mean_log_prob(output, seam, length, suffix_ids)
+            num_forwards += output.num_forwards + (0 if seam is None else seam.num_forwards)
+        return max(scores, key=lambda length: scores[length])
 
     best = await attempt(first_lengths(longest))
     if beside := lengths_beside(best, sorted(found)):
         best = await attempt(beside)
-    return Filled(
-        *found[best],
-        scores={length: mean_log_prob(output, length) for length, (_, output) in found.items()},
-        num_forwards=sum(output.num_forwards for _, output in found.values()),
-    )
+    return Filled(*found[best], scores=scores, num_forwards=num_forwards)
+
+
+def seam_of(asked: Asked, output: Output, suffix_ids: Sequence[int]) -> Asked:
+    """A request that scores the first tokens behind the filled gap: they are masked, and become final in one pass."""
+    length, width = asked.num_open, min(SEAM, len(suffix_ids))
+    mask_token_id = asked.entry.lm.role.mask_token_id
+    assert mask_token_id is not None
+    canvas = [*output.token_ids[:length], *[mask_token_id] * width, *suffix_ids[width:]]
+    one_block = len(asked.prompt_ids) + len(canvas)
+    settings = {"policy": "fixed", "tokens_per_pass": max(1, width), "block_size": one_block}
+    return replace(asked, canvas=canvas, settings=settings, top_log_probs=True)
 
 
 async def fill_all(
@@ -131,8 +159,8 @@ async def fill_all(
 
 
 def first_lengths(longest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24 ... and the longest."""
-    lengths, step = [1, 2, 3], 4
+    """1 to 16, then 24, 32, 48, 64 ... and the longest."""
+    lengths, step = list(range(1, TRIED_ONE_BY_ONE + 1)), TRIED_ONE_BY_ONE
     while step <= longest:
         lengths += [step, step * 3 // 2]
         step *= 2
@@ -149,7 +177,17 @@ def lengths_beside(best: int, tried: Sequence[int]) -> list[int]:
     return between[::every]
 
 
-def mean_log_prob(output: Output, length: int) -> float:
-    """Of the tokens of the gap, when each became final."""
-    probabilities = output.confidence_G[:length].double()
-    return float(probabilities.log().clamp(min=LEAST_LOG_PROB).mean())
+def mean_log_prob(output: Output, seam: Output | None, length: int, suffix_ids: Sequence[int]) -> float:
+    """Of the tokens of the gap, when each became final, and of the first tokens behind it, given the filled gap.
+
+    Of a token that is not among the most probable ones, the probability of the last of these is taken.
+    """
+    of_gap = output.confidence_G[:length].double().log().clamp(min=LEAST_LOG_PROB).tolist()
+    of_seam = []
+    if seam is not None:
+        assert seam.top_k is not None
+        for place, token_id in enumerate(suffix_ids[:SEAM], start=length):
+            ids, log_probs = seam.top_k.ids_GK[place].tolist(), seam.top_k.log_probs_GK[place].tolist()
+            found = log_probs[ids.index(token_id)] if token_id in ids else log_probs[-1]
+            of_seam.append(max(found, LEAST_LOG_PROB))
+    return float(statistics.fmean([*of_gap, *of_seam]))
