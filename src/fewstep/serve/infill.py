@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from fewstep.decode.decoder import whole_blocks
 from fewstep.decode.requests import Output
 from fewstep.serve.answering import LEAST_LOG_PROB, Asked, outputs_of
 from fewstep.serve.catalogue import Entry
@@ -30,6 +31,9 @@ MOST_REFINED = 8
 
 SEAM = 4
 """Tokens behind the gap that are scored with it."""
+
+SEAM_BUCKET = 64
+"""Texts are scored in blocks of a multiple of this length."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ async def fill(server: Server, request: Request, asked: Asked, suffix_ids: Seque
         nonlocal num_forwards
         several = [with_gap(asked, suffix_ids, length) for length in lengths]
         outputs = await outputs_of(await server.begin(request, several))
-        seams = [seam_of(one, output, suffix_ids) for one, output in zip(several, outputs, strict=True)]
+        seams = [seam_of(one, output, suffix_ids, longest) for one, output in zip(several, outputs, strict=True)]
         scored = await outputs_of(await server.begin(request, seams)) if suffix_ids else [None] * len(lengths)
         for length, one, output, seam in zip(lengths, several, outputs, scored, strict=True):
             found[length] = one, output
@@ -139,13 +143,17 @@ async def fill(server: Server, request: Request, asked: Asked, suffix_ids: Seque
     return Filled(*found[best], scores=scores, num_forwards=num_forwards)
 
 
-def seam_of(asked: Asked, output: Output, suffix_ids: Sequence[int]) -> Asked:
-    """A request that scores the first tokens behind the filled gap: they are masked, and become final in one pass."""
+def seam_of(asked: Asked, output: Output, suffix_ids: Sequence[int], longest: int) -> Asked:
+    """A request that scores the first tokens behind the filled gap: they are masked, and become final in one pass.
+
+    The whole text is one block for it, whose length is that of the longest gap and one of few, so that the requests of
+    all lengths share passes.
+    """
     length, width = asked.num_open, min(SEAM, len(suffix_ids))
     mask_token_id = asked.entry.lm.role.mask_token_id
     assert mask_token_id is not None
     canvas = [*output.token_ids[:length], *[mask_token_id] * width, *suffix_ids[width:]]
-    one_block = len(asked.prompt_ids) + len(canvas)
+    one_block = whole_blocks(len(asked.prompt_ids) + longest + len(suffix_ids), SEAM_BUCKET)
     settings = {"policy": "fixed", "tokens_per_pass": max(1, width), "block_size": one_block}
     return replace(asked, canvas=canvas, settings=settings, top_log_probs=True)
 
