@@ -109,7 +109,7 @@ def test_a_system_message_comes_first_and_is_refused_by_a_template_without_one(
     assert "Only the roles" in chat("what?", model="gsm-student", options=("--system", "x"))[0].sentence()
 
 
-def test_the_bundled_student_answers_a_question() -> None:
+def test_bundled_models_are_known_by_their_names() -> None:
     assert fewstep.cli.chat.is_bundled("gsm-student")
     assert not fewstep.cli.chat.is_bundled("someone/some-model")
 

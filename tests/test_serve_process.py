@@ -19,7 +19,7 @@ import fewstep
 from fewstep.cli import extras
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.measure.serving import Load
+from fewstep.measure.serving import Load, streamed_here
 from fewstep.models.load import save_network
 from fewstep.serve.catalogue import Entry, Served, load_all
 from fewstep.serve.server import Server
@@ -54,13 +54,21 @@ class Process:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.lines += [json.loads(line) for line in self.process.stderr]
+        for line in self.process.stderr:
+            self.lines.append(json.loads(line))
 
     def _answers(self) -> bool:
         try:
             return httpx2.get(f"{self.url}/health").status_code == 200
         except httpx2.ConnectError:
             return False
+
+    def wait_for(self, event: str) -> None:
+        """Until the log tells of it."""
+        ends = time.monotonic() + 20
+        while not any(line["event"] == event for line in self.lines):
+            assert time.monotonic() < ends, self.lines
+            time.sleep(0.01)
 
     def stream(self, max_tokens: int) -> Any:
         body = {"messages": MESSAGES, "stream": True, "max_tokens": max_tokens, "early_stop": False, "threshold": 1.0}
@@ -88,7 +96,7 @@ def _stops_in_peace(server: Process) -> None:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
+        server.wait_for("draining")
         refused = httpx2.post(f"{server.url}/v1/chat/completions", json={"messages": MESSAGES})
         assert refused.status_code == 503, refused.text
         assert refused.headers["retry-after"] == "5"
@@ -134,6 +142,16 @@ def test_load_is_measured_and_answers_under_it_are_those_alone(run: Run, tmp_pat
             assert one["tokens_per_second"] > 0
         assert run("bench-serve", made.url, *model, *options, "--rate", "40", "--duration", 0.3).code == 0
         made.wait_until_idle()
+
+
+def test_what_a_model_does_without_a_server_stands_beside_it() -> None:
+    lm, prompts = LanguageModel(network("block_causal")), ["what is 1+1?", "what is 2+2?"]
+    row = streamed_here(lm, prompts, max_new_tokens=16, threshold=0.4)
+    outputs = [lm.generate(prompt, max_new_tokens=16, threshold=0.4) for prompt in prompts]
+    num_tokens, num_forwards = (sum(getattr(one, name) for one in outputs) for name in ("num_tokens", "num_forwards"))
+    assert row["tokens_per_forward"] == num_tokens / num_forwards
+    assert row["tokens_per_second"] * row["wall_seconds"] == pytest.approx(num_tokens)
+    assert 0 < row["first_text_ms"]["p50"] <= row["answer_ms"]["p99"]
 
 
 def test_load_on_nothing_and_contradictions_are_told(run: Run) -> None:

@@ -104,6 +104,7 @@ def running(
         thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not http.started:
+            assert thread.is_alive(), "the server does not start"
             time.sleep(0.005)
         host, port = listening.getsockname()[:2]
         try:

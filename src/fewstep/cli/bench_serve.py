@@ -1,13 +1,13 @@
 """`fewstep bench-serve`: load on a server, ours or another of OpenAI's API."""
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from annotated_types import Gt
 
+import fewstep
 from fewstep.cli.compare import SPECIFICATION, read_specification
 from fewstep.cli.extras import require
 from fewstep.cli.generate import read_prompts
@@ -72,7 +72,7 @@ def bench_serve(
         check_model_name(alone)
     asked = [prompt for _, prompt in read_prompts(input_file)] if input_file is not None else _questions(prompts)
     asked = asked[:prompts]
-    from fewstep.measure.serving import Asker, Load, answers_alone, measured
+    from fewstep.measure.serving import Asker, Load, answers_alone, measured, streamed_here
 
     asker = Asker(
         url=url,
@@ -92,7 +92,7 @@ def bench_serve(
     ]
     rows: list[dict[str, Any]] = []
     if alone is not None:
-        rows.append(_one_after_another(alone, asked, max_new_tokens=max_tokens, **settings))
+        rows.append(streamed_here(fewstep.load(alone), asked, max_new_tokens=max_tokens, **settings))
     expected = [one.text for one in answers_alone(asker, asked if check else asked[:1])]  # it answers, and is warm
     for load in loads:
         note(f"{load.concurrency or load.rate} {'at a time' if load.concurrency else 'a second'} ...")
@@ -111,38 +111,6 @@ def _questions(count: int) -> list[Any]:
     from fewstep.tasks.gsm_symbolic import problems
 
     return [problem.question for problem in problems("dev")[:count]]
-
-
-def _one_after_another(name: str, prompts: list[Any], **settings: Any) -> dict[str, Any]:
-    """Streams in this process, as a row of the report."""
-    import fewstep
-    from fewstep.measure.serving import percentiles
-
-    lm = fewstep.load(name)
-    lm.generate(prompts[0], **settings)
-    first_text_s, seconds, num_tokens, num_forwards = list[float](), list[float](), 0, 0
-    for prompt in prompts:
-        started_s = time.perf_counter()
-        stream, has_text = lm.stream(prompt, **settings), False
-        for _ in stream:
-            if not has_text and stream.answer_text():
-                first_text_s.append(time.perf_counter() - started_s)
-                has_text = True
-        seconds.append(time.perf_counter() - started_s)
-        assert stream.output is not None
-        num_tokens += stream.output.num_tokens
-        num_forwards += stream.output.num_forwards
-    return {
-        "concurrency": "alone",
-        "n": len(prompts),
-        "completed": len(prompts),
-        "wall_seconds": sum(seconds),
-        "tokens_per_second": num_tokens / sum(seconds),
-        "answers_per_second": len(prompts) / sum(seconds),
-        "tokens_per_forward": num_tokens / num_forwards,
-        "first_text_ms": percentiles(first_text_s),
-        "answer_ms": percentiles(seconds),
-    }
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

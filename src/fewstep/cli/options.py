@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _MODEL, _PROBLEMS = "Model", "Problems"
 _DEFAULT_TASK = "gsm-symbolic"
 
+_ModelName = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
+    Touches.READS_MODEL,
+]
+
 
 def written_file_check(option: str) -> Callable[[Path | None], Path | None]:
     """A callback of an option that names a file to write: FewstepError for a file that could not be written, before the
@@ -77,11 +83,7 @@ class PlaceOptions:
 class ModelOptions(PlaceOptions):
     """One model, its role and its place."""
 
-    model: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
-        Touches.READS_MODEL,
-    ] = "gsm-student"
+    model: _ModelName = "gsm-student"
     role: Annotated[
         str | None,
         typer.Option(
@@ -99,22 +101,14 @@ class ModelOptions(PlaceOptions):
 class TeacherOptions(ModelOptions):
     """The same, by default the bundled teacher."""
 
-    model: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
-        Touches.READS_MODEL,
-    ] = "gsm-teacher"
+    model: _ModelName = "gsm-teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectorOptions(ModelOptions):
     """The same, by default the model that corrects English."""
 
-    model: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="A bundled name, a folder, or a hub id.", rich_help_panel=_MODEL),
-        Touches.READS_MODEL,
-    ] = "correction"
+    model: _ModelName = "correction"
 
 
 @dataclass(frozen=True, kw_only=True)

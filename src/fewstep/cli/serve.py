@@ -35,7 +35,7 @@ class Models:
     models: Annotated[tuple[str, ...], "Models."] = ("gsm-student", "gsm-teacher")
     dtype: Annotated[str, "auto, float32, bfloat16 or float16."] = "auto"
     device: Annotated[str, "auto, cpu, cuda or cuda:N."] = "auto"
-    quantize: Annotated[str | None, "int8: weights of the layers in 8 bits, on a CPU."] = None
+    quantize: Annotated[str | None, "Weights of the layers in 8 bits: int8 on a CPU, fp8 on a GPU."] = None
 
     def __post_init__(self) -> None:
         check_fields(self)

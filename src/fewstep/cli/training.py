@@ -216,7 +216,6 @@ class EmbeddingStart(Start):
             made = to_embedding_space(made, warp=warp_by_loss(made, examples))
         assert made.role.embedding_space is not None
         space = trained_space(made.role.embedding_space, training)
-        space = trained_space(made.role.embedding_space, training)
         return made.with_role(replace(made.role, embedding_space=space)), examples, paths
 
 

@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
+from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.values import Count, Share, check_fields
 
@@ -182,6 +183,36 @@ def measured(asker: Asker, prompts: Sequence[Any], load: Load, *, alone: Sequenc
     """The report on a load. `alone`: the answer to each prompt alone, with which those under load are compared."""
     sent, wall_s = asyncio.run(put_load(asker, prompts, load))
     return summary(sent, wall_s, load, alone=alone)
+
+
+def streamed_here(lm: LanguageModel, prompts: Sequence[Any], **settings: Any) -> dict[str, Any]:
+    """What the model does without a server: the prompts are streamed one after another in this process, after one that
+    is not counted. A row as of `summary`, whose `concurrency` is "alone".
+    """
+    lm.generate(prompts[0], **settings)
+    first_text_s, seconds, num_tokens, num_forwards = list[float](), list[float](), 0, 0
+    for prompt in prompts:
+        started_s = time.perf_counter()
+        stream, has_text = lm.stream(prompt, **settings), False
+        for _ in stream:
+            if not has_text and stream.answer_text():
+                first_text_s.append(time.perf_counter() - started_s)
+                has_text = True
+        seconds.append(time.perf_counter() - started_s)
+        assert stream.output is not None
+        num_tokens += stream.output.num_tokens
+        num_forwards += stream.output.num_forwards
+    return {
+        "concurrency": "alone",
+        "n": len(prompts),
+        "completed": len(prompts),
+        "wall_seconds": sum(seconds),
+        "tokens_per_second": num_tokens / sum(seconds),
+        "answers_per_second": len(prompts) / sum(seconds),
+        "tokens_per_forward": num_tokens / num_forwards,
+        "first_text_ms": percentiles(first_text_s),
+        "answer_ms": percentiles(seconds),
+    }
 
 
 def summary(sent: Sequence[Sent], wall_s: float, load: Load, *, alone: Sequence[str] | None = None) -> dict[str, Any]:
