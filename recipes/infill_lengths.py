@@ -1,6 +1,6 @@
 """How often a gap of unknown length is filled at its true length, and with its true text, by a running server.
 
-    fewstep serve gsm-teacher
+    fewstep serve gsm-teacher,threshold=0.9
     python recipes/infill_lengths.py http://127.0.0.1:8000 --problems 40 --output results/infill_lengths.json
 
 The model answers a problem; a span of 1 to 12 tokens of its answer is cut out, at places drawn by the seed, and asked
@@ -18,6 +18,7 @@ import typer
 from task_options import Many
 
 import fewstep
+from fewstep.errors import FewstepError
 from fewstep.json_files import write_json_whole
 from fewstep.measure.metrics import wilson_interval
 from fewstep.tasks.gsm_symbolic import problems as problems_of
@@ -25,6 +26,17 @@ from fewstep.tasks.gsm_symbolic import problems as problems_of
 app = typer.Typer(pretty_exceptions_enable=False)
 
 LONGEST_SPAN = 12
+
+
+def completed(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """FewstepError if the server does not answer."""
+    try:
+        response = httpx2.post(f"{url}/v1/completions", json=body, timeout=600)
+        response.raise_for_status()
+    except httpx2.HTTPError as error:
+        raise FewstepError(f"the server at {url} did not fill a gap: {error}; is it running?") from None
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 @app.command()
@@ -42,7 +54,7 @@ def main(
     lengths, texts = 0, 0
     for problem in problems_of("dev", problems):
         prompt_ids = lm.encode(problem.question)
-        answer_ids = lm.generate(problem.question, max_new_tokens=128).token_ids
+        answer_ids = lm.generate(problem.question, max_new_tokens=128, threshold=0.9).token_ids
         span = draw.randint(1, min(LONGEST_SPAN, len(answer_ids) - 2))
         start = draw.randrange(1, len(answer_ids) - span)
         gap = answer_ids[start : start + span]
@@ -52,9 +64,7 @@ def main(
             "suffix": decode(answer_ids[start + span :]),
             "max_tokens": max_tokens,
         }
-        response = httpx2.post(f"{url}/v1/completions", json=body, timeout=600)
-        response.raise_for_status()
-        filled: dict[str, Any] = response.json()
+        filled = completed(url, body)
         lengths += filled["usage"]["fewstep"]["gap"] == span
         texts += filled["choices"][0]["text"] == decode(gap)
     report = {"model": model, "n": problems, "longest_gap": max_tokens, "seed": seed}
