@@ -85,7 +85,7 @@ def _served(specification: str) -> "Served":
         raise FewstepError(f"the name in {specification!r} is empty; give some letters, or leave it out")
     task = settings.pop("task", None)
     if task not in (None, CORRECTION):
-        raise FewstepError(f"the task in {specification!r} must be {CORRECTION}, or be left out")
+        raise FewstepError(f"the task in {specification!r} must be {CORRECTION}; give that, or leave it out")
     role = cast("RoleName | None", settings.pop("role", None))
     return Served(model=model, name=name or _short_name(model), role=role, settings=settings, corrects=task is not None)
 

@@ -135,7 +135,10 @@ class LanguageModel:
     @property
     def _telling(self) -> Telling:
         if not isinstance(self._generator_for, Telling):
-            raise FewstepError(f"{self.network.name} answers without a decoder")
+            raise FewstepError(
+                f"{self.network.name} answers without a decoder, and what makes its generators does not tell how; give "
+                "that the methods manner and checker"
+            )
         return self._generator_for
 
     def loop(self, decoder: Decoder, engine: EngineSetting = "auto", **options: Any) -> Loop:
@@ -169,7 +172,9 @@ class LanguageModel:
                 "here; use generate, infill, stream, eval or correct"
             )
         if not isinstance(self._generator_for, Loops):
-            raise FewstepError(f"{self.network.name} answers without a decoder")
+            raise FewstepError(
+                f"{self.network.name} answers without a decoder, which is needed here; use generate, infill or stream"
+            )
         return self._generator_for
 
     @overload

@@ -175,7 +175,10 @@ def answers_alone(asker: Asker, prompts: Sequence[Any]) -> list[Sent]:
     sent = asyncio.run(run())
     for one in sent:
         if one.outcome != "completed":
-            raise FewstepError(f"the server at {asker.url} did not answer: {one.error or one.outcome}")
+            raise FewstepError(
+                f"the server at {asker.url} did not answer: {one.error or one.outcome}; start fewstep serve, or "
+                "correct the address, the model or its settings"
+            )
     return sent
 
 

@@ -83,7 +83,7 @@ def encode_before_user(tokenizer: PreTrainedTokenizerBase, said: Sequence[Messag
     without a template.
     """
     if not tokenizer.chat_template:
-        raise FewstepError("there is no chat template, so the model has not learnt what users say")
+        raise FewstepError("there is no chat template, so the model has not learnt what users say; choose a chat model")
     words = "what the user says"
     text = render(tokenizer, [*said, {"role": "user", "content": words}])
     return encode_plain(tokenizer, text[: text.rindex(words)])

@@ -189,7 +189,10 @@ def cut_after_end(examples: Examples, eos_token_id: int, mask_token_id: int | No
             prompts.append(examples.prompt_ids[examples.prompt_offsets[i] : examples.prompt_offsets[i + 1]].tolist())
             completions.append(kept)
     if not prompts:
-        raise FewstepError("no trajectory reaches its end-of-text, so there is no teacher text to train on")
+        raise FewstepError(
+            "no trajectory reaches its end-of-text, so there is no teacher text to train on; allow more new tokens "
+            "when they are collected"
+        )
     return Examples.from_ids(prompts, completions)
 
 
