@@ -9,10 +9,6 @@ The first needs a Debian system and its package server, the others need neither.
 
 from run_recipe import run_recipe  # isort: skip  (before what takes long to import)
 
-import gzip
-import hashlib
-import html
-import json
 import os
 import re
 import struct
@@ -21,23 +17,24 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from multiprocessing import Pool
+from operator import call
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from fewstep.errors import FewstepError
-from fewstep.files import write_whole
 from fewstep.json_files import write_json_whole, write_rows_whole
+from fewstep.models.fresh import fresh_tokenizer
 from fewstep.models.load import load_tokenizer
 from fewstep.models.names import BUNDLED
-from fewstep.models.sentences import plain_word, sentence_ends, straight_quotes
+from fewstep.tasks.prose import Document, SentenceFolder, Split, html_paragraphs
 from fewstep.tasks.text_errors import TextErrors
+from fewstep.train.token_tables import Rows
 
 SOURCES = {
     "python3.11-doc": "PSF-2.0", "sqlite3-doc": "public domain", "postgresql-doc-15": "PostgreSQL",
@@ -59,38 +56,18 @@ SOURCES = {
 UNSEEN = ("python-flask-doc", "tomcat10-docs", "r-cran-janeaustenr/3")
 """Beginnings of the names of documents that are kept for the part `unseen`; the last is the novel Persuasion."""
 
-SHARES = {"test": 0.03, "dev": 0.01}
-"""Of the documents of all other packages; the rest is for training."""
+SPLIT = Split(unseen=UNSEEN)
 
-LEAST_WORDS, MOST_WORDS, MOST_CHARACTERS = 5, 45, 300
-LEAST_PLAIN = 0.8
 MOST_BYTES = 5_000_000
 """Of a page: longer ones are lists of names."""
 
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<mask>", "<bos>", "<answer>")  # ids 0 to 4
 VOCAB_SIZE = 4096
 MOST_TOKENS = 60
+PROBLEM_SEED, FIRST_SEED = 1, 100  # of the errors of problems, and of the first copy to train on; 0 is the tokenizer's
+ROWS_PER_PART = 50_000
 
 _NO_PAGES = re.compile(r"/(core|std)/arch/|/rust-doc/html/src/")
 """Hundreds of instructions of processors in the same words, and source code."""
-
-_BLOCK = r"p|div|h[1-6]|ul|ol|li|table|tr|td|th|pre|dl|dd|dt|blockquote|section|article|nav|body|header|footer|form|hr"
-_PARAGRAPH = re.compile(rf"<(?:p|li|dd)\b[^>]*>(.*?)(?=</?(?:{_BLOCK})\b)", re.DOTALL | re.IGNORECASE)
-_NO_PROSE = re.compile(r"<(script|style|pre|nav)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
-_LINE_BREAK = re.compile(r"<br\b[^>]*>", re.IGNORECASE)
-_TAG = re.compile(r"<[^>]*>")
-_WHOLE = re.compile(r"[A-Z\"'(].*[.!?][\"')]*")
-_UNREAD = str.maketrans({"\u00ad": "", "¶": ""})
-"""Soft hyphens, and the marks of links to headings."""
-_ENGLISH = frozenset("the of to and in is a that for it as be this by with or on are an not if you was at from".split())
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ '<bos>' + message['content'] + '<answer>' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ message['content'] + '<eos>' }}"
-    "{%- else -%}{{ raise_exception('Only the roles user and assistant are known.') }}{%- endif -%}"
-    "{%- endfor -%}"
-)
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Folder = Annotated[Path, typer.Argument(help="folder for everything that this recipe makes")]
@@ -98,48 +75,6 @@ Workers = Annotated[int, typer.Option(help="processes", min=1)]
 
 
 # --- sentences ---
-
-
-@dataclass(frozen=True)
-class Document:
-    """A page of documentation or a chapter; `name` begins with that of its package."""
-
-    name: str
-    paragraphs: list[str]
-
-    @property
-    def part(self) -> str:
-        """The part to which all its sentences belong: by its name, so that it never changes."""
-        if self.name.startswith(UNSEEN):
-            return "unseen"
-        place = int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) / (1 << 32)
-        for part, share in SHARES.items():
-            if place < share:
-                return part
-            place -= share
-        return "train"
-
-    def sentences(self) -> Iterator[str]:
-        """The clean ones: whole English sentences of few names and marks."""
-        for paragraph in self.paragraphs:
-            words, start = straight_quotes(paragraph.translate(_UNREAD)).split(), 0
-            for end in sentence_ends(words):
-                if is_clean(words[start:end]):
-                    yield " ".join(words[start:end])
-                start = end
-
-
-def is_clean(words: list[str]) -> bool:
-    """Whether this is a whole sentence of English prose, of a length that the model is for."""
-    text = " ".join(words)
-    return (
-        LEAST_WORDS <= len(words) <= MOST_WORDS
-        and len(text) <= MOST_CHARACTERS
-        and _WHOLE.fullmatch(text) is not None
-        and all(character < "\u0250" or character in "–—…" for character in text)
-        and sum(plain_word(word) is not None for word in words) >= LEAST_PLAIN * len(words)
-        and any(word.lower() in _ENGLISH for word in words)
-    )
 
 
 def pages(folder: Path, package: str) -> Iterator[Document]:
@@ -150,9 +85,8 @@ def pages(folder: Path, package: str) -> Iterator[Document]:
             if path.suffix == ".html" and not _NO_PAGES.search(str(path)) and not path.is_symlink():
                 if path.stat().st_size > MOST_BYTES:
                     continue
-                page = _NO_PROSE.sub(" ", path.read_text(encoding="utf-8", errors="replace"))
-                found = (_TAG.sub("", _LINE_BREAK.sub(" ", match[1])) for match in _PARAGRAPH.finditer(page))
-                yield Document(f"{package}/{path.relative_to(folder)}", list(map(html.unescape, found)))
+                page = path.read_text(encoding="utf-8", errors="replace")
+                yield Document(f"{package}/{path.relative_to(folder)}", html_paragraphs(page))
 
 
 def novels(folder: Path, package: str) -> Iterator[Document]:
@@ -179,8 +113,8 @@ def _texts_of_r(content: bytes) -> Iterator[str]:
         place += 8 + length
 
 
-def documents(package: str) -> list[tuple[str, str, str]]:
-    """Document, part and text of each sentence of a package, which is fetched and unpacked for this."""
+def documents(package: str) -> list[tuple[str, list[str]]]:
+    """Name and sentences of each document of a package, which is fetched and unpacked for this."""
     with tempfile.TemporaryDirectory() as temporary:
         try:
             subprocess.run(["apt-get", "download", "-q", package], cwd=temporary, check=True, capture_output=True)
@@ -191,84 +125,21 @@ def documents(package: str) -> list[tuple[str, str, str]]:
             raise FewstepError(f"could not fetch {package}: {said.decode(errors='replace').strip() or error}") from None
         read = novels if package == "r-cran-janeaustenr" else pages
         found = read(Path(temporary, "files"), package)
-        return [(one.name, one.part, sentence) for one in found for sentence in one.sentences()]
-
-
-def sentences_file(folder: Path, part: str) -> Path:
-    return folder / f"{part}.jsonl.gz"
-
-
-def _rows(folder: Path, part: str) -> list[dict[str, str]]:
-    """FewstepError if they have not been gathered."""
-    path = sentences_file(folder, part)
-    if not path.exists():
-        raise FewstepError(f"{path} is not there; gather it with: correction_data.py sentences {folder}")
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def read_sentences(folder: Path, part: str) -> list[str]:
-    """The texts of a part. FewstepError if they have not been gathered."""
-    return [row["text"] for row in _rows(folder, part)]
+        return [(one.name, list(one.sentences())) for one in found]
 
 
 @app.command()
 def sentences(folder: Folder, workers: Workers = 2, package: list[str] = list(SOURCES)) -> None:  # noqa: B006
     """Gather the sentences of all packages, and write those of each part with their documents."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # The parts that measure come first: a sentence that is in one of them is in no other, also with other numbers.
-    rows: dict[str, list[dict[str, str]]] = {"unseen": [], "test": [], "dev": [], "train": []}
     with Pool(workers) as pool:
-        for found in pool.imap(documents, package):
-            for document, part, text in found:
-                rows[part].append({"document": document, "text": text})
-    known: set[str] = set()
-    figures: dict[str, Counter[str]] = {name: Counter() for name in package}
-    for part, of_part in rows.items():
-        with (
-            write_whole(sentences_file(folder, part)) as temporary,
-            gzip.open(temporary, "wt", encoding="utf-8") as out,
-        ):
-            for row in of_part:
-                key = re.sub(r"\d+", "0", row["text"].lower())
-                if key not in known:
-                    known.add(key)
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    of_source = figures[row["document"].split("/")[0]]
-                    of_source[part] += 1
-                    of_source["bytes"] += len(row["text"].encode())
-    table = {name: {"licence": SOURCES[name], **of_source} for name, of_source in figures.items()}
+        figures = SentenceFolder(folder).write(chain.from_iterable(pool.imap(documents, package)), SPLIT)
+    table = {name: {"licence": SOURCES[name], **figures.get(name, {})} for name in package}
     write_json_whole(folder / "sources.json", table)
-    total = Counter[str]()
-    for of_source in figures.values():
-        total.update(of_source)
+    total = sum(figures.values(), Counter[str]())
     print(", ".join(f"{name}: {count:,}" for name, count in total.items()))
 
 
-# --- tokenizer ---
-
-
-def build_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE for English prose, in which every text comes back exactly; ids 0 to 4 are SPECIAL_TOKENS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    pad, eos, mask, bos, _ = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, mask_token=mask, bos_token=bos,
-        additional_special_tokens=["<answer>"], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
-
-
-# --- problems and rows ---
+# --- tokenizer, problems and rows ---
 
 
 @app.command()
@@ -278,13 +149,14 @@ def problems(
     vocab_size: int = VOCAB_SIZE,
 ) -> None:
     """Train the tokenizer, and write problems of the parts dev, test and unseen for the task `correction`."""
-    clean = read_sentences(folder, "train")
+    gathered = SentenceFolder(folder)
+    clean = gathered.read("train")
     # What people type is in the texts too: half of the sentences with errors, so that broken words are not all bytes.
     texts = chain(clean, (TextErrors().mistype(text, 0).text for text in clean[::2]))
-    tokenizer = build_tokenizer(texts, vocab_size)
+    tokenizer = fresh_tokenizer(texts, vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     for part in ("dev", "test", "unseen"):
-        of_part = read_sentences(folder, part)
+        of_part = gathered.read(part)
         chosen = of_part[:: max(1, len(of_part) // (2 * count))]
         found = list(_problems(chosen, tokenizer, part))[:count]
         write_rows_whole(folder / f"{part}-problems.jsonl", found)
@@ -297,23 +169,26 @@ def sample(folder: Folder, each: Annotated[int, typer.Option(help="sentences of 
     tokenizer = load_tokenizer(folder / "tokenizer")
     found = []
     for source, part, beginning in (("sqlite", "test", "sqlite3-doc/"), ("persuasion", "unseen", UNSEEN[-1])):
-        texts = [row["text"] for row in _rows(folder, part) if row["document"].startswith(beginning)]
-        asked = list(_problems(texts, tokenizer, source))
+        asked = list(_problems(SentenceFolder(folder).read(part, documents=beginning), tokenizer, source))
         found += asked[:: max(1, len(asked) // each)][:each]
     write_rows_whole(BUNDLED / "correction-problems" / "test.jsonl", found)
 
 
 def _problems(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[dict[str, str]]:
     """Those that are short enough, with errors."""
-    for number, text in enumerate(texts):
-        mistyped = TextErrors().mistype(text, seed=1)
-        if max(map(len, tokenizer([mistyped.text, text])["input_ids"])) <= MOST_TOKENS:
-            yield {"id": f"{name}-{number:05d}", "question": mistyped.text, "answer": text}
+    for number, row in enumerate(TextErrors().rows(texts, PROBLEM_SEED)):
+        if max(map(len, tokenizer(list(row.values()))["input_ids"])) <= MOST_TOKENS:
+            yield {"id": f"{name}-{number:05d}", "question": row["prompt"], "answer": row["completion"]}
 
 
-def _rows_of(task: tuple[list[str], int]) -> list[dict[str, str]]:
-    texts, seed = task
-    return [{"prompt": TextErrors().mistype(text, seed).text, "completion": text} for text in texts]
+def rows_in_parts(clean: list[str], copies: int) -> dict[str, Rows]:
+    """What makes the rows of each part of each copy, by a name; sentence and copy decide the errors."""
+    parts = [clean[i : i + ROWS_PER_PART] for i in range(0, len(clean), ROWS_PER_PART)]
+    return {
+        f"{copy:02d}-{i:03d}": partial(TextErrors().rows, part, FIRST_SEED + copy)
+        for copy in range(copies)
+        for i, part in enumerate(parts)
+    }
 
 
 @app.command()
@@ -325,14 +200,12 @@ def rows(
     limit: Annotated[int | None, typer.Option(help="of the sentences, the first of an even spread")] = None,
     workers: Workers = 2,
 ) -> None:
-    """Write rows {"prompt", "completion"} for the commands of `fewstep train`; sentence and copy decide the errors."""
-    clean = read_sentences(folder, part)
+    """Write rows {"prompt", "completion"} for the commands of `fewstep train`."""
+    clean = SentenceFolder(folder).read(part)
     if limit is not None:
         clean = clean[:: max(1, len(clean) // limit)][:limit]
-    chunks = [clean[i : i + 10_000] for i in range(0, len(clean), 10_000)]
-    tasks = [(chunk, 100 + copy) for copy in range(copies) for chunk in chunks]  # 0 and 1 are those of `problems`
-    with Pool(min(workers, len(tasks))) as pool:
-        write_rows_whole(output, chain.from_iterable(pool.imap(_rows_of, tasks)))
+    with Pool(workers) as pool:
+        write_rows_whole(output, chain.from_iterable(pool.imap(call, rows_in_parts(clean, copies).values())))
     print(f"{output}: {copies * len(clean):,} rows")
 
 

@@ -7,10 +7,10 @@ teacher, its trajectories, a block-causal student.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
-from stages import BLOCK, AtLeast0, FineTuning, Rank, Stage, device, digits, fresh_network, worker
+from stages import BLOCK, AtLeast0, FineTuning, Rank, Stage, bundled_shape, device, digits, worker
 from word_problems import MAX_ANSWER, keep_solved, load_examples, make_tables, prompt_rows
 
 from fewstep.decode.decoder import threshold_rule
@@ -20,7 +20,7 @@ from fewstep.models.load import load_network
 from fewstep.models.network import Network
 from fewstep.models.roles import ContextAttention, Role
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.collect import collect_top
 from fewstep.train.corruption import BlockCorruption, Corruption
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
 from fewstep.train.records import PromptRow
@@ -76,7 +76,7 @@ class CausalFromScratch(Causal):
 
     def network(self) -> Network:
         like = None if self.source is None else load_network(self.found(self.source), device="cpu")
-        return fresh_network(self.name, device(), layers=self.layers, like=like)
+        return bundled_shape(self.name, device(), layers=self.layers, like=like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,16 +149,13 @@ class Trajectories(Collecting):
     def run(self) -> None:
         network = load_network(self.found(self.source), device=device())
         rows, keep = self.rows(network)
-        distribution = distribution_of(network)
         decoder = LanguageModel(network).decoder(
             max_new_tokens=MAX_ANSWER, block_size=BLOCK, threshold=self.threshold, gaps=self.gaps
         )
-        asked: dict[str, Any] = {"max_new_tokens": MAX_ANSWER, "batch_size": self.batch_size}
-        report = collect(
-            decode_with(network, decoder, distribution=distribution, **asked), rows, self.runs / self.name,
+        report = collect_top(
+            network, decoder, rows, self.runs / self.name, max_new_tokens=MAX_ANSWER, batch_size=self.batch_size,
             settings={"max_new_tokens": MAX_ANSWER, **threshold_rule(decoder), "early_stop": True, "keep": self.kept},
-            teacher=teacher_of(network), distribution=distribution, shard_size=self.batch_size, seed=self.seed,
-            keep=keep, worker=worker(),
+            shard_size=self.batch_size, seed=self.seed, keep=keep, worker=worker(),
         )  # fmt: skip
         print(report, flush=True)
 

@@ -30,7 +30,7 @@ from fewstep.models.tiny import tiny_network
 from fewstep.tasks.problems import Problem
 from fewstep.tasks.scoring import EXACT
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
-from fewstep.train.collect import collect, decode_with, distribution_of, teacher_of
+from fewstep.train.collect import collect_top
 from fewstep.train.documents import CanvasLengths
 from fewstep.train.examples import encode_rows
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective
@@ -88,12 +88,10 @@ def main(
         PromptRow(str(i), lm.encode(row["prompt"]), encode_completion(lm.network.tokenizer, row["completion"]))
         for i, row in enumerate(rows(2048, seed=2))
     ]
-    top = distribution_of(lm.network)
-    decoding = decode_with(
-        lm.network, lm.decoder(max_new_tokens=BLOCK), max_new_tokens=BLOCK, batch_size=512, distribution=top
-    )
-    made_by = teacher_of(lm.network)
-    collect(decoding, prompts, output / "trajectories", teacher=made_by, distribution=top, settings={"gaps": None})
+    collect_top(
+        lm.network, lm.decoder(max_new_tokens=BLOCK), prompts, output / "trajectories", max_new_tokens=BLOCK,
+        batch_size=512, settings={"gaps": None},
+    )  # fmt: skip
 
     table, references = read_table(output / "trajectories", teacher=lm.network)
     student = lm.network.with_role(lm.role.playing("block_causal"))

@@ -11,16 +11,16 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 import torch
 import typer
 from annotated_types import Ge, Gt, Le
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from word_problems import MAX_ANSWER
 
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.engine.language_model import LanguageModel
 from fewstep.measure.evaluate import evaluate
+from fewstep.models.fresh import fresh_network
 from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
-from fewstep.models.roles import Role
 from fewstep.tasks.gsm_symbolic import problems
 from fewstep.train.lora import LoRASettings
 from fewstep.train.objectives import Objective
@@ -157,26 +157,15 @@ def _options(settings: Any) -> Iterator[tuple[str, Any, Any]]:
 # --- networks and settings ---
 
 
-def fresh_network(name: str, device: str, *, layers: int = 12, like: Network | None = None) -> Network:
-    """Layers of width 256: the bundled shape (9.6 M parameters with 12 of them), or that with the vocabulary and the
-    positions of `like`.
+def bundled_shape(name: str, device: str, *, layers: int = 12, like: Network | None = None) -> Network:
+    """Fresh weights of width 256: the bundled shape (9.6 M parameters with 12 layers), or that with the vocabulary and
+    the positions of `like`.
     """
-    torch.manual_seed(0)
     tok = PreTrainedTokenizerFast.from_pretrained(BUNDLED / "gsm-tokenizer") if like is None else like.tokenizer
-    config = LlamaConfig(
-        vocab_size=2048 if like is None else like.vocab_size,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512 if like is None else like.max_positions,
-        tie_word_embeddings=True,
-        pad_token_id=tok.pad_token_id,
-        eos_token_id=tok.eos_token_id,
-        bos_token_id=tok.bos_token_id,
-    )
-    return Network(LlamaForCausalLM(config).to(device), Role(name="autoregressive", block_size=BLOCK), tok, name=name)
+    return fresh_network(
+        tok, width=256, inner_width=640, layers=layers, vocab_size=2048 if like is None else like.vocab_size,
+        max_positions=512 if like is None else like.max_positions, block_size=BLOCK, device=device, name=name,
+    )  # fmt: skip
 
 
 def accuracy(count: int, **settings: Any) -> Evaluate:

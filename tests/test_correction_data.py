@@ -3,9 +3,9 @@
 import gzip
 import importlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,23 +14,10 @@ import pytest
 
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_rows
+from fewstep.models.fresh import SPECIAL_TOKENS
+from fewstep.tasks.prose import SentenceFolder
 from fewstep.tasks.registry import task_named
-from fewstep.train.trainer import TrainSettings
-
-PAGE = """<html><head><title>No prose here.</title><script>var x = 'The end of it is here.';</script></head><body>
-<nav><ul><li>The way to the next page is here.</li></ul></nav>
-<p>The <b>first</b> sentence of the page&#8217;s text is here. It&nbsp;is followed
-by another one<br/>on the same page.</p>
-<p>too short. And 1 = 2 + 3 - 4 * 5 is not for it.
-<ul><li>The items of a list are read too.<li>Call <code>os.path.join(a, b)</code> with a[0] == b[1] and c.</ul>
-<pre>The code of the page is not read.</pre>
-<p>Les pages en d'autres langues ne servent pas ici.</p></body></html>
-"""
-FOUND = [
-    "The first sentence of the page's text is here.",
-    "It is followed by another one on the same page.",
-    "The items of a list are read too.",
-]
+from fewstep.train.trainer import TrainSettings, train
 
 
 class Pool:
@@ -60,9 +47,9 @@ def gathered(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     texts = {f"page{i}": [f"The page of number {word} is the one that was read." for word in ("one", "two", str(i))]
              for i in range(400)}  # fmt: skip
 
-    def documents(package: str) -> list[tuple[str, str, str]]:
+    def documents(package: str) -> list[tuple[str, list[str]]]:
         made = [recipe.Document(f"{package}/{name}", [" ".join(those)]) for name, those in texts.items()]
-        return [(one.name, one.part, text) for one in made for text in one.sentences()]
+        return [(one.name, list(one.sentences())) for one in made]
 
     monkeypatch.setattr(recipe, "documents", documents)
     monkeypatch.setattr(recipe, "Pool", Pool)
@@ -70,14 +57,14 @@ def gathered(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return tmp_path
 
 
-def test_prose_is_taken_out_of_a_page(recipe: ModuleType, tmp_path: Path) -> None:
+def test_pages_are_read_and_no_other_files(recipe: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "usr").mkdir()
-    (tmp_path / "usr/page.html").write_text(PAGE)
+    (tmp_path / "usr/page.html").write_text("<p>The text of the page is read.</p>")
     (tmp_path / "usr/link.html").symlink_to("page.html")
     (tmp_path / "usr/page.txt").write_text("The text of other files is not read.")
     (page,) = recipe.pages(tmp_path, "package")
     assert page.name == "package/usr/page.html"
-    assert list(page.sentences()) == FOUND
+    assert list(page.sentences()) == ["The text of the page is read."]
 
 
 def test_novels_are_read_from_a_data_file_of_r(recipe: ModuleType, tmp_path: Path) -> None:
@@ -100,14 +87,14 @@ def test_novels_are_read_from_a_data_file_of_r(recipe: ModuleType, tmp_path: Pat
 
 
 def test_a_document_is_in_one_part_for_ever(recipe: ModuleType) -> None:
-    parts = [recipe.Document(f"package/{i}", []).part for i in range(2_000)]
+    parts = [recipe.SPLIT.part(f"package/{i}") for i in range(2_000)]
     assert {part: parts.count(part) for part in ("train", "dev", "test")} == {"train": 1929, "dev": 22, "test": 49}
-    assert recipe.Document("tomcat10-docs/x.html", []).part == "unseen"
-    assert recipe.Document("r-cran-janeaustenr/3/7", []).part == "unseen"
+    assert recipe.SPLIT.part("tomcat10-docs/x.html") == "unseen"
+    assert recipe.SPLIT.part("r-cran-janeaustenr/3/7") == "unseen"
 
 
 def test_no_sentence_is_in_two_parts_even_with_other_numbers(recipe: ModuleType, gathered: Path) -> None:
-    found = {part: recipe.read_sentences(gathered, part) for part in ("train", "dev", "test", "unseen")}
+    found = {part: SentenceFolder(gathered).read(part) for part in ("train", "dev", "test", "unseen")}
     every = [text for texts in found.values() for text in texts]
     assert len(every) == 3  # of 800 pages: two that differ in their words, and one that stands for all numbers
     assert len(found["unseen"]) == 3
@@ -131,7 +118,7 @@ def test_tokenizer_problems_and_rows(recipe: ModuleType, monkeypatch: pytest.Mon
         write_part(tmp_path, part, count)
     recipe.problems(tmp_path, count=8, vocab_size=320)
     tok = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert tok.convert_ids_to_tokens(range(5)) == list(recipe.SPECIAL_TOKENS)
+    assert tok.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
     assert (tok.pad_token_id, tok.eos_token_id, tok.mask_token_id, tok.bos_token_id) == (0, 1, 2, 3)
     for text in ("The  snow\n of ’é’ 🙂.", " x"):
         assert tok.decode(tok.encode(text, add_special_tokens=False)) == text
@@ -147,14 +134,12 @@ def test_tokenizer_problems_and_rows(recipe: ModuleType, monkeypatch: pytest.Mon
 
 
 def test_what_was_not_gathered_is_told(recipe: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(
-        FewstepError, match=r"train.jsonl.gz is not there; gather it with: correction_data.py sentences"
-    ):
+    with pytest.raises(FewstepError, match=r"train.jsonl.gz is not there; gather the sentences first"):
         recipe.rows(tmp_path, tmp_path / "rows.jsonl")
 
 
 def test_networks_of_every_role_are_trained_and_measured(
-    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     training = importlib.import_module("correction")
     data, runs = tmp_path / "data", tmp_path / "runs"
@@ -162,17 +147,13 @@ def test_networks_of_every_role_are_trained_and_measured(
     for part, count in (("train", 60), ("dev", 9), ("test", 9), ("unseen", 9)):
         write_part(data, part, count)
     recipe.problems(data, count=3, vocab_size=320)
-    monkeypatch.setattr(training, "Pool", Pool)
     training.tables(data, runs, copies=2, workers=1)
-    assert len(training.read_tables(runs)) == 120
+    assert len(training.read_tables(runs / "tables")) == 120
 
-    def fit(network: Any, made: Any, output: Path, seconds: float, *, rows: int, row_length: int, **_: Any) -> Any:
-        settings = TrainSettings(max_steps=2, rows=rows, row_length=row_length)
-        training.run_training(network, made(2), settings, output)
-        return training.load_network(output, dtype="float32", device="cpu")
+    def two_steps(seconds: float, network: Any, made: Any, settings: TrainSettings, output: Path) -> None:
+        train(network, made(2), replace(settings, max_steps=2, warmup_steps=1), output)
 
-    fit_for_a_time = training.fit
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "train_for", two_steps)
     small = {"width": 32, "layers": 1, "rows": 1, "row_length": 256}
     for name in training.TRAININGS:
         training.train(name, runs, prompts=8, **small)
@@ -183,13 +164,3 @@ def test_networks_of_every_role_are_trained_and_measured(
     assert {row["num_forwards_mean"] for row in rows if row["contender"] == "embedding, 2 passes"} == {2}
     assert rows[0]["percent_of_right"] in (None, 100)
     assert rows[0]["percent_of_wrong"] in (None, 0)
-
-    monkeypatch.setattr(training, "PROBE_STEPS", 3)
-    network = training.fresh_network(runs, 32, 1)
-    objective = training.CausalObjective(network.role, training.read_tables(runs), network.eos_token_id)
-    fit_for_a_time(network, lambda _: objective, runs / "timed", 0.1, rows=1, row_length=256, learning_rate=1e-3)
-    told = re.search(r"timed: (\d+) steps of", capsys.readouterr().out)
-    assert told is not None
-    assert json.loads((runs / "timed/report.json").read_text())["steps"] == int(told[1])
-    with pytest.raises(FewstepError, match="no time is left to train late"):
-        fit_for_a_time(network, lambda _: objective, runs / "late", -1.0)

@@ -164,3 +164,17 @@ def figure(form: str, *keys: str) -> Callable[[Mapping[str, Any]], str]:
         return "" if value is None else format(value, form)
 
     return cell
+
+
+def with_interval(form: str, key: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], str]:
+    """The cell of an estimate and the ends of its interval, a list under this key: `93.1 (92.0 to 94.1)`; empty if it
+    is not there. The numbers, in this format, are multiplied by `factor`.
+    """
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if row.get(key) is None:
+            return ""
+        estimate, low, high = (format(factor * value, form) for value in row[key])
+        return f"{estimate} ({low} to {high})"
+
+    return cell

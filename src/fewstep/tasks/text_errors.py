@@ -7,7 +7,7 @@ nobody could guess, stay. A word that is left out, or taken for another, is a co
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated
@@ -265,6 +265,10 @@ class TextErrors:
                 edits.append(edit)
                 reached = edit.start + len(edit.before)
         return Mistyped(_with_edits(text, edits), tuple(edits))
+
+    def rows(self, texts: Iterable[str], seed: int) -> list[dict[str, str]]:
+        """Rows to train on: each text with errors as the prompt, and as it was as the completion."""
+        return [{"prompt": self.mistype(text, seed).text, "completion": text} for text in texts]
 
 
 def _drawn_edit(word: _Word, weights: dict[str, float], rng: random.Random) -> Edit | None:

@@ -150,6 +150,24 @@ def collect(
     )
 
 
+def collect_top(
+    network: Network,
+    decoder: Decoder,
+    rows: Sequence[PromptRow],
+    folder: str | Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    **options: Any,
+) -> CollectReport:
+    """Let a diffusion teacher decode, and collect its trajectories with the best tokens of each position; see
+    `collect`, whose other options it takes.
+    """
+    top = distribution_of(network)
+    decoding = decode_with(network, decoder, max_new_tokens=max_new_tokens, batch_size=batch_size, distribution=top)
+    return collect(decoding, rows, folder, teacher=teacher_of(network), distribution=top, **options)
+
+
 def collect_records(
     kind: type[RecordShards[RecordT]],
     decode_rows: Callable[[Sequence[PromptRow], Sequence[int]], Sequence[RecordT]],

@@ -4,9 +4,9 @@ Rows are JSONL or Parquet with `prompt`/`completion`, `messages` or `text` (the 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +86,18 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.prompt_offsets) - 1
+
+    def pairs(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompt and completion of each example."""
+        (prompt_ids, prompts), (completion_ids, completions) = (
+            (ids.tolist(), pairwise(offsets.tolist()))
+            for ids, offsets in (
+                (self.prompt_ids, self.prompt_offsets),
+                (self.completion_ids, self.completion_offsets),
+            )
+        )
+        for (a, b), (c, d) in zip(prompts, completions, strict=True):
+            yield prompt_ids[a:b], completion_ids[c:d]
 
     def head(self, count: int) -> "Examples":
         """The first `count`, or all if there are fewer."""
@@ -183,10 +195,9 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
 def cut_after_end(examples: Examples, eos_token_id: int, mask_token_id: int | None) -> Examples:
     """The examples whose completion has an end-of-text and no mask before it, cut there. FewstepError if none has."""
     prompts, completions = [], []
-    for i in range(len(examples)):
-        ids = examples.completion_ids[examples.completion_offsets[i] : examples.completion_offsets[i + 1]].tolist()
+    for prompt_ids, ids in examples.pairs():
         if eos_token_id in ids and mask_token_id not in (kept := ids[: ids.index(eos_token_id) + 1]):
-            prompts.append(examples.prompt_ids[examples.prompt_offsets[i] : examples.prompt_offsets[i + 1]].tolist())
+            prompts.append(prompt_ids)
             completions.append(kept)
     if not prompts:
         raise FewstepError(

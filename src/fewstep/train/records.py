@@ -41,6 +41,11 @@ class PromptRow:
     reference_ids: Sequence[int] | None = None
 
 
+def prompts_of(examples: Examples) -> list[PromptRow]:
+    """The prompts of examples, with their completions as references; their ids are 0, 1, ..."""
+    return [PromptRow(str(i), *pair) for i, pair in enumerate(examples.pairs())]
+
+
 class RecordShards(ABC, Generic[RecordT]):
     """Reads and writes the Parquet files of one folder, as its manifest describes them.
 
