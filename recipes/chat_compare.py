@@ -11,9 +11,9 @@ so that answers can be compared one to one. A contender's settings are those of 
 model is used: quality is not measured.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from run_recipe import run_recipe
@@ -25,13 +25,13 @@ from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.json_files import write_rows_whole
 from fewstep.measure.agreement import check_same_tokens
-from fewstep.measure.contenders import Contender, figure, load_contenders, markdown_table
+from fewstep.measure.contenders import Contender, load_contenders
+from fewstep.measure.conversation_report import NO_JUDGE, compared_rows, report_of
 from fewstep.measure.conversations import (
     EVERYTHING,
     TURNS,
     History,
     evenly,
-    figures_of,
     first_of_each,
     groups_of,
     hold_all,
@@ -45,26 +45,6 @@ PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 SPECIFICATION = "NAME=MODEL[,setting=value...]"
 SHARED = ("max_new_tokens", "temperature", "top_k", "top_p")
 """Settings that a contender does not have of its own: answers are greedy, and of one greatest length."""
-NO_JUDGE = (
-    "No judge model is used: agreement says how much of the baseline's answers a contender reproduces, not whether its "
-    "answers are good. Quality is not measured."
-)
-COLUMNS = {
-    "answers": lambda row: row["group"],
-    "contender": lambda row: row["contender"],
-    "tokens/forward": figure(".2f", "tokens_per_forward"),
-    "ms/forward": figure(".1f", "batch_1", "step_ms"),
-    "tokens/s": figure(".1f", "batch_1", "tokens_per_second"),
-    "times as fast": figure(".2f", "speed_ratio"),
-    "tokens": figure(".0f", "num_tokens_mean"),
-    "cut off": figure(".0%", "cut_off"),
-    "repetition": figure(".3f", "health", "repetition"),
-    "distinct-1": figure(".3f", "health", "distinct_1"),
-    "distinct-2": figure(".3f", "health", "distinct_2"),
-    "identical": figure(".1%", "agreement", "identical"),
-    "common prefix": figure(".1%", "agreement", "common_prefix"),
-    "similarity": figure(".1%", "agreement", "similarity"),
-}
 
 
 def contender_of(specification: str, max_new_tokens: int) -> Contender:
@@ -90,33 +70,6 @@ def loaded(contenders: Sequence[Contender], *, dtype: str, device: str) -> dict[
         lm.encode([{"role": "user", "content": "Hello"}])
     check_same_tokens({name: lm.network for name, lm in found.items()})
     return found
-
-
-def document_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tokens: int) -> str:
-    """The report as Markdown: a table of all answers, what its columns mean, and a table of the groups."""
-    groups = rows[0]["groups"]
-    lines = [
-        {"group": group, "contender": row["contender"], **row["groups"][group]} for group in groups for row in rows
-    ]
-    same = {
-        "baseline": "Everybody's second turn follows the baseline's first answer.",
-        "own": "Everybody's second turn follows their own first answer, so agreement is about first turns alone.",
-    }
-    return "\n\n".join(
-        [
-            markdown_table([line for line in lines if line["group"] == EVERYTHING], COLUMNS),
-            NO_JUDGE,
-            f"{groups[EVERYTHING]['n']} answers each, greedy. {same[history]} The baseline is {rows[0]['contender']}. "
-            f"Time is that of {groups[EVERYTHING]['batch_1']['n']} of them at batch 1, all contenders in turn. Tokens: "
-            f"mean of an answer; cut off: share that reached {max_new_tokens} tokens. Repetition: share of 4-grams "
-            "that occurred before in the answer; distinct-n falls as a set grows, so compare within a group. "
-            "Identical: answers equal to the baseline's, token for token; common prefix: mean share of the baseline's "
-            "answer before the first difference; similarity: mean ratio of difflib on token ids. A decoder that "
-            "guarantees the baseline's tokens can differ where rounding decides between two nearly equal ones, mostly "
-            "in bfloat16.",
-            markdown_table([line for line in lines if line["group"] != EVERYTHING], COLUMNS),
-        ]
-    )
 
 
 @app.command()
@@ -151,26 +104,8 @@ def compare(
     }
     timings = time_interleaved(takers, timed_keys)
     first = everyone[0].name
-    comparable = set(groups[EVERYTHING if history == "baseline" else TURNS[0]])
-
-    def figures(name: str, keys: Sequence[str]) -> dict[str, Any]:
-        answers, references = (found[which]["answers"] for which in (name, first))
-        pairs = [(answers[key]["token_ids"], references[key]["token_ids"]) for key in keys if key in comparable]
-        places = [index for index, key in enumerate(timed_keys) if key in keys]
-        alone, reference = timings[name].at(places), timings[first].at(places)
-        return figures_of([answers[key] for key in keys], pairs, alone, reference, models[name].network.eos_token_id)
-
-    rows = [
-        {
-            "contender": one.name,
-            "model": one.model,
-            "role": models[one.name].role.name,
-            "decoder": models[one.name].decoder(**one.settings).name,
-            "settings": dict(one.settings),
-            "groups": {group: figures(one.name, keys) for group, keys in groups.items()},
-        }
-        for one in everyone
-    ]
+    comparable = groups[EVERYTHING if history == "baseline" else TURNS[0]]
+    rows = compared_rows(everyone, models, found, groups, comparable, timed_keys, timings)
     network = models[first].network
     told = {
         "note": NO_JUDGE, "similarity": "difflib's ratio on token ids", "history": history,
@@ -188,7 +123,7 @@ def compare(
         for one in everyone
     ]  # fmt: skip
     write_rows_whole(folder / "answers.jsonl", answers)
-    document = document_of(rows, history, max_new_tokens)
+    document = report_of(rows, history, max_new_tokens)
     write_text_whole(folder / "chat.md", f"{document}\n")
     print(document, flush=True)
 

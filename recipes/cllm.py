@@ -21,9 +21,10 @@ from typing import Annotated, ClassVar
 
 import typer
 from pipeline import CausalFromScratch, Collecting
-from stages import FineTuning, Rank, Runs, accuracy, app_of, device, worker
+from stages import FineTuning, Rank, Runs, accuracy, device, worker
 from word_problems import MAX_ANSWER, load_examples
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.decode.jacobi import Jacobi
 from fewstep.engine.language_model import load
 from fewstep.files import write_text_whole

@@ -41,7 +41,7 @@ from fewstep.tasks.registry import task_named
 from fewstep.train.cdlm import CDLMObjective, CDLMSettings
 from fewstep.train.collect import collect_top
 from fewstep.train.documents import CanvasLengths
-from fewstep.train.embedding import EmbeddingObjective, EmbeddingSettings, trained_space, warp_by_loss
+from fewstep.train.embedding import EmbeddingObjective, EmbeddingSettings, begin_embedding, warp_by_loss
 from fewstep.train.examples import Examples
 from fewstep.train.objectives import CausalObjective, MaskedDiffusionObjective, Objective
 from fewstep.train.records import prompts_of
@@ -137,9 +137,7 @@ def train_embedding(runs: Path, network: Network, data: Examples, seconds: float
         ("denoiser", 0.6, EmbeddingSettings()),
         ("embedding", 0.4, EmbeddingSettings(objective="shortcut")),
     ):
-        space = network.role.embedding_space
-        assert space is not None
-        network = network.with_role(replace(network.role, embedding_space=trained_space(space, learnt)))
+        network = begin_embedding(network, learnt)
 
         def made(steps: int, network: Network = network, learnt: EmbeddingSettings = learnt) -> Objective:
             return EmbeddingObjective(network, data, num_batches=steps, settings=learnt, canvas=CANVAS)

@@ -23,9 +23,10 @@ from typing import Annotated, Any
 
 import typer
 from run_recipe import run_recipe
-from stages import Stage, Training, accuracy, app_of, device, worker
+from stages import Stage, Training, accuracy, device, worker
 from word_problems import MAX_ANSWER, prompt_rows
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.decode.autoregressive import Autoregressive
 from fewstep.decode.decoder import Decoder
 from fewstep.decode.self_speculative import SelfSpeculative

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pipeline import Tables
-from stages import FineTuning, Stage, app_of, device, worker
+from stages import FineTuning, Stage, device, worker
 from word_problems import MAX_ANSWER, load_examples, prompt_rows
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.decode.health import measure_diversity
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.json_files import read_json, write_json_whole
+from fewstep.measure.contenders import table_by_passes
 from fewstep.measure.evaluate import evaluate
 from fewstep.models.embedding_model import to_embedding_space
-from fewstep.models.embedding_space import EmbeddingSpace
 from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network
@@ -37,7 +38,7 @@ from fewstep.train.embedding import (
     EmbeddingObjective,
     EmbeddingSettings,
     TokenCorruption,
-    trained_space,
+    begin_embedding,
     warp_by_loss,
 )
 from fewstep.train.embedding_paths import collect_paths, read_paths
@@ -74,8 +75,7 @@ class EmbeddingTraining(FineTuning):
             told = lambda level, loss: print(f"noise {level:.2f}: cross-entropy {loss:.3f}", flush=True)  # noqa: E731
             warp = warp_by_loss(network, examples, count=self.warp_examples, progress=told)
             network = to_embedding_space(network, warp=warp)
-        space = trained_space(_space(network), self.training)
-        network = network.with_role(replace(network.role, embedding_space=space))
+        network = begin_embedding(network, self.training)
         objective = EmbeddingObjective(
             network, examples, num_batches=self.steps, settings=self.training, corruption=self.corruption,
             canvas=CANVAS, paths=paths,
@@ -135,7 +135,7 @@ class Measuring(Stage):
                 continue
             self._measure(name, folder)
         rows = [read_json(path) for path in sorted(folder.glob("*.json"))]
-        table = markdown(rows, self.passes)
+        table = table_by_passes(rows, self.passes)
         (folder / "table.md").write_text(table, encoding="utf-8")
         print(table, flush=True)
 
@@ -166,28 +166,6 @@ class Measuring(Stage):
 
 
 BUNDLED_TEACHERS = ("gsm-teacher",)
-
-
-def markdown(rows: list[dict[str, Any]], passes: tuple[int, ...]) -> str:
-    """Solved problems in percent with their intervals, and distinct answers by seeds, by model and passes."""
-    lines = ["| model | sampler | " + " | ".join(map(str, passes)) + " |", "|---" * (2 + len(passes)) + "|"]
-    kinds = dict.fromkeys((row["model"], row["decoder"]) for row in rows)
-    for model, sampler in kinds:
-        found = {row["steps"]: row for row in rows if (row["model"], row["decoder"]) == (model, sampler)}
-        cells = [_cell(found[steps]) if steps in found else "" for steps in passes]
-        lines.append(f"| {model} | {sampler} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: dict[str, Any]) -> str:
-    low, high = row["accuracy_ci95"]
-    seeds = f", {row['distinct_answers']:.0%} distinct" if "distinct_answers" in row else ""
-    return f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%}){seeds}"
-
-
-def _space(network: Network) -> EmbeddingSpace:
-    assert network.role.embedding_space is not None
-    return network.role.embedding_space
 
 
 LONG: dict[str, Any] = {"runs": RUNS, "rows": 48, "warmup_steps": 50, "log_every": 100, "dev": 200}

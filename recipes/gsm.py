@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import typer
 from pipeline import CausalFromScratch, Student, Tables, Teacher, Trajectories
-from stages import app_of
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.json_files import read_json, write_json_whole

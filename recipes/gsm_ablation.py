@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 from pipeline import student_of
-from stages import BLOCK, Stage, app_of, digits, gpu_settings
+from stages import BLOCK, Stage, digits, gpu_settings
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.decode.decoder import threshold_rule
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError

@@ -35,8 +35,8 @@ from fewstep.measure.plots import plot_accuracy
 from fewstep.measure.reports import agreement, fastest_good_enough, with_no_fewer_passes
 from fewstep.measure.timing import describe_machine, speed_factors, write_figures
 from fewstep.models.names import BUNDLED
-from fewstep.tasks.gsm_symbolic import BUNDLED_COUNTS, Split, make_problems, problems
-from fewstep.tasks.problems import Problem, read_problems, write_problem_file
+from fewstep.tasks.gsm_symbolic import Split, kept_problems, problems
+from fewstep.tasks.problems import Problem
 from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -48,16 +48,6 @@ COLUMNS = {
     "solved": figure(".2%", "accuracy"),
     "tokens per forward": figure(".3f", "tokens_per_forward"),
 }
-
-
-def problem_set(split: Split, count: int, folder: Path) -> list[Problem]:
-    """The first `count` problems: the bundled ones, or the file SPLIT.jsonl in `folder`, made with reasoning-gym."""
-    if count <= BUNDLED_COUNTS[split]:
-        return problems(split, count)
-    path = folder / f"{split}.jsonl"
-    if not path.exists() or len(read_problems(path)) < count:
-        write_problem_file(path, make_problems(split, count))
-    return read_problems(path, split=split)[:count]
 
 
 def choose_threshold(dev: Mapping[str, Report], slack: float) -> float:
@@ -161,7 +151,7 @@ def accuracy(
     """Every contender on development problems, test problems and held-out templates, then `accuracy.json`."""
     counts: dict[Split, int] = {"dev": dev, "test": test, "heldout": heldout}
     sets: dict[str, list[Problem]] = {
-        split: problem_set(split, count, problem_folder) for split, count in counts.items()
+        split: kept_problems(split, count, problem_folder) for split, count in counts.items()
     }
     models = {"ar": ar, "cllm": cllm, "teacher": teacher, "student": student}
     rules: dict[float, dict[str, Any]] = {value: {"threshold": value, "gaps": gaps} for value in threshold}

@@ -11,49 +11,20 @@ words and repeat little, each once; the file has {"id", "prompt"} in each row.
 the file then has {"id", "messages"} in each row.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from run_recipe import run_recipe
 
-from fewstep.decode.health import REPEATED_NGRAM, repetition
-from fewstep.decode.loop import decode
-from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling
-from fewstep.engine.language_model import LanguageModel, load
+from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.json_files import write_rows_whole
-from fewstep.models.rows import split_row
-from fewstep.models.text import Message, decode_text, encode_before_user
-from fewstep.train.examples import numbered_training_rows
+from fewstep.models.text import Message
+from fewstep.train.self_prompts import conversations_in, sample_prompts
 
 app = typer.Typer(pretty_exceptions_enable=False)
-
-FEWEST_WORDS = 3
-MOST_REPETITION = 0.2
-
-
-def conversations_in(path: Path, limit: int) -> Iterator[list[Message]]:
-    """The first rows of a file, each with its answer. FewstepError for a row without one."""
-    for line, row in islice(numbered_training_rows(path), limit):
-        prompt, answer = split_row(row, f"{path} line {line}")
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        yield [*asked, {"role": "assistant", "content": answer}]
-
-
-def kept(lm: LanguageModel, outputs: Iterable[Output]) -> Iterator[tuple[int, str]]:
-    """The texts that can be prompts, each once, and the places of their outputs."""
-    seen: set[str] = set()
-    for place, output in enumerate(outputs):
-        text = decode_text(lm.network.tokenizer, output.token_ids).strip()
-        whole = output.finish_reason == "stop" and len(text.split()) >= FEWEST_WORDS
-        if whole and text not in seen and repetition(np.asarray(output.token_ids), REPEATED_NGRAM) <= MOST_REPETITION:
-            seen.add(text)
-            yield place, text
 
 
 @app.command()
@@ -72,27 +43,20 @@ def main(
 ) -> None:
     """Sample prompts and write them."""
     lm = load(model, "autoregressive", dtype, device)
-    said = [[]] if after is None else list(conversations_in(after, count))
-    starts = [encode_before_user(lm.network.tokenizer, one) for one in said]
-    if after is None:
-        starts *= count
     sampling = Sampling(temperature=temperature, top_p=top_p)
-    requests = [
-        Request(prompt_ids=start, max_new_tokens=max_tokens, seed=seed + i, sampling=sampling)
-        for i, start in enumerate(starts)
-    ]
-    decoder = lm.decoder(decoder="autoregressive")
-    texts = list(kept(lm, decode(lm.network, requests, decoder, batch_size=batch_size)))
-    if not texts:
-        raise FewstepError(f"none of {len(requests)} samples can be a prompt; is {model} a chat model?")
+    asked: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "batch_size": batch_size, "seed": seed}
+    said: list[list[Message]] = [[]] * count if after is None else list(conversations_in(after, count))
+    found = list(sample_prompts(lm, said, **asked))
+    if not found:
+        raise FewstepError(f"none of {len(said)} samples can be a prompt; is {model} a chat model?")
     rows = (
         {"id": f"own-{i}", "prompt": text}
         if after is None
-        else {"id": f"own-{i}", "messages": [*said[place], {"role": "user", "content": text}]}
-        for i, (place, text) in enumerate(texts)
+        else {"id": f"own-{i}", "messages": [*before, {"role": "user", "content": text}]}
+        for i, (before, text) in enumerate(found)
     )
     write_rows_whole(output, rows)
-    print(f"{output}: {len(texts)} of {len(requests)} samples", flush=True)
+    print(f"{output}: {len(found)} of {len(said)} samples", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from zipfile import ZipFile
 
 import typer
 from pipeline import Causal, Student, Tables, Teacher, Trajectories
-from stages import Runs, app_of, is_there
+from stages import Runs, is_there
 
+from fewstep.cli.settings_commands import app_of
 from fewstep.errors import FewstepError
 from fewstep.files import write_whole
 from fewstep.models.importers.convert import import_checkpoint

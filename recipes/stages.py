@@ -1,12 +1,10 @@
 """What recipes share: a stage as a command, fresh networks, settings of a GPU, and where a process stands."""
 
-import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -14,7 +12,6 @@ from annotated_types import Ge, Gt, Le
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from word_problems import MAX_ANSWER
 
-from fewstep.cli.option_names import naming_options, option_name
 from fewstep.engine.language_model import LanguageModel
 from fewstep.measure.evaluate import evaluate
 from fewstep.models.fresh import fresh_network
@@ -104,54 +101,6 @@ class FineTuning(Training):
     def load(self) -> Network:
         """The source in float32, to be trained."""
         return load_network(self.found(self.source), dtype="float32", device=device())
-
-
-def app_of(stages: Mapping[str, Stage]) -> typer.Typer:
-    """The commands of these stages by name."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    for name, stage in stages.items():
-        app.command(name, help=inspect.getdoc(type(stage)))(_command(stage))
-    return app
-
-
-def _command(stage: Stage) -> Callable[..., None]:
-    def command(**given: Any) -> None:
-        with naming_options({name: option_name(name) for name in given}):
-            with_values(stage, given).run()
-
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, annotation, default in _options(stage)
-    ]
-    vars(command)["__signature__"] = inspect.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
-    """The settings, and the settings classes among their fields, with the values that are given by a field's name."""
-    changed = {
-        field.name: with_values(value, values) if is_dataclass(value) else values.get(field.name, value)
-        for field in fields(settings)
-        if field.init
-        for value in [getattr(settings, field.name)]
-    }
-    return replace(settings, **changed)
-
-
-def _options(settings: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, annotation for typer and default of each option."""
-    plain, declared = get_type_hints(type(settings)), get_type_hints(type(settings), include_extras=True)
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if is_dataclass(value):
-            yield from _options(value)
-            continue
-        words = " ".join(word for word in getattr(declared[field.name], "__metadata__", ()) if isinstance(word, str))
-        kind = plain[field.name]
-        if get_origin(kind) is tuple:  # typer repeats options of lists only
-            kind, value = list[get_args(kind)[0]], list(value)  # type: ignore[misc]
-        yield field.name, Annotated[kind, typer.Option(help=words or None)], value
 
 
 # --- networks and settings ---

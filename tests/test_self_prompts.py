@@ -14,6 +14,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.load import save_network
 from fewstep.models.text import encode_before_user
 from fewstep.models.tiny import tiny_network
+from fewstep.train.self_prompts import kept
 
 RECIPE = self_prompts.__file__
 
@@ -41,7 +42,7 @@ def test_whole_prompts_of_some_words_that_repeat_little_are_kept_once() -> None:
         output("how many are there", "length"), output("one and one and one and one and one and one and one and one"),
         output("what is 3 + 4?"),
     ]  # fmt: skip
-    assert list(self_prompts.kept(lm, said)) == [(0, "how much is this?"), (5, "what is 3 + 4?")]
+    assert list(kept(lm, said)) == [(0, "how much is this?"), (5, "what is 3 + 4?")]
 
 
 def test_the_command_writes_rows_that_collect_takes_or_says_that_there_are_none(tmp_path: Path) -> None:

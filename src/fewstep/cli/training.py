@@ -35,7 +35,7 @@ from fewstep.train.embedding import (
     EmbeddingObjective,
     EmbeddingSettings,
     TokenCorruption,
-    trained_space,
+    begin_embedding,
     warp_by_loss,
 )
 from fewstep.train.embedding_paths import Paths, read_paths
@@ -214,9 +214,7 @@ class EmbeddingStart(Start):
             made = to_embedding_space(made, warp=channel_warp(made))
         if self.warp == "loss":
             made = to_embedding_space(made, warp=warp_by_loss(made, examples))
-        assert made.role.embedding_space is not None
-        space = trained_space(made.role.embedding_space, training)
-        return made.with_role(replace(made.role, embedding_space=space)), examples, paths
+        return begin_embedding(made, training), examples, paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,3 +178,23 @@ def with_interval(form: str, key: str, factor: float = 1.0) -> Callable[[Mapping
         return f"{estimate} ({low} to {high})"
 
     return cell
+
+
+def table_by_passes(rows: Sequence[Mapping[str, Any]], passes: Sequence[int]) -> str:
+    """Solved problems with their intervals: a line for each model and decoder, a column for each number of passes.
+
+    Rows are those of reports, with their `steps`; what share of answers by several seeds is distinct may be among them.
+    """
+    lines = ["| model | sampler | " + " | ".join(map(str, passes)) + " |", "|---" * (2 + len(passes)) + "|"]
+    kinds = dict.fromkeys((row["model"], row["decoder"]) for row in rows)
+    for model, sampler in kinds:
+        found = {row["steps"]: row for row in rows if (row["model"], row["decoder"]) == (model, sampler)}
+        cells = [_cell(found[steps]) if steps in found else "" for steps in passes]
+        lines.append(f"| {model} | {sampler} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    low, high = row["accuracy_ci95"]
+    seeds = f", {row['distinct_answers']:.0%} distinct" if "distinct_answers" in row else ""
+    return f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%}){seeds}"

@@ -80,6 +80,18 @@ def write_problem_files(folder: Path) -> None:
         write_problem_file(folder / f"{split}.jsonl", make_problems(split, count))
 
 
+def kept_problems(split: Split, n: int, folder: Path) -> list[Problem]:
+    """The first `n` problems: the bundled ones or, if there are fewer, those of the file SPLIT.jsonl in `folder`, which
+    is made if it holds too few.
+    """
+    if n <= BUNDLED_COUNTS[split]:
+        return problems(split, n)
+    path = folder / f"{split}.jsonl"
+    if not path.exists() or len(read_problems(path)) < n:
+        write_problem_file(path, make_problems(split, n))
+    return read_problems(path, split=split)[:n]
+
+
 def make_problems(split: Split, n: int) -> list[Problem]:
     """`n` distinct problems of a split, templates drawn evenly; the same first ones for any larger `n`.
 

@@ -540,3 +540,10 @@ def trained_space(space: EmbeddingSpace, settings: EmbeddingSettings) -> Embeddi
     """The space as a training with these settings leaves it."""
     steps = settings.most_steps if settings.learns_steps else space.most_steps
     return replace(space, most_steps=steps, guided=space.guided or settings.without_prompt > 0)
+
+
+def begin_embedding(network: Network, settings: EmbeddingSettings) -> Network:
+    """The network in embedding space, with its role as this training leaves it; see `trained_space`."""
+    assert network.role.embedding_space is not None
+    space = trained_space(network.role.embedding_space, settings)
+    return network.with_role(replace(network.role, embedding_space=space))
