@@ -1,5 +1,6 @@
 """Networks in embedding space: the module, its samplers, and what answers with them."""
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -440,6 +441,18 @@ def test_more_steps_than_those_of_the_training_are_allowed_and_said(network: Net
         assert lm.generate("a", max_new_tokens=3, steps=33).num_forwards == 33
     with pytest.warns(UserWarning, match="more than the 32"):
         EmbeddingModel(network).generate([3, 4], max_new_tokens=3, num_inference_steps=40)
+
+
+def test_a_network_that_was_not_trained_for_one_step_says_so(network: Network) -> None:
+    untrained = to_embedding_space(tiny_network("bidirectional"))
+    with pytest.warns(UserWarning, match="not trained to take long steps, and 1 is few for it; take about 32"):
+        EmbeddingModel(untrained).generate([3, 4], max_new_tokens=3)
+    with pytest.warns(UserWarning, match="and 3 are few for it"):
+        LanguageModel(untrained).generate("a", max_new_tokens=3, steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LanguageModel(untrained).generate("a", max_new_tokens=3).num_forwards == 32
+        EmbeddingModel(network).generate([3, 4], max_new_tokens=3)  # it was trained to take long steps
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,12 @@ def grid(name: GridName, space: EmbeddingSpace, num_steps: int) -> tuple[Tensor,
 
 # --- settings ---
 
+FEW_STEPS = 4
+"""Steps of a network that was trained to take long ones, unless they are given."""
+
+DENOISER_STEPS = 32
+"""Steps of a network that knows no step sizes, unless they are given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSampling:
@@ -142,7 +148,10 @@ class EmbeddingSampling:
     steps: Annotated[
         Count | None,
         "Passes from noise to text.",
-        Details(aliases=("num_inference_steps",), default="4, or 32 for a model that was not trained for few"),
+        Details(
+            aliases=("num_inference_steps",),
+            default=f"{FEW_STEPS}, or {DENOISER_STEPS} for a model that was not trained for few",
+        ),
     ] = None
     sampler: Annotated[
         SamplerName | None,
@@ -179,13 +188,23 @@ class EmbeddingSampling:
         trained = space.most_steps is not None
         return replace(
             self,
-            steps=self.steps or (4 if trained else 32),
+            steps=self.steps or (FEW_STEPS if trained else DENOISER_STEPS),
             sampler=self.sampler or ("shortcut" if trained else "euler"),
         )
 
     def note(self, space: EmbeddingSpace) -> str | None:
         """What is worth saying of steps that the network was not trained for, in a sentence."""
-        if self.steps is None or space.most_steps is None or self.steps <= space.most_steps:
+        if self.steps is None:
+            return None
+        if space.most_steps is None:
+            if self.steps >= FEW_STEPS:
+                return None
+            return (
+                f"the model was not trained to take long steps, and {self.steps} {'is' if self.steps == 1 else 'are'} "
+                f"few for it; take about {DENOISER_STEPS}, or train it for few steps (fewstep train embedding "
+                "--objective shortcut)"
+            )
+        if self.steps <= space.most_steps:
             return None
         return (
             f"{self.steps} steps are more than the {space.most_steps} that the model was trained to take; it takes "

@@ -108,8 +108,11 @@ class EmbeddingModel(EmbeddingDenoiser):
 
         `input_ids`: ids of one prompt or of several, padded where `attention_mask` is 0 on either side. `seed`: of all
         texts, which then differ by their prompts alone, or of each. `settings`: sampler, guidance, grid, churn and
-        canvas_length. FewstepError for a prompt that leaves no room, or a setting without meaning. A warning tells of
-        more steps than the network was trained for.
+        canvas_length. FewstepError for a prompt that leaves no room, or a setting without meaning.
+
+        Unlike `LanguageModel`, whose number of steps follows from the network, this takes one step unless more are
+        asked for, as pipelines of one-step models do. A warning says if the network was not trained for so few steps,
+        or for so many.
         """
         prompts = _prompts(input_ids, attention_mask)
         sampling = EmbeddingSampling(steps=num_inference_steps, **settings)
