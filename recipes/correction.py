@@ -31,7 +31,7 @@ from fewstep.errors import FewstepError
 from fewstep.measure.contenders import figure, markdown_table, with_interval
 from fewstep.measure.restoration import restoration
 from fewstep.measure.timing import time_interleaved, write_figures
-from fewstep.models.embedding_model import to_embedding_space
+from fewstep.models.embedding_denoiser import to_embedding_space
 from fewstep.models.fresh import fresh_network
 from fewstep.models.load import load_network, load_tokenizer
 from fewstep.models.network import Network

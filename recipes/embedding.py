@@ -28,7 +28,7 @@ from fewstep.engine.language_model import LanguageModel, load
 from fewstep.json_files import read_json, write_json_whole
 from fewstep.measure.contenders import table_by_passes
 from fewstep.measure.evaluate import evaluate
-from fewstep.models.embedding_model import to_embedding_space
+from fewstep.models.embedding_denoiser import to_embedding_space
 from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
 from fewstep.models.network import Network

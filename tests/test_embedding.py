@@ -29,20 +29,20 @@ from fewstep.decode.embedding import (
     euler,
     grid,
     normal_noise,
+    step_size,
     stochastic,
-    told_step,
 )
 from fewstep.decode.generator import answer
 from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling
-from fewstep.engine.embedding import EmbeddingModel
+from fewstep.engine.embedding_model import EmbeddingModel
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.models.denoiser import conditioning_of
-from fewstep.models.embedding_model import EmbeddingDenoiser, to_embedding_space
+from fewstep.models.embedding_denoiser import EmbeddingDenoiser, to_embedding_space
 from fewstep.models.embedding_space import EmbeddingSpace, channel_losses, unit_rows, warp_of_losses
 from fewstep.models.load import load_network, save_network
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import conditioning_of
 from fewstep.models.roles import Role
 from fewstep.models.tiny import tiny_network, tiny_tokenizer
 
@@ -152,14 +152,14 @@ def test_grids_fall_from_pure_noise_to_the_clean_text(network: Network, name: An
         assert (values.diff() < 0).all()
 
 
-def test_a_network_is_told_the_step_that_it_was_trained_to_take() -> None:
+def test_a_network_is_given_the_step_that_it_was_trained_to_take() -> None:
     space = EmbeddingSpace(noise_scale=1.0, most_steps=8)
     now, then = torch.tensor([1.0, 0.5, 0.1]), torch.tensor([0.5, 0.4, 0.0])
-    assert told_step("euler", space, now, then).tolist() == [0, 0, 0]
-    assert_close(told_step("shortcut", space, now, then), torch.tensor([0.5, 0.0, 0.0]))
-    assert_close(told_step("consistency", space, now, then), torch.tensor([1.0, 0.5, 0.0]))
+    assert step_size("euler", space, now, then).tolist() == [0, 0, 0]
+    assert_close(step_size("shortcut", space, now, then), torch.tensor([0.5, 0.0, 0.0]))
+    assert_close(step_size("consistency", space, now, then), torch.tensor([1.0, 0.5, 0.0]))
     unaware = replace(space, most_steps=None)
-    assert told_step("shortcut", unaware, now, then).tolist() == [0, 0, 0]
+    assert step_size("shortcut", unaware, now, then).tolist() == [0, 0, 0]
 
 
 # The module
@@ -202,7 +202,7 @@ def test_families_denoise_and_come_back_from_their_folder(kind: str, tmp_path: P
 
     loss(model).backward()
     learnt = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().sum() > 0}
-    assert {"module.noise.own.weight", "module.noise.raw.weight", "module.noise.told.2.weight"} <= learnt
+    assert {"module.noise.own.weight", "module.noise.raw.weight", "module.noise.time_embedding.2.weight"} <= learnt
     model.save_pretrained(tmp_path / "model")
     again = EmbeddingModel.from_pretrained(tmp_path / "model")
     assert_close(loss(again), loss(model))

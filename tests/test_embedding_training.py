@@ -18,11 +18,11 @@ from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
-from fewstep.models.denoiser import NoisyRows, conditioning_of, noisy_embeddings, noisy_scores
-from fewstep.models.embedding_model import EmbeddingDenoiser, to_embedding_space
+from fewstep.models.embedding_denoiser import EmbeddingDenoiser, to_embedding_space
 from fewstep.models.load import save_network
 from fewstep.models.masks import Layout, added_to_scores
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows, conditioning_of, noisy_embeddings, noisy_scores
 from fewstep.models.tiny import tiny_network
 from fewstep.train.documents import CanvasLengths
 from fewstep.train.embedding import (

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fewstep.engine.embedding import EmbeddingModel
+    from fewstep.engine.embedding_model import EmbeddingModel
     from fewstep.engine.language_model import LanguageModel, load
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(language_model, name)
     if name == "EmbeddingModel":
-        from fewstep.engine.embedding import EmbeddingModel
+        from fewstep.engine.embedding_model import EmbeddingModel
 
         return EmbeddingModel
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

@@ -19,7 +19,7 @@ from fewstep.cli.sources import Touches
 from fewstep.decode.jacobi import Jacobi
 from fewstep.decode.self_speculative import SelfSpeculative
 from fewstep.errors import FewstepError
-from fewstep.models.embedding_model import channel_warp, to_embedding_space
+from fewstep.models.embedding_denoiser import channel_warp, to_embedding_space
 from fewstep.models.embedding_space import UNIFORM, RowsFrom
 from fewstep.models.load import load_network
 from fewstep.models.medusa import MedusaHeads

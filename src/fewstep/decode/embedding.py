@@ -28,10 +28,10 @@ from fewstep.decode.requests import Event, FinishReason, Output, Request
 from fewstep.decode.sampling import noise_keys, uniform
 from fewstep.errors import FewstepError
 from fewstep.models.cache import bytes_per_position
-from fewstep.models.denoiser import NoisyRows, conditioning_of
 from fewstep.models.embedding_space import EmbeddingSpace
 from fewstep.models.load import free_memory
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows, conditioning_of
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.threads import sparing_threads
 from fewstep.values import Count, Share, check_fields
@@ -63,7 +63,7 @@ def euler(rows: Rows, sigma: float, churn: float) -> Tensor:
 
 
 def shortcut(rows: Rows, sigma: float, churn: float) -> Tensor:
-    """A step of the same form, by a network that was told how long the step is and learnt to give the mean of what many
+    """A step of the same form, by a network that knows the length of the step and learnt to give the mean of what many
     short steps would have found on the way (arXiv 2410.12557).
     """
     return euler(rows, sigma, churn)
@@ -98,17 +98,17 @@ SAMPLERS: Mapping[SamplerName, Callable[[Rows, float, float], Tensor]] = {
 }
 
 
-def told_step(sampler: SamplerName, role_space: EmbeddingSpace, now: Tensor, then: Tensor) -> Tensor:
-    """The step size that the network is told, between two times: a consistency function goes all the way to 0, a
+def step_size(sampler: SamplerName, space: EmbeddingSpace, now: Tensor, then: Tensor) -> Tensor:
+    """The step size that the network is given, between two times: a consistency function goes all the way to 0, a
     shortcut one step, and the others ask for the clean text's distribution. A step that is shorter than those of the
-    training is told as none.
+    training is given as none.
     """
     if sampler in ("euler", "stochastic"):
         return torch.zeros_like(now)
     size = now if sampler == "consistency" else now - then
-    if role_space.most_steps is None:
+    if space.most_steps is None:
         return torch.zeros_like(now)
-    return torch.where(size * role_space.most_steps >= 1 - 1e-4, size, 0.0)
+    return torch.where(size * space.most_steps >= 1 - 1e-4, size, 0.0)
 
 
 # --- time grids ---
@@ -271,9 +271,9 @@ class EmbeddingSampler:
         self._copies = 2 if settings.guidance else 1  # of a request: with its prompt, and without
         self._cache = network.new_cache(num_slots * self._copies, self.length)
         level_N, time_N = grid(settings.grid, space, settings.steps)
-        self._levels, self._told = (
+        self._levels, self._step_sizes = (
             level_N.tolist(),
-            told_step(settings.sampler, space, time_N[:-1], time_N[1:]).tolist(),
+            step_size(settings.sampler, space, time_N[:-1], time_N[1:]).tolist(),
         )
         self._part = conditioning_of(network.module)
         self._table_VD = network.module.get_input_embeddings().weight
@@ -288,7 +288,7 @@ class EmbeddingSampler:
 
     @property
     def steps(self) -> int:
-        return len(self._told)
+        return len(self._step_sizes)
 
     @property
     def busy(self) -> bool:
@@ -488,13 +488,13 @@ class EmbeddingSampler:
         device, width = self.network.device, self._unit_VD.shape[1]
         num, copies = len(tickets), self._copies
         x_RGD = torch.zeros((num, num_G, width), device=device)
-        level_RG, told_RG = (torch.zeros((num, num_G), device=device) for _ in range(2))
+        level_RG, step_RG = (torch.zeros((num, num_G), device=device) for _ in range(2))
         guess_RGD = None if self._part.guess is None else torch.zeros((num, num_G, width), device=device)
         for row, ticket in enumerate(tickets):
             length = len(ticket.canvas)
             x_RGD[row, :length] = ticket.x_GD
             level_RG[row, :length] = torch.where(ticket.open_G, self._levels[ticket.step], 0.0)
-            told_RG[row] = self._told[ticket.step]
+            step_RG[row] = self._step_sizes[ticket.step]
             if guess_RGD is not None and ticket.guess_GD is not None:
                 guess_RGD[row, :length] = ticket.guess_GD
         flat = torch.arange(num * num_G, device=device)
@@ -503,7 +503,7 @@ class EmbeddingSampler:
             flat,
             x_RGD.flatten(0, 1),
             level_RG.flatten(),
-            told_RG.flatten(),
+            step_RG.flatten(),
             None if guess_RGD is None else guess_RGD.flatten(0, 1),
         )
         rows_RGD = self._part.rows(noisy, self.space, self._table_VD, self._unit_VD).view(num, num_G, width)

@@ -12,9 +12,9 @@ from fewstep.decode.generator import Generator, answer, rounds
 from fewstep.decode.loop import Listener, Loop
 from fewstep.decode.requests import Event, Output, Record, Request
 from fewstep.engine.choice import Choice, EngineSetting
-from fewstep.engine.embedding import Samplers
 from fewstep.engine.loops import Loops
 from fewstep.engine.manner import Manner, Telling
+from fewstep.engine.samplers import Samplers
 from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network

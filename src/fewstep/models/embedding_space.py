@@ -41,7 +41,7 @@ RowsFrom = Literal["posterior", "noise"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSpace:
-    """How a network of the role `embedding` is told of noise. FewstepError if a field has no meaning.
+    """What a network of the role `embedding` knows of noise. FewstepError if a field has no meaning.
 
     `noise_scale`: sigma. `warp`: noise levels at times evenly spaced from 0 to 1. `predicts`: distributions of tokens,
     or embeddings that are rounded to tokens (Diffusion-LM, arXiv 2205.14217). `rows_from`: what a noisy row enters the

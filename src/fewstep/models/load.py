@@ -45,10 +45,10 @@ from fewstep.models.checkpoint_files import (
     read_object,
     reading,
 )
-from fewstep.models.denoiser import PART, attach
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import local_folder
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import PART, attach
 from fewstep.models.roles import EMBEDDING_SPACE, Role, RoleName
 from fewstep.models.vocabulary import end_tokens_named, set_end_tokens
 

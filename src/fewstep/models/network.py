@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import LongRope, adjust_logits, examine, within_sliding_window
 from fewstep.models.cache import KVCache
-from fewstep.models.denoiser import attach
 from fewstep.models.masks import added_to_scores, cached_mask, show_tree
+from fewstep.models.noise_conditioning import attach
 from fewstep.models.roles import INVISIBLE, Role
 from fewstep.models.vocabulary import ids_without_token, token_ids
 

@@ -4,9 +4,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fewstep.models.denoiser import conditioning_of
-from fewstep.models.embedding_model import to_embedding_space
+from fewstep.models.embedding_denoiser import to_embedding_space
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import conditioning_of
 from fewstep.models.roles import ContextAttention, Role, RoleName
 
 _SPECIAL = ["<pad>", "<eos>", "<mask>", "<bos>", "<answer>"]

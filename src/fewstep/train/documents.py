@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.models.denoiser import NoisyRows
 from fewstep.models.masks import Layout
+from fewstep.models.noise_conditioning import NoisyRows
 from fewstep.models.roles import Role
 from fewstep.train import corruption
 from fewstep.train.corruption import BlockCorruption

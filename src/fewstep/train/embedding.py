@@ -18,12 +18,12 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from fewstep.decode.embedding import told_step
+from fewstep.decode.embedding import step_size
 from fewstep.errors import FewstepError
-from fewstep.models.denoiser import NoisyRows, conditioning_of
-from fewstep.models.embedding_model import IGNORED, LEVELS, EmbeddingDenoiser
+from fewstep.models.embedding_denoiser import IGNORED, LEVELS, EmbeddingDenoiser
 from fewstep.models.embedding_space import EmbeddingSpace, warp_of_losses
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows, conditioning_of
 from fewstep.train.corruption import stratified_uniform
 from fewstep.train.documents import CONTEXT, NOISY, Batch, CanvasLengths, Forward, Inputs, PackedDocuments, WeightsOf
 from fewstep.train.embedding_paths import Paths
@@ -321,18 +321,18 @@ class EmbeddingObjective:
 
     def loss(self, forward: Forward, prepared: Prepared) -> Loss:
         path = _Path(self, forward, prepared)
-        step_U = told_step(
+        step_U = step_size(
             "shortcut" if self.settings.objective == "shortcut" else "consistency",
             self.space,
             prepared.now_U,
             prepared.then_U,
         )
-        told_U = torch.where(prepared.data_U, 0.0, step_U)
+        step_U = torch.where(prepared.data_U, 0.0, step_U)
         target_SV = None
         if self.settings.predicts_targets:
             with torch.no_grad():
                 target_SV = self._target(path)
-        output_S = path.predict(path.at(prepared.now_U), prepared.now_U, told_U, gradient=True)
+        output_S = path.predict(path.at(prepared.now_U), prepared.now_U, step_U, gradient=True)
         return self._loss(path, output_S, target_SV)
 
     def _target(self, path: "_Path") -> Tensor:
@@ -341,7 +341,7 @@ class EmbeddingObjective:
         now_U, mid_U, then_U = prepared.now_U, prepared.mid_U, prepared.then_U
         x_SD = path.at(now_U)
         if self.settings.objective == "shortcut":
-            half_U = told_step("shortcut", space, now_U, mid_U)
+            half_U = step_size("shortcut", space, now_U, mid_U)
             first_SV = path.target(x_SD, now_U, half_U)
             second_SV = path.target(path.moved(x_SD, now_U, mid_U, first_SV), mid_U, half_U)
             weight_U = first_weight(space.level(now_U), space.level(mid_U), space.level(then_U))
@@ -349,12 +349,12 @@ class EmbeddingObjective:
             return weight_S1 * first_SV + (1 - weight_S1) * second_SV
         # A clean text is its own prediction.
         ends_S1 = (then_U == 0)[prepared.unit_S][:, None]
-        told_U = told_step("consistency", space, then_U, torch.zeros_like(then_U))
+        step_U = step_size("consistency", space, then_U, torch.zeros_like(then_U))
         if self.settings.objective == "distillation":
             end_SV = path.target(x_SD, now_U, torch.zeros_like(now_U))
             x_SD = path.moved(x_SD, now_U, then_U, end_SV)
-            return torch.where(ends_S1, end_SV, path.target(x_SD, then_U, told_U))
-        found_SV = path.target(path.at(then_U), then_U, told_U).masked_fill(ends_S1, 0.0)
+            return torch.where(ends_S1, end_SV, path.target(x_SD, then_U, step_U))
+        found_SV = path.target(path.at(then_U), then_U, step_U).masked_fill(ends_S1, 0.0)
         return found_SV.scatter_add(1, prepared.truth_S[:, None], ends_S1.float())
 
     def _loss(self, path: "_Path", output: Tensor, target_SV: Tensor | None) -> Loss:
@@ -426,7 +426,7 @@ class _Path:
         self,
         x_SD: Tensor,
         time_U: Tensor,
-        told_U: Tensor,
+        step_U: Tensor,
         *,
         gradient: bool = False,
         weights: WeightsOf = "own",
@@ -434,8 +434,8 @@ class _Path:
     ) -> Tensor:
         """What the network gives: logits [S, V], or embeddings [S, D]."""
         prepared, inputs = self.prepared, self.prepared.inputs
-        told_S = torch.where(prepared.given_S, 0.0, told_U[prepared.unit_S])
-        noisy = NoisyRows(inputs.rows_S, prepared.before_S, x_SD, self.level(time_U), told_S)
+        step_S = torch.where(prepared.given_S, 0.0, step_U[prepared.unit_S])
+        noisy = NoisyRows(inputs.rows_S, prepared.before_S, x_SD, self.level(time_U), step_S)
         if without_prompt:
             inputs = inputs._replace(tokens_RT=prepared.without_RT)
         if self._part.guess is not None:
@@ -445,16 +445,16 @@ class _Path:
                     first = self._forward(*inputs, noisy=noisy._replace(guess_SD=guess_SD), gradient=False)
                     guess_SD = self._clean(first)
                     # Steps learn without a guess, since the first of their pass has none.
-                    guess_SD = guess_SD * (told_S == 0)[:, None]
+                    guess_SD = guess_SD * (step_S == 0)[:, None]
             noisy = noisy._replace(guess_SD=guess_SD)
         return self._forward(*inputs, noisy=noisy, gradient=gradient, weights=weights)
 
-    def target(self, x_SD: Tensor, time_U: Tensor, told_U: Tensor) -> Tensor:
+    def target(self, x_SD: Tensor, time_U: Tensor, step_U: Tensor) -> Tensor:
         """Distributions [S, V] by the weights of the targets, guided if that is set."""
         settings = self._objective.settings
-        logits_SV = self.logits(self.predict(x_SD, time_U, told_U, weights=settings.target))
+        logits_SV = self.logits(self.predict(x_SD, time_U, step_U, weights=settings.target))
         if settings.target_guidance:
-            without = self.predict(x_SD, time_U, told_U, weights=settings.target, without_prompt=True)
+            without = self.predict(x_SD, time_U, step_U, weights=settings.target, without_prompt=True)
             without_SV = self.logits(without)
             logits_SV = without_SV + (1 + settings.target_guidance) * (logits_SV - without_SV)
         return self._part.without_ruled_out(logits_SV).softmax(-1)

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, get_scheduler
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import adjust_logits
 from fewstep.models.attention import check_trainable, compile_layers, prepare_attention, training_mask
-from fewstep.models.denoiser import NoisyRows, noisy_embeddings, noisy_scores
 from fewstep.models.gated import GatedAdapter
 from fewstep.models.load import DTYPES
 from fewstep.models.masks import Layout
 from fewstep.models.medusa import MedusaHeads
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows, noisy_embeddings, noisy_scores
 from fewstep.models.roles import Role
 from fewstep.train.documents import WeightsOf
 from fewstep.train.lora import LoRASettings, add_lora

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import NoisyRows
 from fewstep.models.masks import Layout
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows
 from fewstep.train.documents import WeightsOf
 from fewstep.train.objectives import Objective, to_device
 from fewstep.train.stream import BatchStream

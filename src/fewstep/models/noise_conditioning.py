@@ -45,7 +45,8 @@ class NoisyRows(NamedTuple):
 
 
 class NoiseConditioning(nn.Module):
-    """What a network needs to read noisy embeddings and to be told of the noise. It begins with no effect of its own.
+    """What a network needs to read noisy embeddings and to know the noise level and the step size. It begins with no
+    effect of its own.
 
     With `rows_from="posterior"` a row enters as the mean embedding of the tokens by their probability given the noisy
     row alone (all tokens equally frequent), and the less that says of the token, the more as the mask's embedding. So
@@ -59,7 +60,7 @@ class NoiseConditioning(nn.Module):
         self.predicts, self.self_conditioned = space.predicts, space.self_conditioned
         self.mask_token_id = mask_token_id
         last = nn.Linear(width, width)
-        self.told = nn.Sequential(nn.Linear(num_features(), width), nn.SiLU(), last)
+        self.time_embedding = nn.Sequential(nn.Linear(num_features(), width), nn.SiLU(), last)
         self.raw = nn.Linear(width, width, bias=False)
         self.own = nn.Linear(width, width, bias=False) if shifted else None
         self.guess = nn.Linear(width, width, bias=False) if space.self_conditioned else None
@@ -98,7 +99,7 @@ class NoiseConditioning(nn.Module):
                 length = table_VD.detach().pow(2).mean().sqrt()
                 rows_SD = level_S1 * mask_D + length * scaled_SD
         rows_SD = rows_SD + self.raw(self._cast(scaled_SD)).float()
-        rows_SD = rows_SD + self.told(self._cast(features(noisy.level_S, noisy.step_S, sigma))).float()
+        rows_SD = rows_SD + self.time_embedding(self._cast(features(noisy.level_S, noisy.step_S, sigma))).float()
         if self.guess is not None and noisy.guess_SD is not None:
             rows_SD = rows_SD + self.guess(self._cast(noisy.guess_SD)).float()
         return rows_SD

@@ -13,11 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from fewstep.errors import FewstepError
-from fewstep.models.denoiser import NoisyRows, conditioning_of, noisy_embeddings
 from fewstep.models.embedding_space import EmbeddingSpace, channel_losses, unit_rows, warp_of_losses
 from fewstep.models.load import load_network, save_network
 from fewstep.models.masks import added_to_scores, cached_mask
 from fewstep.models.network import Network
+from fewstep.models.noise_conditioning import NoisyRows, conditioning_of, noisy_embeddings
 from fewstep.models.roles import INVISIBLE
 
 IGNORED = -100
