@@ -6,20 +6,17 @@ Reference and student (under every threshold) answer one pool of problems once, 
 GPUs; repeat the command until all are done. Every calibration is read from this table of right and wrong.
 """
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from run_recipe import run_recipe
 from task_options import Many
 
 from fewstep.errors import FewstepError
-from fewstep.measure.calibrate import Measured, Rule, calibrate, paths_of
+from fewstep.measure.calibrate import paths_of, repeated
 from fewstep.measure.contenders import Contender, answer_problems, load_contenders
-from fewstep.measure.evaluate import Report
 from fewstep.measure.timing import write_figures
 from fewstep.tasks.gsm_symbolic import make_problems
 from fewstep.tasks.problems import Problem, read_problems, write_problem_file
@@ -33,26 +30,6 @@ def pool_of(count: int, path: Path) -> list[Problem]:
     if not path.exists() or len(read_problems(path)) != count:
         write_problem_file(path, Random(0).sample(make_problems("dev", count), count))
     return read_problems(path)
-
-
-def judged(table: dict[str, Report], paths: list[list[Rule]], eps: float, confidence: float, n: int, m: int) -> Any:
-    """What `m` calibrations on `n` problems each choose, and the loss of that on the problems behind them all."""
-
-    def measured(places: slice, rule: Rule) -> Measured:
-        student, reference = (
-            replace(one, records=one.records[places]) for one in (table[str(rule)], table["reference"])
-        )
-        return Measured.of(rule, student, reference)
-
-    rows = []
-    for start in range(0, m * n, n):
-        chosen = calibrate(paths, partial(measured, slice(start, start + n)), eps=eps, confidence=confidence).chosen
-        if chosen is not None:
-            rule = chosen.measured.rule
-            rows.append({**vars(rule), "loss": measured(slice(m * n, None), rule).pairs.loss})
-    kept = sum(row["loss"] <= eps for row in rows)
-    print(f"eps {eps:g}: {len(rows)} of {m} calibrations found a setting, {kept} of these lose at most eps", flush=True)
-    return {"eps": eps, "confidence": confidence, "n": n, "calibrations": m, "within": kept, "chosen": rows}
 
 
 @app.command()
@@ -84,7 +61,10 @@ def main(
     if missing := [one.name for one in everyone if one.name not in table or table[one.name].n < len(pool)]:
         raise FewstepError(f"not all problems are answered by {'; '.join(missing)}; repeat the command")
     rows = {name: report.to_json() for name, report in table.items()}
-    tried = [judged(table, paths, value, confidence, n, calibrations) for value in eps]
+    tried = [repeated(table, paths, eps=value, confidence=confidence, n=n, calibrations=calibrations) for value in eps]
+    for one in tried:
+        some = f"{len(one['chosen'])} of {calibrations} calibrations found a setting"
+        print(f"eps {one['eps']:g}: {some}, {one['within']} of these lose at most eps", flush=True)
     write_figures(results_folder / "calibrate.json", {"fresh": fresh, "rows": rows, "judged": tried})
 
 

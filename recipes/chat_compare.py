@@ -11,22 +11,16 @@ so that answers can be compared one to one. A contender's settings are those of 
 model is used: quality is not measured.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from run_recipe import run_recipe
 
-from fewstep.cli.compare import read_specification
-from fewstep.engine.language_model import LanguageModel
-from fewstep.engine.settings import GenerationSettings
-from fewstep.errors import FewstepError
+from fewstep.cli.contenders import SPECIFICATION, greedy_contender
 from fewstep.files import write_text_whole
 from fewstep.json_files import write_rows_whole
-from fewstep.measure.agreement import check_same_tokens
-from fewstep.measure.contenders import Contender, load_contenders
-from fewstep.measure.conversation_report import NO_JUDGE, compared_rows, report_of
+from fewstep.measure.conversation_report import NO_JUDGE, answer_rows, compared_rows, report_of
 from fewstep.measure.conversations import (
     EVERYTHING,
     TURNS,
@@ -35,6 +29,7 @@ from fewstep.measure.conversations import (
     first_of_each,
     groups_of,
     hold_all,
+    load_for_conversations,
     read_conversations,
 )
 from fewstep.measure.timing import time_interleaved, write_figures
@@ -42,34 +37,6 @@ from fewstep.measure.timing import time_interleaved, write_figures
 app = typer.Typer(pretty_exceptions_enable=False)
 
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
-SPECIFICATION = "NAME=MODEL[,setting=value...]"
-SHARED = ("max_new_tokens", "temperature", "top_k", "top_p")
-"""Settings that a contender does not have of its own: answers are greedy, and of one greatest length."""
-
-
-def contender_of(specification: str, max_new_tokens: int) -> Contender:
-    """What NAME=MODEL[,setting=value...] spells. FewstepError for anything else, or a setting that has no meaning."""
-    name, _, rest = specification.partition("=")
-    if not (name and rest.split(",")[0]):
-        raise FewstepError(f"{specification!r} names no contender; write {SPECIFICATION}")
-    model, settings = read_specification(rest)
-    role = settings.pop("role", None)
-    plain, own = GenerationSettings(), GenerationSettings.of(**settings)
-    for shared in SHARED:
-        if getattr(own, shared) != getattr(plain, shared):
-            raise FewstepError(
-                f"{shared} is not a contender's own: answers are greedy, and --max-new-tokens is for all"
-            )
-    return Contender(name=name, model=model, role=role, settings={**settings, "max_new_tokens": max_new_tokens})
-
-
-def loaded(contenders: Sequence[Contender], *, dtype: str, device: str) -> dict[str, LanguageModel]:
-    """As `load_contenders`; FewstepError too if a model holds no conversations, or has other tokens than the first."""
-    found = load_contenders(contenders, dtype=dtype, device=device)
-    for lm in found.values():
-        lm.encode([{"role": "user", "content": "Hello"}])
-    check_same_tokens({name: lm.network for name, lm in found.items()})
-    return found
 
 
 @app.command()
@@ -89,10 +56,10 @@ def compare(
     device: str = "auto",
 ) -> None:
     """Hold the conversations with everybody, and compare."""
-    everyone = [contender_of(one, max_new_tokens) for one in (baseline, *(contender or []))]
+    everyone = [greedy_contender(one, max_new_tokens) for one in (baseline, *(contender or []))]
     conversations = first_of_each(read_conversations(prompts), per_category)
     groups = groups_of(conversations)
-    models = loaded(everyone, dtype=dtype, device=device)
+    models = load_for_conversations(everyone, dtype=dtype, device=device)
     found = hold_all(everyone, models, conversations, folder / "conversations", history=history, batch_size=batch_size)
     if found is None:
         return
@@ -114,15 +81,7 @@ def compare(
         "baseline": first, "rows": rows,
     }  # fmt: skip
     write_figures(folder / "chat.json", told)
-    told_of = ("text", "num_tokens", "num_forwards", "finish_reason")
-    answers = [  # those to the same question beside each other
-        {"id": conversation.id, "category": conversation.category, "turn": turn, "contender": one.name,
-         **{name: found[one.name]["answers"][key][name] for name in told_of}}
-        for conversation in conversations
-        for turn, key in enumerate(conversation.keys, start=1)
-        for one in everyone
-    ]  # fmt: skip
-    write_rows_whole(folder / "answers.jsonl", answers)
+    write_rows_whole(folder / "answers.jsonl", answer_rows(everyone, found, conversations))
     document = report_of(rows, history, max_new_tokens)
     write_text_whole(folder / "chat.md", f"{document}\n")
     print(document, flush=True)

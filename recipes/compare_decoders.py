@@ -9,7 +9,6 @@ does what is missing and times all at batch 1 again. With several GPUs contender
 beside the others.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,6 @@ import typer
 from run_recipe import run_recipe
 from task_options import Many, TaskData, TaskName, TaskSplit
 
-from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.measure.contenders import (
@@ -28,8 +26,8 @@ from fewstep.measure.contenders import (
     markdown_table,
     time_contenders,
 )
-from fewstep.measure.metrics import paired_interval
 from fewstep.measure.plots import plot_accuracy, plot_bars
+from fewstep.measure.side_by_side import rows_beside
 from fewstep.measure.timing import write_figures
 from fewstep.models.names import bundled_names
 from fewstep.tasks.registry import task_named
@@ -69,17 +67,6 @@ def missing(option: str, value: str | None) -> str:
         return f"--{option} was not given"
     is_there = option == "model" or Path(value).is_dir() or value in bundled_names()  # whose absence `load` tells
     return "" if is_there else f"{value} is neither a folder nor a bundled model"
-
-
-def extra_parameters(lm: LanguageModel, settings: Mapping[str, Any], baseline: LanguageModel) -> int:
-    """What a contender keeps in memory beyond the baseline's weights: heads, a draft, or a larger network."""
-    decoder: Any = lm.decoder(**settings)
-    beside = 0
-    if decoder.name == "medusa":
-        beside = sum(parameter.numel() for parameter in decoder.heads.parameters())
-    elif decoder.name == "speculative":
-        beside = decoder.draft.num_parameters
-    return lm.network.num_parameters + beside - baseline.network.num_parameters
 
 
 @app.command()
@@ -147,24 +134,8 @@ def compare(
     print(f"answering {min(timed, count)} problems one by one, all in turn", flush=True)
     present = [one for one in everyone if one.name in reports]
     timings = time_contenders(present, models, [item.question for item in items[:timed]])
-    report, timing = reports[BASELINE], timings[BASELINE]
-    rows = []
-    for one in present:
-        mine, alone = reports[one.name], timings[one.name]
-        right, right_baseline = ([record.correct for record in of.records] for of in (mine, report))
-        difference = paired_interval(right, right_baseline)
-        same = [a.text == b.text for a, b in zip(mine.records, report.records, strict=True)]
-        rows.append({
-            "contender": one.name,
-            **mine.to_json(),
-            "accuracy_difference": difference.estimate,
-            "accuracy_difference_ci95": [difference.low, difference.high],
-            "same_answers": sum(same) / len(same),
-            "batch_1": alone.to_json(),
-            "speed_ratio": sum(timing.seconds) / sum(alone.seconds),
-            "extra_parameters": extra_parameters(models[one.name], one.settings, models[BASELINE]),
-            "published": PUBLISHED.get(one.name),
-        })  # fmt: skip
+    rows = rows_beside(BASELINE, present, models, reports, timings)
+    rows = [{**row, "published": PUBLISHED.get(row["contender"])} for row in rows]
     earlier = [one.name for one in present if reports[one.name].num_kept]
     told = {"published": SOURCE, "left_out": absent, "answered_earlier": earlier, "rows": rows}
     write_figures(folder / "comparison.json", told)

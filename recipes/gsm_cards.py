@@ -7,7 +7,7 @@ weights. A part whose file is missing is left out, and `Sources.missing` names i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,12 @@ from gsm_tokenizer import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fewstep.json_files import read_json, read_text
+from fewstep.measure.compare import comparison_sentence
 from fewstep.tasks.gsm_symbolic import DRILL_FRACTION, HELD_OUT_TEMPLATES, PROBLEM_SEEDS
+from fewstep.train.run_log import losses
 
 Kind = Literal["ar", "teacher", "student", "cllm", "draft"]
 DRAFT_FILES = ("test", "test-bfloat16", "heldout", "dev")
-LOSS_ROWS = 12
-LOSSES = ("loss", "distillation", "consistency", "denoising", "autoregressive", "hard", "accepted")
 
 
 @dataclass
@@ -76,28 +76,3 @@ def card(name: str, kind: Kind, model_folder: Path, report: Mapping[str, Any] | 
         max_prompt=MAX_PROMPT_TOKENS, max_answer=MAX_ANSWER_TOKENS, **losses(report), **values,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def losses(report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """About a dozen of the logged steps, evenly spread, and which parts of the loss they have."""
-    logged = [line for line in report["history"] if "loss" in line] if report else []
-    count = min(LOSS_ROWS, len(logged))
-    chosen = sorted({round(i * (len(logged) - 1) / max(1, count - 1)) for i in range(count)})
-    return {
-        "loss_names": [name for name in LOSSES if logged and name in logged[0]],
-        "loss_lines": [logged[i] for i in chosen],
-    }
-
-
-def comparison_sentence(row: Mapping[str, Any]) -> str:
-    """A paired difference with its interval, by template where templates are known, and McNemar's test."""
-    interval: Sequence[float] = row["difference_ci95_clustered"] or row["difference_ci95"]
-    low, high = interval
-    kind = "clustered by template" if row["difference_ci95_clustered"] else "by problem"
-    contains = "contains 0" if low <= 0 <= high else "does not contain 0"
-    side = "above" if row["difference"] > 0 else "below"
-    return (
-        f"{row['first']} scores {100 * abs(row['difference']):.2f} points {side} {row['second']} on {row['n']:,} "
-        f"problems; the interval of the difference ({100 * low:+.2f} to {100 * high:+.2f}, paired, {kind}) {contains}; "
-        f"McNemar p = {row['mcnemar_p']:.2g}; tokens per forward {row['tokens_per_forward_ratio']:.2f} to 1."
-    )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 from run_recipe import run_recipe
-from gsm_cards import Kind, Sources, card, comparison_sentence
+from gsm_cards import Kind, Sources, card
 from stages import BLOCK
 from task_options import Many
 
@@ -21,7 +21,7 @@ from fewstep.engine.language_model import load
 from fewstep.errors import FewstepError
 from fewstep.files import write_text_whole
 from fewstep.json_files import read_json
-from fewstep.measure.compare import compare_shared
+from fewstep.measure.compare import compare_shared, comparison_sentence
 from fewstep.measure.contenders import (
     Contender,
     answer_problems,

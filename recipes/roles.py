@@ -16,6 +16,7 @@ from fewstep.measure.contenders import figure, markdown_table
 from fewstep.measure.evaluate import evaluate
 from fewstep.measure.timing import time_interleaved, write_figures
 from fewstep.models.names import BUNDLED
+from fewstep.models.network import added_bytes
 from fewstep.tasks.registry import task_named
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -43,15 +44,6 @@ def roles_of(families: list[str], device: str) -> dict[str, LanguageModel]:
     return models
 
 
-def added_megabytes(lm: LanguageModel, known: set[int]) -> float:
-    """Megabytes of its parameters that no model before it has in memory; they are known from now on."""
-    adapter = [] if lm.network.adapter is None else list(lm.network.adapter.parameters())
-    parameters = [*lm.network.module.parameters(), *adapter]
-    new = {one.data_ptr(): one.nbytes for one in parameters if one.data_ptr() not in known}
-    known.update(new)
-    return sum(new.values()) / 1e6
-
-
 @app.command()
 def main(
     results_folder: Annotated[Path, typer.Option("--results")] = Path("results/roles"),
@@ -68,7 +60,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for name, lm in models.items():
         report = evaluate(lm, problems, batch_size=batch_size).to_json()
-        rows.append({**report, "model": name, "megabytes_added": added_megabytes(lm, known)})
+        rows.append({**report, "model": name, "megabytes_added": added_bytes(lm.network, known) / 1e6})
         print(f"{name}: {report['accuracy']:.1%}", flush=True)
     questions = [problem.question for problem in problems[:timed]]
     timings = time_interleaved({name: lm.generate for name, lm in models.items()}, questions)

@@ -12,8 +12,7 @@ from annotated_types import Ge, Gt, Le
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from word_problems import MAX_ANSWER
 
-from fewstep.engine.language_model import LanguageModel
-from fewstep.measure.evaluate import evaluate
+from fewstep.measure.evaluate import solved_share
 from fewstep.models.fresh import fresh_network
 from fewstep.models.load import load_network
 from fewstep.models.names import BUNDLED
@@ -118,23 +117,8 @@ def bundled_shape(name: str, device: str, *, layers: int = 12, like: Network | N
 
 
 def accuracy(count: int, **settings: Any) -> Evaluate:
-    """An `evaluate` callable: the share of the first development problems solved, and tokens per forward."""
-    items = problems("dev", count)
-
-    def evaluate_network(network: Network, step: int) -> dict[str, float]:
-        report = evaluate(
-            LanguageModel(network),
-            items,
-            batch_size=count,
-            warm_up=False,
-            max_new_tokens=MAX_ANSWER,
-            engine="off",
-            **settings,
-        )
-        print(f"sample at step {step}: {report.records[0].text!r}", flush=True)
-        return {"accuracy": report.accuracy, "tokens_per_forward": report.tokens_per_forward}
-
-    return evaluate_network
+    """An `evaluate` callable: see `solved_share`, on the first development problems."""
+    return solved_share(problems("dev", count), max_new_tokens=MAX_ANSWER, engine="off", **settings)
 
 
 def gpu_settings(**values: Any) -> TrainSettings:

@@ -100,10 +100,10 @@ def test_damaged_prompts_are_refused(chat: ModuleType, tmp_path: Path, rows: lis
 
 
 def test_a_contender_is_a_name_a_model_and_settings_in_their_types(chat: ModuleType) -> None:
-    found = chat.contender_of("a name=folder/x,decoder=lookahead,window=8,ngram=3,role=autoregressive", 12)
+    found = chat.greedy_contender("a name=folder/x,decoder=lookahead,window=8,ngram=3,role=autoregressive", 12)
     assert (found.name, found.model, found.role) == ("a name", "folder/x", "autoregressive")
     assert found.settings == {"decoder": "lookahead", "window": 8, "ngram": 3, "max_new_tokens": 12}
-    assert chat.contender_of("plain=gsm-ar", 12).settings == {"max_new_tokens": 12}
+    assert chat.greedy_contender("plain=gsm-ar", 12).settings == {"max_new_tokens": 12}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_contender_is_a_name_a_model_and_settings_in_their_types(chat: ModuleT
 )
 def test_a_misspelt_contender_is_a_sentence(chat: ModuleType, specification: str, sentence: str) -> None:
     with pytest.raises(FewstepError, match=sentence):
-        chat.contender_of(specification, 12)
+        chat.greedy_contender(specification, 12)
 
 
 def test_the_command_takes_the_option_again_and_again(chat: ModuleType, toys: Path, tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_models_that_cannot_be_compared_are_refused_before_anything_long(
     file.write_text(file.read_text().replace("<unused0>", "<new>"))
 
     def load(second: str) -> dict[str, LanguageModel]:
-        contenders = [chat.contender_of(one, 12) for one in (f"a={toys}/plain", f"b={second}")]
-        return chat.loaded(contenders, dtype="auto", device="cpu")
+        contenders = [chat.greedy_contender(one, 12) for one in (f"a={toys}/plain", f"b={second}")]
+        return chat.load_for_conversations(contenders, dtype="auto", device="cpu")
 
     assert list(load(f"{tmp_path}/wide")) == ["a", "b"]
     same = load(f"{toys}/plain,decoder=jacobi")

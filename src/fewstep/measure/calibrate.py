@@ -8,8 +8,9 @@ Several paths share that error evenly.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from fewstep.errors import FewstepError
@@ -141,3 +142,37 @@ def calibrate(
             if not trials[-1].certified:
                 break
     return Outcome(trials=trials)
+
+
+def repeated(
+    table: Mapping[str, Report],
+    paths: Sequence[Sequence[Rule]],
+    *,
+    eps: float,
+    confidence: float,
+    n: int,
+    calibrations: int,
+) -> dict[str, Any]:
+    """Calibrate so many times, each on the next `n` problems, and judge each choice on the problems behind them all.
+
+    `table`: reports of the same problems by the name of the rule, and that of the `reference`. `chosen` of the result
+    are the rules with their loss on those problems, `within` says how many lose at most `eps`.
+    """
+
+    def measured(places: slice, rule: Rule) -> Measured:
+        student, reference = (
+            replace(one, records=one.records[places]) for one in (table[str(rule)], table["reference"])
+        )
+        return Measured.of(rule, student, reference)
+
+    fresh = slice(calibrations * n, None)
+    rows = []
+    for start in range(0, calibrations * n, n):
+        chosen = calibrate(paths, partial(measured, slice(start, start + n)), eps=eps, confidence=confidence).chosen
+        if chosen is not None:
+            rule = chosen.measured.rule
+            rows.append({**asdict(rule), "loss": measured(fresh, rule).pairs.loss})
+    within = sum(row["loss"] <= eps for row in rows)
+    return {
+        "eps": eps, "confidence": confidence, "n": n, "calibrations": calibrations, "within": within, "chosen": rows,
+    }  # fmt: skip

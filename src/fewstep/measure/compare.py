@@ -99,6 +99,21 @@ def compare(
     )
 
 
+def comparison_sentence(row: Mapping[str, Any]) -> str:
+    """In words what `Comparison.to_json` says, with names in place of `first` and `second`: the difference with its
+    interval, by template where templates are known, and McNemar's test.
+    """
+    low, high = row["difference_ci95_clustered"] or row["difference_ci95"]
+    kind = "clustered by template" if row["difference_ci95_clustered"] else "by problem"
+    contains = "contains 0" if low <= 0 <= high else "does not contain 0"
+    side = "above" if row["difference"] > 0 else "below"
+    return (
+        f"{row['first']} scores {100 * abs(row['difference']):.2f} points {side} {row['second']} on {row['n']:,} "
+        f"problems; the interval of the difference ({100 * low:+.2f} to {100 * high:+.2f}, paired, {kind}) {contains}; "
+        f"McNemar p = {row['mcnemar_p']:.2g}; tokens per forward {row['tokens_per_forward_ratio']:.2f} to 1."
+    )
+
+
 def check_same_problems(first: Report, second: Report) -> None:
     """FewstepError unless both answered the same problems in the same order."""
     asked, other = ([(record.id, record.answer) for record in report.records] for report in (first, second))

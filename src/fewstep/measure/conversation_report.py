@@ -1,11 +1,11 @@
 """The report of conversations that several contenders held: figures by group of answers, and tables of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.measure.contenders import Contender, figure, markdown_table
-from fewstep.measure.conversations import EVERYTHING, History, figures_of
+from fewstep.measure.conversations import EVERYTHING, Conversation, History, figures_of
 from fewstep.measure.timing import Timing
 
 NO_JUDGE = (
@@ -65,6 +65,19 @@ def compared_rows(
         }
         for one in contenders
     ]
+
+
+def answer_rows(
+    contenders: Sequence[Contender], held: Mapping[str, Mapping[str, Any]], conversations: Sequence[Conversation]
+) -> Iterator[dict[str, Any]]:
+    """A row for each answer, those to the same question beside each other."""
+    told = ("text", "num_tokens", "num_forwards", "finish_reason")
+    for conversation in conversations:
+        for turn, key in enumerate(conversation.keys, start=1):
+            for one in contenders:
+                answer = held[one.name]["answers"][key]
+                about = {"id": conversation.id, "category": conversation.category, "turn": turn, "contender": one.name}
+                yield about | {name: answer[name] for name in told}
 
 
 def report_of(rows: Sequence[Mapping[str, Any]], history: History, max_new_tokens: int) -> str:

@@ -16,8 +16,8 @@ from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.made_by import answers_made_by
 from fewstep.errors import FewstepError
 from fewstep.json_files import read_rows
-from fewstep.measure.agreement import measure_agreement
-from fewstep.measure.contenders import Contender
+from fewstep.measure.agreement import check_same_tokens, measure_agreement
+from fewstep.measure.contenders import Contender, load_contenders
 from fewstep.measure.jobs import Job, results, spread
 from fewstep.measure.timing import Timing
 from fewstep.models.text import Message
@@ -79,6 +79,17 @@ class Held:
 
     prompts: Mapping[str, Sequence[Message]]
     answers: Mapping[str, Mapping[str, Any]]
+
+
+def load_for_conversations(
+    contenders: Sequence[Contender], *, dtype: str = "auto", device: str = "auto"
+) -> dict[str, LanguageModel]:
+    """As `load_contenders`; FewstepError too if a model holds no conversations, or has other tokens than the first."""
+    found = load_contenders(contenders, dtype=dtype, device=device)
+    for lm in found.values():
+        lm.encode([{"role": "user", "content": "Hello"}])
+    check_same_tokens({name: lm.network for name, lm in found.items()})
+    return found
 
 
 def hold(

@@ -12,6 +12,7 @@ from fewstep.engine.settings import GenerationSettings
 from fewstep.errors import FewstepError
 from fewstep.kept import Kept
 from fewstep.measure.metrics import chrf_interval, wilson_interval
+from fewstep.models.network import Network
 from fewstep.tasks.problems import Problem
 from fewstep.tasks.scoring import NUMBER, Metric
 
@@ -188,6 +189,19 @@ def evaluate(
         policy=manner.policy if GenerationSettings.of(**settings).sets_policy else None,
         metric=metric.name,
     )
+
+
+def solved_share(problems: Sequence[Problem], **settings: Any) -> Callable[[Network, int], dict[str, float]]:
+    """What a training can be given as its `evaluate`: the share of the problems that the network solves, and its tokens
+    per forward; settings are those of `evaluate`. All problems are answered at once, and one answer is printed.
+    """
+
+    def evaluate_network(network: Network, step: int) -> dict[str, float]:
+        report = evaluate(LanguageModel(network), problems, batch_size=len(problems), warm_up=False, **settings)
+        print(f"sample at step {step}: {report.records[0].text!r}", flush=True)
+        return {"accuracy": report.accuracy, "tokens_per_forward": report.tokens_per_forward}
+
+    return evaluate_network
 
 
 def check_problems(

@@ -350,3 +350,14 @@ def _settled(plan: Plan) -> Tensor:
     if plan.slots_RQ is not None:
         settled_RS[:, 0] = True  # scored by a row of the context or of the block being committed
     return settled_RS
+
+
+def added_bytes(network: Network, known: set[int]) -> int:
+    """Bytes of its parameters that no network before it has in memory; `known` are their addresses, to which its own
+    are added.
+    """
+    adapter = [] if network.adapter is None else list(network.adapter.parameters())
+    parameters = [*network.module.parameters(), *adapter]
+    new = {one.data_ptr(): one.nbytes for one in parameters if one.data_ptr() not in known}
+    known.update(new)
+    return sum(new.values())

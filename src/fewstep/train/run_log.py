@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,3 +105,20 @@ class RunLog:
                 print(f"the log in {self._folder} is not whole: {failure.strerror or failure}", file=sys.stderr)
         finally:
             threading.excepthook = self._hook
+
+
+LOSS_ROWS = 12
+LOSSES = ("loss", "distillation", "consistency", "denoising", "autoregressive", "hard", "accepted")
+
+
+def losses(report: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of a run's `report.json`, if there is one: up to LOSS_ROWS of the logged steps, evenly spread, as `loss_lines`,
+    and as `loss_names` which parts of the loss they have.
+    """
+    logged = [line for line in report["history"] if "loss" in line] if report else []
+    count = min(LOSS_ROWS, len(logged))
+    chosen = sorted({round(i * (len(logged) - 1) / max(1, count - 1)) for i in range(count)})
+    return {
+        "loss_names": [name for name in LOSSES if logged and name in logged[0]],
+        "loss_lines": [logged[i] for i in chosen],
+    }
