@@ -148,6 +148,11 @@ def test_settings_that_need_each_other_are_changed_together(chat: Chat, models: 
     [
         ("/set threshold 3", "threshold is a probability"),
         ("/set threshold much", "threshold"),
+        (
+            "/set threshold [1",
+            "threshold is not valid YAML: expected ',' or ']', but got '<stream end>' at line 1 column 3\n",
+        ),
+        ("/set threshold \udcff", "threshold is not valid YAML: special characters are not allowed\n"),
         ("/set treshold 0.5", "did you mean 'threshold'"),
         ("/set decoder blok", "did you mean 'block'"),
         ("/set window 4", "window"),

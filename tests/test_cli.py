@@ -86,6 +86,11 @@ def test_every_training_explains_itself(run: Run, command: str) -> None:
     assert "--json" in shown.out
 
 
+def test_square_brackets_stand_in_the_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "such as [https://example.org]" in run("serve", "--help").out
+
+
 @pytest.mark.parametrize("command", ["diffusion", "cdlm", "sft", "cllm", "medusa", "embedding"])
 def test_every_option_of_training_says_what_it_is(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "400")

@@ -596,6 +596,10 @@ def test_requests_that_cannot_run_are_refused(role: Any) -> None:
         decode(net, [Request(prompt_ids=[5], max_new_tokens=0)], decoder)
     with pytest.raises(FewstepError, match="batch_size"):
         decode(net, requests(1), decoder, batch_size=0)
+    if role == "bidirectional":
+        large = decoder_of(net, block_size=33)
+        with pytest.raises(FewstepError, match="block_size 33 exceeds the 32 positions"):
+            decode(net, [Request(prompt_ids=[5], max_new_tokens=4)], large)
     if decoder.traits.cached:
         with pytest.raises(FewstepError, match="prompt is empty"):
             decode(net, [Request(prompt_ids=[], max_new_tokens=8)], decoder)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import torch
@@ -591,6 +592,52 @@ def test_health_metrics_and_paths(served: Running) -> None:
     assert 'fewstep_http_responses_total{path="/v1/chat/completions",status="200"}' in text
     refused(served.get("/v1/nothing"), 404)
     refused(served.get("/v1/chat/completions"), 405, code="method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/metrics", "/compare/votes.csv"])
+def test_head_is_answered_as_get_is_without_a_body(served: Running, path: str) -> None:
+    whole, head = served.get(path), httpx2.head(served.url + path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert httpx2.head(served.url + "/v1/chat/completions").status_code == 405
+
+
+def test_messages_that_the_template_refuses_are_named_as_the_field(
+    served: Running, models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no model of it') }}{% endif %}"
+    monkeypatch.setattr(models["block"].network.tokenizer, "chat_template", template + "{{ m.content }}{% endfor %}")
+    system: Any = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    refused(served.post("/v1/chat/completions", {"messages": system}), 400, param="messages", code="invalid_value")
+    asked = {"input": QUESTION, "instructions": "Be brief."}
+    refused(served.post("/v1/responses", asked), 400, param="input", code="invalid_value")
+    refused(served.post("/v1/responses", {"input": ""}), 400, param="input", code="invalid_value")
+
+
+@pytest.mark.parametrize("name", ["draft", "heads", "engine"])
+def test_a_setting_of_the_operator_is_called_so(served: Running, name: str) -> None:
+    assert "operator" in refused(served.chat(**{name: "x"}), 400, param=name, code="unsupported_parameter")["message"]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    served: Running, models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("was encoded")
+
+    monkeypatch.setattr(models["full"], "encode", encode)
+    monkeypatch.setattr(models["full"], "encode_part", encode)
+    long = "a" * (1 + Entry(name="full", lm=models["full"], settings={}, created=0).most_characters)
+    code = "context_length_exceeded"
+    refused(served.chat(long, model="full"), 400, param="messages", code=code)
+    refused(served.post("/v1/completions", {"model": "full", "prompt": long}), 400, param="prompt", code=code)
+
+
+def test_a_block_beyond_the_positions_is_refused_before_a_pass(served: Running, models: dict[str, Any]) -> None:
+    for name in ("block", "full"):
+        size = models[name].network.max_positions + 1
+        error = refused(served.chat(model=name, max_tokens=4, block_size=size), 400, param="block_size")
+        assert "positions" in error["message"]
 
 
 def test_the_page_has_a_strict_policy_and_no_way_out(served: Running, tmp_path: Any, monkeypatch: Any) -> None:

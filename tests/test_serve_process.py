@@ -141,6 +141,10 @@ def test_load_is_measured_and_answers_under_it_are_those_alone(run: Run, tmp_pat
             assert 0 < one["first_text_ms"]["p50"] <= one["answer_ms"]["p50"] <= one["answer_ms"]["p99"]
             assert one["tokens_per_second"] > 0
         assert run("bench-serve", made.url, *model, *options, "--rate", "40", "--duration", 0.3).code == 0
+        assert run("bench-serve", made.url + "/v1", *model, *options, "--concurrency", "1", "--requests", 1).code == 0
+        told = run("bench-serve", made.url, "--model", "gone", *options).sentence()
+        assert "status 404: no model 'gone' here" in told
+        assert "{" not in told
         made.wait_until_idle()
 
 
@@ -157,7 +161,7 @@ def test_what_a_model_does_without_a_server_stands_beside_it() -> None:
 def test_load_on_nothing_and_contradictions_are_told(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-    assert "did not answer" in run("bench-serve", f"http://127.0.0.1:{port}").sentence()
+    assert "did not answer" in run("bench-serve", f"http://127.0.0.1:{port}/v1").sentence()
     assert "not both" in run("bench-serve", "--rate", 1, "--concurrency", 1).sentence()
     assert "no address" in run("bench-serve", "localhost").sentence()
     assert "numbers" in run("bench-serve", "--concurrency", "1,x").sentence()

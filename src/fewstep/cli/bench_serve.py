@@ -21,7 +21,7 @@ from fewstep.values import Count, Share
 
 
 def bench_serve(
-    url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Argument(help="Address of the server, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[
         str, typer.Option(metavar=SPECIFICATION, help="Model of the server, with few-step settings.")
     ] = "gsm-student",
@@ -66,6 +66,7 @@ def bench_serve(
         raise FewstepError("give --requests or --duration, not both")
     if not url.startswith(("http://", "https://")):
         raise FewstepError(f"{url!r} is no address of a server; give one such as http://127.0.0.1:8000")
+    url = url.rstrip("/").removesuffix("/v1")  # clients of OpenAI's name the address with it
     numbers = _numbers(rate, "--rate", float) if rate else _numbers(concurrency or "1,8,32", "--concurrency", int)
     name, settings = read_specification(model, texts=())
     if alone is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
@@ -69,7 +70,10 @@ class Setting:
     def parameter(self) -> inspect.Parameter:
         """An option that is None unless given; what is not bool arrives as text and is read by `read`."""
         option = typer.Option(
-            help=self._help(), metavar=described(self.type), show_default=False, rich_help_panel=_panel(self.group)
+            help=escape(self._help()),
+            metavar=described(self.type),
+            show_default=False,
+            rich_help_panel=_panel(self.group),
         )
         annotation = bool | None if self.type in (bool, bool | None) else str | None
         return inspect.Parameter(

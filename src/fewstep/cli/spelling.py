@@ -65,5 +65,15 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML lets through what int(), float(), datetime() and deep recursion raise
-        reason = error if isinstance(error, yaml.YAMLError) else f"it holds a value that cannot be read ({error})"
+        reason = (
+            _fault(error) if isinstance(error, yaml.YAMLError) else f"it holds a value that cannot be read ({error})"
+        )
         raise FewstepError(f"{where} is not valid YAML: {reason}") from None
+
+
+def _fault(error: Any) -> str:
+    """What an error of PyYAML says, without the lines around it."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{error.problem} at line {mark.line + 1} column {mark.column + 1}"
+    return str(getattr(error, "reason", error))

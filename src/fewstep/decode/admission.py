@@ -91,6 +91,11 @@ def check_request(network: Network, decoder: Decoder, request: Request) -> Canva
     if request.max_new_tokens < 1:
         raise FewstepError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
     check_settings(decoder, request)
+    if decoder.block_size > network.max_positions:  # a pass computes every row of its block, whatever was asked for
+        raise FewstepError(
+            f"block_size {decoder.block_size} exceeds the {network.max_positions} positions of {network.name}; choose "
+            "a smaller one"
+        )
     asked = request.max_new_tokens if request.canvas is None else len(request.canvas)
     # A canvas that was set counts as asked for; what it is rounded up to, in whole blocks, does not.
     asked = max(asked, getattr(decoder, "canvas_length", None) or 0)

@@ -92,7 +92,7 @@ async def ask(
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
-                sent.error = (await response.aread()).decode(errors="replace")[:300]
+                sent.error = f"status {response.status_code}: {_said(await response.aread())}"
                 sent.outcome = "refused" if response.status_code in (429, 503) else "failed"
                 return sent
             await _read(sent, response, started_s, cut_after)
@@ -101,6 +101,14 @@ async def ask(
     finally:
         sent.seconds = time.perf_counter() - started_s
     return sent
+
+
+def _said(body: bytes) -> str:
+    """The sentence of an error in OpenAI's shape, or else how the body begins."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:300]
+    except (ValueError, TypeError, LookupError):
+        return body[:300].decode(errors="replace")
 
 
 async def _read(sent: Sent, response: httpx2.Response, started_s: float, cut_after: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fewstep.decode.requests import Event, Output, Record
 from fewstep.engine.language_model import LanguageModel
 from fewstep.engine.service import Handle, Service, Update
+from fewstep.errors import FewstepError
 from fewstep.models.text import decode_text
 from fewstep.serve.catalogue import Entry
 from fewstep.serve.errors import ApiError
@@ -57,21 +58,38 @@ class Encoder:
     async def __call__(self, encode: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
 
-    async def chat(self, entry: Entry, messages: list[dict[str, str]]) -> list[int]:
-        """Through the chat template. FewstepError if it refuses the messages."""
+    async def chat(self, entry: Entry, messages: list[dict[str, str]], *, field: str = "messages") -> list[int]:
+        """Through the chat template. ApiError, naming the `field` that they came in, if it refuses the messages."""
         if not any(message["content"] for message in messages):
-            raise ApiError("the messages are empty; give some text", param="messages", code="invalid_value")
-        return await self(partial(entry.lm.encode, messages, literal=entry.literal))
+            raise ApiError(f"{field} is empty; give some text", param=field, code="invalid_value")
+        _check_length(entry, sum(len(message["content"]) for message in messages), field)
+        try:
+            return await self(partial(entry.lm.encode, messages, literal=entry.literal))
+        except FewstepError as error:
+            raise ApiError(str(error), param=field, code="invalid_value") from error
 
     async def text(self, entry: Entry, text: str) -> list[int]:
         """As it is, but for the mask token: its name is text."""
+        _check_length(entry, len(text), "prompt")
         return await self(partial(entry.lm.encode, text, raw=True, literal=_mask(entry)))
 
     async def continued(self, entry: Entry, text: str) -> list[int]:
         """A text that stands behind something else; it may be empty."""
         if not text:
             return []
+        _check_length(entry, len(text), None)
         return await self(partial(entry.lm.encode_part, text, literal=_mask(entry)))
+
+
+def _check_length(entry: Entry, num_characters: int, param: str | None) -> None:
+    """ApiError for a text that cannot fit, before it is encoded: megabytes take seconds, for which others wait."""
+    if num_characters > entry.most_characters:
+        raise ApiError(
+            f"a text of {num_characters} characters exceeds the {entry.lm.network.max_positions} positions of "
+            f"{entry.name}; shorten it",
+            code="context_length_exceeded",
+            param=param,
+        )
 
 
 def _mask(entry: Entry) -> tuple[int, ...]:
@@ -88,9 +106,9 @@ def limit_for(entry: Entry, num_prompt_tokens: int, given: tuple[str, int] | Non
     default = int(entry.settings.get("max_new_tokens", DEFAULT_LIMIT))
     name, limit = given or (None, min(default, most - num_prompt_tokens))
     if num_prompt_tokens + limit > most or limit < 1:
-        new = f" and {limit} new ones" if name else ""
+        more = f" and {limit} new ones exceed" if name else " exceeds"
         raise ApiError(
-            f"a prompt of {num_prompt_tokens} tokens{new} exceed the {most} positions of {entry.name}; shorten the "
+            f"a prompt of {num_prompt_tokens} tokens{more} the {most} positions of {entry.name}; shorten the "
             f"prompt{f' or lower {name}' if name else ''}",
             code="context_length_exceeded",
             param=name,

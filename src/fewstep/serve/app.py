@@ -248,6 +248,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started_s = time.monotonic()
+        method = scope["method"]
+        if method == "HEAD":  # answered as GET is; the connection, which keeps the method, leaves the body out
+            scope = {**scope, "method": "GET"}
         logged: dict[str, Any] = {}
         status = 0
         request_id = secrets.token_hex(8)
@@ -273,7 +276,7 @@ class Gate:
             log(
                 "request",
                 id=request_id,
-                method=scope["method"],
+                method=method,
                 path=path,
                 status=status,
                 seconds=round(time.monotonic() - started_s, 6),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from fewstep.models.load import open_checkpoint
 from fewstep.models.names import is_bundled
 from fewstep.models.roles import RoleName
 from fewstep.serve.errors import ApiError
+
+_SHRINKS = 4
+"""How many times as many characters a text may have as its tokens spell: normalisers put marks and letters together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,12 @@ class Entry:
             return ["correct"]
         has_template = bool(self.lm.network.tokenizer.chat_template)
         return [name for name, able in (("chat", has_template), ("infill", self.infills)) if able]
+
+    @cached_property
+    def most_characters(self) -> int:
+        """A longer text has more tokens than the model has positions, whatever it says."""
+        longest = max(len(token) for token in self.lm.network.tokenizer.get_vocab())
+        return _SHRINKS * longest * self.lm.network.max_positions
 
     @property
     def literal(self) -> tuple[int, ...]:

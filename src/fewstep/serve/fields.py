@@ -292,6 +292,11 @@ def few_step_settings() -> dict[str, Declared]:
     return found | {alias: declared for declared in found.values() for alias in declared.details.aliases}
 
 
+def _is_the_operators(name: str) -> bool:
+    """Whether it is a setting that requests may not name."""
+    return name == "engine" or (name in setting_names() and name not in few_step_settings())
+
+
 _Read = TypeVar("_Read", bound=Part)
 
 
@@ -384,6 +389,9 @@ def _refusal(error: ValidationError, kind: type[Part]) -> ApiError:
             return ApiError(f"{where} is missing; give it", param=where, code="missing_required_parameter")
         case "extra_forbidden":
             name = str(_path(fault["loc"])[-1])
+            if issubclass(kind, Body) and _is_the_operators(where):
+                sentence = f"{where} is for the operator of the server to set; leave it out"
+                return ApiError(sentence, param=where, code="unsupported_parameter")
             known = [*kind.model_fields, *(few_step_settings() if issubclass(kind, Body) else ())]
             hint = suggestion(name, known, otherwise="known fields:") if where == name else "leave it out"
             return ApiError(f"unknown field {shown(where)}; {hint}", param=where, code="unknown_parameter")

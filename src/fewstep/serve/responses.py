@@ -23,7 +23,7 @@ async def responses(server: Server, request: Request) -> Response:
         raise ApiError(
             "stream_options belongs to a stream; set stream to true, or leave it out", param="stream_options"
         )
-    prompt_ids = await server.encoder.chat(entry, _messages(body))
+    prompt_ids = await server.encoder.chat(entry, _messages(body), field="input")
     limit = limit_for(entry, len(prompt_ids), limit_of(body))
     settings = {**fields.settings, "max_new_tokens": limit, "seed": fields.seeds(1)[0]}
     asked = Asked(entry=entry, prompt_ids=prompt_ids, settings=settings)
