@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fewstep.models.checkpoint_files import (
     read_object,
     reading,
 )
+from fewstep.models.embedding_space import EmbeddingSpace
 from fewstep.models.importers.weight_files import read_places
 from fewstep.models.names import local_folder
 from fewstep.models.network import Network
@@ -130,7 +131,10 @@ def load_network(
     module = _load_module(weights, weights_dtype, target, merged_in)
     if role not in (None, spec.name):
         spec = spec.playing(role)
-    _load_conditioning(module, spec, folders)
+    if spec.embedding_space is None:
+        vars(module.config).pop(EMBEDDING_SPACE, None)
+    else:
+        _load_conditioning(module, spec, spec.embedding_space, folders)
     set_end_tokens(module, [tokenizer.eos_token_id, *end_tokens_named(*reversed(folders))])
     if block_size is not None:
         spec = replace(spec, block_size=block_size)
@@ -256,7 +260,7 @@ def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device, mer
     _check_sizes(folder, config, dtype, device)
     check_generation_config(folder)
     is_noised = hasattr(config, EMBEDDING_SPACE)
-    with reading(f"the network in {folder} ({CONFIG} and weights)"), _without_report(is_noised):
+    with reading(f"the network in {folder} ({CONFIG} and weights)"), _without_report() if is_noised else nullcontext():
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -279,27 +283,22 @@ def _load_module(folders: Folders, dtype: torch.dtype, device: torch.device, mer
 
 
 @contextmanager
-def _without_report(is_noised: bool) -> Iterator[None]:
+def _without_report() -> Iterator[None]:
     """Keep transformers from telling that the class has no place for the conditioning, which gets its own."""
     level = transformers_logging.get_verbosity()
-    if is_noised:
-        transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _load_conditioning(module: PreTrainedModel, role: Role, folders: Folders) -> None:
-    """The part of a module in embedding space, from the same files; in another role the module goes without.
-
-    FewstepError if the files hold another part than the config describes.
+def _load_conditioning(module: PreTrainedModel, role: Role, space: EmbeddingSpace, folders: Folders) -> None:
+    """The part of a module in embedding space, from the same files. FewstepError if they hold another part than the
+    config describes.
     """
-    if role.embedding_space is None:
-        vars(module.config).pop(EMBEDDING_SPACE, None)
-        return
     assert role.mask_token_id is not None
-    part = attach(module, role.embedding_space, role.mask_token_id, shifted=role.right_shift_logits)
+    part = attach(module, space, role.mask_token_id, shifted=role.right_shift_logits)
     folder, wanted = folders[-1], part.state_dict()
     places = {
         place.name.removeprefix(f"{PART}."): place for place in read_places(folder) if place.name.startswith(PART)
