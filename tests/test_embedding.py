@@ -22,16 +22,15 @@ from transformers import (
 import fewstep
 from fewstep.decode.embedding import (
     SAMPLERS,
-    EmbeddingSampler,
     EmbeddingSampling,
     Rows,
     consistency,
     euler,
     grid,
-    normal_noise,
     step_size,
     stochastic,
 )
+from fewstep.decode.embedding_generator import EmbeddingSampler, normal_noise, sampler_for
 from fewstep.decode.generator import answer
 from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling
@@ -411,6 +410,14 @@ def test_a_request_can_be_given_up(network: Network) -> None:
     assert not sampler.busy
     with pytest.raises(FewstepError, match="no request 0 to cancel"):
         sampler.cancel(first)
+
+
+def test_what_does_not_fit_in_the_free_memory_is_refused(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(prompt_ids=[3], max_new_tokens=4, sampling=NOISED)] * 8
+    for free, advice in ((50_000, "choose a batch size of at most"), (1_000, "not even one fits")):
+        monkeypatch.setattr("fewstep.decode.admission.free_memory", lambda _, free=free: free)
+        with pytest.raises(FewstepError, match=f"8 requests .* for their keys and values.*{advice}"):
+            sampler_for(network, EmbeddingSampling(), requests)
 
 
 def test_temperature_scales_the_noise_and_0_takes_none(lm: LanguageModel) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fewstep.cli.main import main
-from fewstep.decode.embedding import EmbeddingSampler, EmbeddingSampling, Rows, euler, normal_noise
+from fewstep.decode.embedding import EmbeddingSampling, Rows, euler
+from fewstep.decode.embedding_generator import EmbeddingSampler, normal_noise
 from fewstep.decode.generator import answer
 from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling

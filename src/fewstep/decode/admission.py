@@ -61,18 +61,26 @@ def check_memory(
 
     `num_rows`: those of a request in its largest pass. If it is given, what they take up is counted too.
     """
-    free = free_memory(network.device)
-    each = bytes_of_slot(network, decoder, length, companions)
+    each, what = bytes_of_slot(network, decoder, length, companions), "keys, values and texts"
     if num_rows is not None:
         each += bytes_of_rows(network, decoder, num_rows, length)
-    if free is None or num_slots * each <= free:
+        what += ", and for a pass"
+    check_free(network, num_slots, length, bytes_each=each, what=what)
+
+
+def check_free(network: Network, num_slots: int, length: int, *, bytes_each: int, what: str) -> None:
+    """FewstepError if so many slots of this length do not fit in the free memory, saying how many do.
+
+    `bytes_each`: those of a slot, which are taken up by its `what`.
+    """
+    free = free_memory(network.device)
+    if free is None or num_slots * bytes_each <= free:
         return
-    most = free // each
+    most = free // bytes_each
     advice = f"choose a batch size of at most {most}" if most else "not even one fits, so choose a shorter prompt"
     raise FewstepError(
-        f"{num_slots} requests of {length} positions at a time take {num_slots * each / 1e9:.1f} GB for their keys, "
-        f"values and texts{'' if num_rows is None else ', and for a pass'}, and {network.device} has "
-        f"{free / 1e9:.1f} GB free; {advice}, or fewer new tokens"
+        f"{num_slots} requests of {length} positions at a time take {num_slots * bytes_each / 1e9:.1f} GB for their "
+        f"{what}, and {network.device} has {free / 1e9:.1f} GB free; {advice}, or fewer new tokens"
     )
 
 

@@ -4,10 +4,12 @@ A generator of another kind (whole texts from noise, passes captured by an engin
 generator knows only what is written here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from fewstep.decode.requests import Event, Output, Request
+from fewstep.errors import FewstepError
 
 
 class Generator(Protocol):
@@ -35,6 +37,32 @@ class Generator(Protocol):
         The output holds the final tokens before the first open position alone, and counts those: no mask token, no
         guess, and nothing that was finalised behind it. Its `finish_reason` is then "cancelled".
         """
+
+
+class Numbered(Protocol):
+    """A request under way, or queued."""
+
+    @property
+    def number(self) -> int:
+        """The one that `Generator.submit` returned."""
+
+
+NumberedT = TypeVar("NumberedT", bound=Numbered)
+
+
+def given_up(number: int, queue: deque[NumberedT], live: Mapping[int, NumberedT]) -> int | None:
+    """The slot of a request that is cancelled; None if it was queued, from where it is taken away.
+
+    `live`: what is under way, by slot. FewstepError if it is in neither.
+    """
+    queued = next((ticket for ticket in queue if ticket.number == number), None)
+    if queued is not None:
+        queue.remove(queued)
+        return None
+    slot = next((slot for slot, ticket in live.items() if ticket.number == number), None)
+    if slot is None:
+        raise FewstepError(f"there is no request {number} to cancel: it is done, or was never submitted")
+    return slot
 
 
 Watch = Callable[[int, Event], bool]

@@ -27,7 +27,7 @@ from fewstep.decode.decoder import (
     drawing_of,
     whole_blocks,
 )
-from fewstep.decode.generator import Generator, answer
+from fewstep.decode.generator import Generator, answer, given_up
 from fewstep.decode.outputs import new_events, output_of, with_record
 from fewstep.decode.prefill import Prefiller
 from fewstep.decode.requests import Event, Output, Record, Request, Ticket
@@ -226,13 +226,9 @@ class Loop:
 
         None if it was not begun yet. FewstepError if it is neither queued nor under way.
         """
-        queued = next((ticket for ticket in self._queue if ticket.number == number), None)
-        if queued is not None:
-            self._queue.remove(queued)
-            return None
-        slot = next((slot for slot, ticket in self._live.items() if ticket.number == number), None)
+        slot = given_up(number, self._queue, self._live)
         if slot is None:
-            raise FewstepError(f"there is no request {number} to cancel: it is done, or was never submitted")
+            return None
         self._stop(slot)
         with torch.no_grad():
             return self._collect(torch.tensor([slot]))[0][1]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.decode.embedding import EmbeddingSampling, sampler_for
+from fewstep.decode.embedding import EmbeddingSampling
+from fewstep.decode.embedding_generator import sampler_for
 from fewstep.decode.generator import answer
 from fewstep.decode.requests import Output, Request
 from fewstep.decode.sampling import Sampling

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.embedding import EmbeddingSampler
+from fewstep.decode.embedding_generator import EmbeddingSampler
 from fewstep.decode.generator import Generator, answer, rounds
 from fewstep.decode.loop import Listener, Loop
 from fewstep.decode.requests import Event, Output, Record, Request

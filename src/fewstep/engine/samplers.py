@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fewstep.decode.embedding import EmbeddingSampler, EmbeddingSampling, check_embedding_request, sampler_for
+from fewstep.decode.embedding import EmbeddingSampling
+from fewstep.decode.embedding_generator import EmbeddingSampler, check_embedding_request, sampler_for
 from fewstep.decode.generator import Generator
 from fewstep.decode.requests import Record, Request
 from fewstep.engine.choice import Engines

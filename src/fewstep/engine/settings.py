@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fewstep.decode.building import PolicyChoice, build_decoder, takers
 from fewstep.decode.declarations import Details, declared_settings
 from fewstep.decode.decoder import Decoder
-from fewstep.decode.embedding import EmbeddingSampling
+from fewstep.decode.embedding import EmbeddingSampling, check_draws_nothing
 from fewstep.decode.own_policies import OwnPolicy, as_policy, is_function
 from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, check_registered, declarers, setting_names
 from fewstep.decode.requests import Request
@@ -178,8 +178,7 @@ class GenerationSettings:
         for name in self.own:
             if name not in own:
                 raise FewstepError(f"a model in embedding space takes no {name}; only {takers(name)} can")
-        if self.sampling.filtered:
-            raise FewstepError("a model in embedding space draws no tokens: leave out top_k and top_p")
+        check_draws_nothing(self.sampling)
         return EmbeddingSampling(**{own[name].field: value for name, value in self.own.items()})
 
     def request(self, prompt_ids: list[int], *, canvas: list[int] | None = None) -> Request:

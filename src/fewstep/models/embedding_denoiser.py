@@ -5,7 +5,7 @@ Axes: B = texts, L = positions, T = canvas positions of all texts that are no pa
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,29 @@ def channel_warp(network: Network) -> tuple[float, ...]:
     tokens = kept_V.nonzero()[:, 0]
     chosen = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS_COMPARED)).long()]
     return warp_of_losses(LEVELS, channel_losses(unit_rows(table_VD[chosen]), space, LEVELS))
+
+
+SQUARED_ERROR_WEIGHT = 0.5
+"""Of the squared error beside the cross-entropy of the rounding: minus the logarithm of a normal density has it."""
+
+
+class DenoisingLosses(NamedTuple):
+    """Of each row: its loss, and the cross-entropy of its token; of a network that predicts embeddings also the mean
+    squared error of its numbers. [S] each.
+    """
+
+    loss_S: Tensor
+    cross_entropy_S: Tensor
+    squared_error_S: Tensor | None
+
+
+def denoising_losses(logits_SV: Tensor, token_S: Tensor, found_SD: Tensor | None, unit_VD: Tensor) -> DenoisingLosses:
+    """What predictions of clean tokens cost; `found_SD`: predicted embeddings, where those are predicted."""
+    cross_entropy_S = nn.functional.cross_entropy(logits_SV, token_S, reduction="none")
+    if found_SD is None:
+        return DenoisingLosses(cross_entropy_S, cross_entropy_S, None)
+    squared_error_S = (found_SD.float() - unit_VD[token_S]).pow(2).mean(-1)
+    return DenoisingLosses(cross_entropy_S + SQUARED_ERROR_WEIGHT * squared_error_S, cross_entropy_S, squared_error_S)
 
 
 class EmbeddingDenoiser(nn.Module):
@@ -165,11 +188,13 @@ class EmbeddingDenoiser(nn.Module):
         logits_BLV, found_TD = self._score(input_ids, real_BL, context_B1, positions_BL, noisy)
         if labels is None:
             return CausalLMOutput(logits=logits_BLV)
-        loss = nn.functional.cross_entropy(logits_BLV[target_BL], labels[target_BL])
-        if found_TD is not None:
-            wrong_TD = found_TD - self.embed(clean_BL)[canvas_BL]
-            loss = loss + wrong_TD[target_BL[canvas_BL]].pow(2).mean() / 2
-        return CausalLMOutput(loss=loss, logits=logits_BLV)
+        losses = denoising_losses(
+            logits_BLV[target_BL],
+            labels[target_BL],
+            None if found_TD is None else found_TD[target_BL[canvas_BL]],
+            self.embed(torch.arange(self.network.vocab_size)),
+        )
+        return CausalLMOutput(loss=losses.loss_S.mean(), logits=logits_BLV)
 
     def _levels(self, timesteps: Tensor | None, target_BL: Tensor, generator: torch.Generator | None) -> Tensor:
         if timesteps is None:

@@ -112,6 +112,14 @@ def unit_rows(table_VD: Tensor) -> Tensor:
     return torch.where(length_V1 > 0, table_VD * (table_VD.shape[-1] ** 0.5 / length_V1.clamp_min(1e-12)), 0.0)
 
 
+def rounding(found_SD: Tensor, unit_VD: Tensor) -> Tensor:
+    """Logits [S, V] of the tokens that predicted embeddings [S, D] round to, in float32: all embeddings have one
+    length, so the nearest is that of the largest product.
+    """
+    with torch.autocast(found_SD.device.type, enabled=False):
+        return found_SD.float() @ unit_VD.T / found_SD.shape[-1] ** 0.5
+
+
 def warp_of_losses(levels: Sequence[float], losses: Sequence[float], *, uniform: float = 0.1) -> tuple[float, ...]:
     """The warp under which the loss grows evenly with time: time is the share of the loss that a level has reached
     (CDCD, arXiv 2211.15089). A share `uniform` of the time goes by the level itself, so that none is passed over.

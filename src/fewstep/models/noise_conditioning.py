@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fewstep.errors import FewstepError
 from fewstep.models.architectures import adjust_logits
-from fewstep.models.embedding_space import EmbeddingSpace, evidence, unit_rows
+from fewstep.models.embedding_space import EmbeddingSpace, evidence, rounding, unit_rows
 
 PART = "noise"
 """Under which name the conditioning stands in the module: a stock class that loads the weights passes it over."""
@@ -114,9 +114,7 @@ class NoiseConditioning(nn.Module):
         """Logits in float32 [S, V], and of a network that predicts embeddings these [S, D]; else None."""
         if self.regress is not None:
             found_SD = self.regress(read_SD).float()
-            with torch.autocast(found_SD.device.type, enabled=False):
-                # Rounding: all embeddings have one length, so the nearest is that of the largest product.
-                return found_SD @ unit_VD.T / found_SD.shape[-1] ** 0.5, found_SD
+            return rounding(found_SD, unit_VD), found_SD
         logits_SV = module.get_output_embeddings()(read_SD)
         return adjust_logits(module, logits_SV).float(), None
 

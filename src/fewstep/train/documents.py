@@ -7,6 +7,7 @@ A diffusion document is `[context | noisy response]`, perhaps with further noisy
 role `[context | noisy response | clean response]`, so that one forward trains all blocks (see `models.masks.Layout`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -133,16 +134,20 @@ class CanvasLengths:
         """Tokens of the longest canvas that there is."""
         return len(self.weights) * self.block_size
 
-    def draw(self, needed_N: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    def draw(
+        self, needed_N: np.ndarray, rng: np.random.Generator | None, name: Callable[[int], str] = "answer {}".format
+    ) -> np.ndarray:
         """Canvas lengths of at least `needed_N` tokens, drawn from the distribution conditioned on being long enough;
-        without `rng` the greatest possible lengths.
+        without `rng` the greatest possible lengths. FewstepError with the `name` of the first answer that is too long.
         """
+        too_long = (needed_N > self.longest).nonzero()[0]
+        if len(too_long):
+            raise FewstepError(
+                f"{name(int(too_long[0]))}: an answer of {needed_N[too_long[0]]} tokens exceeds the longest canvas of "
+                f"{self.longest}; leave it out or allow more blocks (canvas_weights)"
+            )
         chance = np.asarray(self.weights) / np.sum(self.weights)
         needed_blocks = np.maximum(-(-needed_N // self.block_size), 1)
-        if needed_N.max() > self.longest:
-            raise FewstepError(
-                f"an answer of {needed_N.max()} tokens exceeds the longest canvas of {self.longest} (canvas_weights)"
-            )
         if rng is None:
             return np.maximum(needed_blocks, np.flatnonzero(chance)[-1] + 1) * self.block_size
         cumulative = np.concatenate([[0.0], chance.cumsum()])

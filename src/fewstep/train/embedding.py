@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fewstep.decode.embedding import step_size
 from fewstep.errors import FewstepError
-from fewstep.models.embedding_denoiser import IGNORED, LEVELS, EmbeddingDenoiser
-from fewstep.models.embedding_space import EmbeddingSpace, warp_of_losses
+from fewstep.models.embedding_denoiser import IGNORED, LEVELS, EmbeddingDenoiser, denoising_losses
+from fewstep.models.embedding_space import EmbeddingSpace, rounding, warp_of_losses
 from fewstep.models.network import Network
 from fewstep.models.noise_conditioning import NoisyRows, conditioning_of
 from fewstep.train.corruption import stratified_uniform
@@ -210,14 +210,8 @@ class EmbeddingObjective:
         context, completion = self._lengths[examples_N].T
         if self.paths is not None:
             return np.stack([context, *[completion] * self.settings.canvases], 1)
-        too_long = (completion > self.canvas.longest).nonzero()[0]
-        if len(too_long):
-            raise FewstepError(
-                f"{self.examples.name(int(examples_N[too_long[0]]))}: an answer of {completion[too_long[0]]} tokens "
-                f"exceeds the longest canvas of {self.canvas.longest}; leave it out or allow more blocks "
-                "(canvas_weights)"
-            )
-        return np.stack([context, *[self.canvas.draw(completion, rng)] * self.settings.canvases], 1)
+        canvas = self.canvas.draw(completion, rng, lambda index: self.examples.name(int(examples_N[index])))
+        return np.stack([context, *[canvas] * self.settings.canvases], 1)
 
     # On the host
 
@@ -361,14 +355,12 @@ class EmbeddingObjective:
         prepared = path.prepared
         logits_SV = path.logits(output)
         truth_S, open_S = prepared.truth_S, (~prepared.given_S).float()
-        from_data_S = torch.nn.functional.cross_entropy(logits_SV, truth_S, reduction="none")
+        found_SD = output if self.space.predicts == "embeddings" else None
+        loss_S, from_data_S, error_S = denoising_losses(logits_SV, truth_S, found_SD, path.unit_VD)
         data_S = prepared.data_U[prepared.unit_S].float() * open_S
-        loss_S = from_data_S
         parts = {"cross_entropy": _mean(from_data_S, data_S)}
-        if self.space.predicts == "embeddings":
-            error_S = (output.float() - path.unit_VD[truth_S]).pow(2).mean(-1)
+        if error_S is not None:
             parts["squared_error"] = _mean(error_S, open_S)
-            loss_S = loss_S + error_S / 2
         if self.paths is not None:
             parts["step"] = _mean(from_data_S, open_S - data_S)
         if target_SV is not None:
@@ -460,10 +452,7 @@ class _Path:
         return self._part.without_ruled_out(logits_SV).softmax(-1)
 
     def logits(self, output: Tensor) -> Tensor:
-        if self.space.predicts == "tokens":
-            return output.float()
-        with torch.autocast(output.device.type, enabled=False):
-            return output.float() @ self.unit_VD.T / output.shape[-1] ** 0.5
+        return output.float() if self.space.predicts == "tokens" else rounding(output, self.unit_VD)
 
     def _clean(self, output: Tensor) -> Tensor:
         """The embeddings that are predicted."""

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.decode.embedding import EmbeddingSampler, EmbeddingSampling, sampler_for
+from fewstep.decode.embedding import EmbeddingSampling
+from fewstep.decode.embedding_generator import EmbeddingSampler, sampler_for
 from fewstep.decode.generator import answer
 from fewstep.decode.requests import Request
 from fewstep.decode.sampling import Sampling

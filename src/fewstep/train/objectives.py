@@ -187,14 +187,8 @@ class MaskedDiffusionObjective:
         if self.role.name == "block_causal":
             canvas = whole_blocks(completion, self.role.block_size)
             return np.stack([context, canvas, canvas], 1)
-        too_long = (completion > self.canvas.longest).nonzero()[0]
-        if len(too_long):
-            raise FewstepError(
-                f"{self.examples.name(int(examples_N[too_long[0]]))}: an answer of {completion[too_long[0]]} tokens "
-                f"exceeds the longest canvas of {self.canvas.longest}; leave it out or allow more blocks "
-                "(canvas_weights)"
-            )
-        return np.stack([context, *[self.canvas.draw(completion, rng)] * self.canvases], 1)
+        canvas = self.canvas.draw(completion, rng, lambda index: self.examples.name(int(examples_N[index])))
+        return np.stack([context, *[canvas] * self.canvases], 1)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Scored:
         documents = PackedDocuments(self.role, self.examples, batch, self.eos_token_id, canvases=self.canvases)
