@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.engine.language_model import LanguageModel, load
 from fewstep.errors import FewstepError
 from fewstep.models.load import load_network, save_network
-from fewstep.models.network import Network
+from fewstep.models.network import Network, added_bytes
 from fewstep.models.roles import RoleName
 from fewstep.models.tiny import tiny_network
 from fewstep.train.lora import LoRASettings, add_gated_lora, save_trained
@@ -165,3 +165,13 @@ def test_which_parameters_of_the_base_learn_stays_also_if_an_adapter_is_refused(
     with nullcontext() if adapter in ("cllm", "draft") else pytest.raises(FewstepError):
         lm.with_adapter(tmp_path / adapter if adapter == "damaged" else folders / adapter)
     assert [parameter.requires_grad for parameter in parameters] == [i % 2 == 0 for i in range(len(parameters))]
+
+
+def test_an_adapter_beside_a_base_adds_its_own_parameters_alone(folders: Path) -> None:
+    base = load(folders / "base", device="cpu")
+    known: set[int] = set()
+    whole = added_bytes(base.network, known)
+    assert whole == 4 * base.network.num_parameters
+    assert added_bytes(base.network, known) == 0
+    adapter = sum(tensor.nbytes for tensor in load_file(folders / "cllm" / "adapter_model.safetensors").values())
+    assert adapter <= added_bytes(base.with_adapter(folders / "cllm").network, known) < whole
