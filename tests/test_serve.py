@@ -1,5 +1,6 @@
 """The server as clients meet it: a real one on a free port, with tiny models."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,7 +20,8 @@ from fewstep.cli.serve import _served
 from fewstep.decode.registry import setting_names
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
-from fewstep.serve.answering import MOST_TOP
+from fewstep.serve import infill
+from fewstep.serve.answering import MOST_TOP, Asked
 from fewstep.serve.catalogue import Entry
 from fewstep.serve.fields import ChatBody, schema_of
 from fewstep.serve.infill import SEAM
@@ -612,6 +614,35 @@ def test_messages_that_the_template_refuses_are_named_as_the_field(
     asked = {"input": QUESTION, "instructions": "Be brief."}
     refused(served.post("/v1/responses", asked), 400, param="input", code="invalid_value")
     refused(served.post("/v1/responses", {"input": ""}), 400, param="input", code="invalid_value")
+
+
+def test_gaps_of_a_request_of_which_one_is_refused_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, most = set[int](), 0
+
+    async def fill(_: Any, __: Any, asked: Asked, ___: Any) -> None:
+        nonlocal most
+        seed = asked.settings["seed"]
+        under_way.add(seed)
+        most = max(most, len(under_way))
+        try:
+            await asyncio.sleep(0.01 if seed < 3 else 60)
+            if seed == 2:
+                raise FewstepError("no place")
+        finally:
+            under_way.remove(seed)
+
+    async def run() -> None:
+        nothing: Any = None
+        before = asyncio.all_tasks()
+        asked = Asked(entry=nothing, prompt_ids=[1], settings={})
+        with pytest.raises(FewstepError, match="no place"):
+            await infill.fill_all(nothing, nothing, asked, [], range(20))
+        assert not under_way
+        assert asyncio.all_tasks() == before
+
+    monkeypatch.setattr(infill, "fill", fill)
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert most == infill.MOST_FILLED_AT_ONCE
 
 
 @pytest.mark.parametrize("name", ["draft", "heads", "engine"])

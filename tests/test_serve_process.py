@@ -92,6 +92,8 @@ def test_a_killed_server_can_be_started_again_at_once_and_sigterm_lets_running_a
 
 
 def _stops_in_peace(server: Process) -> None:
+    other_blocks = {"messages": MESSAGES, "max_tokens": 4, "block_size": 8}
+    assert httpx2.post(f"{server.url}/v1/chat/completions", json=other_blocks, timeout=60).status_code == 200
     with server.stream(200) as response:
         lines = response.iter_lines()
         next(lines)
@@ -103,7 +105,9 @@ def _stops_in_peace(server: Process) -> None:
         assert httpx2.get(f"{server.url}/ready").status_code == 503
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.process.wait(10) == 0
-    assert [line["event"] for line in server.lines if line["event"] != "request"] == ["draining", "stopped"]
+    warning, *events = [line["event"] for line in server.lines if line["event"] != "request"]
+    assert "trained in blocks of 4" in warning
+    assert events == ["draining", "stopped"]
 
 
 def test_a_taken_port_a_wrong_host_and_two_equal_names_are_told(run: Run, folder: Path) -> None:

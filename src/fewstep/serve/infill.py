@@ -23,6 +23,9 @@ from fewstep.serve.server import Server
 DEFAULT_GAP_LIMIT = 32
 """Longest gap that is tried, where the request sets no limit."""
 
+MOST_FILLED_AT_ONCE = 4
+"""Answers to one request for a gap that are worked on at a time."""
+
 TRIED_ONE_BY_ONE = 16
 """Every length up to this one is tried; of longer ones some, and then those around the best."""
 
@@ -161,9 +164,22 @@ def seam_of(asked: Asked, output: Output, suffix_ids: Sequence[int], longest: in
 async def fill_all(
     server: Server, request: Request, asked: Asked, suffix_ids: Sequence[int], seeds: Sequence[int]
 ) -> list[Filled]:
-    """One filling for each seed."""
-    several = [replace(asked, settings={**asked.settings, "seed": seed}) for seed in seeds]
-    return list(await asyncio.gather(*(fill(server, request, one, suffix_ids) for one in several)))
+    """One filling for each seed, a few at a time: each has requests of many lengths, and all of them at once would be
+    more than may wait. If one fails, or nobody waits any longer, the others are given up.
+    """
+    places = asyncio.Semaphore(MOST_FILLED_AT_ONCE)
+
+    async def one(seed: int) -> Filled:
+        async with places:
+            return await fill(server, request, replace(asked, settings={**asked.settings, "seed": seed}), suffix_ids)
+
+    doing = [asyncio.ensure_future(one(seed)) for seed in seeds]
+    try:
+        return list(await asyncio.gather(*doing))
+    finally:
+        for task in doing:
+            task.cancel()
+        await asyncio.gather(*doing, return_exceptions=True)
 
 
 def first_lengths(longest: int) -> list[int]:

@@ -21,7 +21,7 @@ class JsonLines(logging.Formatter):
         line = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": record.getMessage().strip(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info is not None and record.exc_info[1] is not None:
@@ -39,13 +39,18 @@ def _where(error: BaseException) -> dict[str, Any]:
 
 
 def set_up_logs() -> None:
-    """Let this server and uvicorn write JSON lines."""
+    """Let this server and uvicorn write JSON lines, and warnings of libraries and of decoders be such lines too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("fewstep.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (
+        ("fewstep.serve", logging.INFO),
+        ("uvicorn", logging.WARNING),
+        ("py.warnings", logging.WARNING),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.captureWarnings(True)
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
