@@ -254,7 +254,7 @@ def test_a_batch_is_a_function_of_its_seed() -> None:
     [
         ({"objective": "shortcut", "data_share": 0.0}, "without data the same answer to everything"),
         ({"objective": "shortcut", "most_steps": 24}, "power of two"),
-        ({"target": "average"}, "target has no meaning for denoiser"),
+        ({"target": "average"}, r"target has no meaning for denoiser.*; leave it out"),
         ({"target_guidance": 1.0}, "target_guidance has no meaning"),
         ({"objective": "shorcut"}, "did you mean 'shortcut'"),
     ],
@@ -287,6 +287,8 @@ def test_paths_are_those_that_sampling_goes_and_lead_to_what_it_writes(tmp_path:
     assert (tmp_path / "paths" / "shard-00000.safetensors").stat().st_mtime_ns == first
     with pytest.raises(FewstepError, match="points is 2 there and 4 here"):
         collect_paths(network, PROMPTS, tmp_path / "paths", **{**shape, "points": 4})
+    with pytest.raises(FewstepError, match="points must divide the 4 steps, got 3; take 2"):
+        collect_paths(network, PROMPTS, tmp_path / "others", **{**shape, "points": 3})
     paths = read_paths(tmp_path / "paths")
     assert paths.states_NKGD.shape == (3, 2, 6, 32)
     assert paths.times_K.tolist() == [1, 0.5]

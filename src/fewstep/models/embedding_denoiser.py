@@ -171,14 +171,15 @@ class EmbeddingDenoiser(nn.Module):
         begins at the first position whose label is not -100, or without `labels` at the first mask token. Its other
         positions are given ones, and stay clean. `timesteps`: noise levels in [0, 1], [B] or [B, L]; by default drawn
         evenly in warped time. `noisy_embeds` [B, L, D] take the place of labels with noise. `step_sizes` [B]: the time
-        that is to be taken at once, see `NoisyRows`. ValueError without anything to denoise.
+        that is to be taken at once, see `NoisyRows`. FewstepError without anything to denoise, or for a level
+        outside of [0, 1].
         """
         real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         target_BL = real_BL & (input_ids == self.network.role.mask_token_id if labels is None else labels != IGNORED)
         if not target_BL.any(1).all():
-            raise ValueError("every text needs a position to denoise: a label other than -100, or a mask token")
+            raise FewstepError("every text needs a position to denoise: a label other than -100, or a mask token")
         if labels is None and noisy_embeds is None:
-            raise ValueError("give labels, to which noise is added, or noisy_embeds")
+            raise FewstepError("there is nothing to denoise: give labels, to which noise is added, or noisy_embeds")
         context_B1 = target_BL.int().argmax(1, keepdim=True)
         positions_BL = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         canvas_BL = real_BL & (positions_BL >= context_B1)
@@ -202,7 +203,9 @@ class EmbeddingDenoiser(nn.Module):
             timesteps = self.space.level(torch.rand(count, generator=generator, device=target_BL.device))
         timesteps = timesteps.to(target_BL.device, torch.float32)
         if bool(((timesteps < 0) | (timesteps > 1)).any()):
-            raise FewstepError("timesteps are noise levels in [0, 1], where 1 is pure noise")
+            raise FewstepError(
+                "timesteps must be noise levels in [0, 1], where 1 is pure noise; divide numbered steps by their number"
+            )
         level_BL = timesteps if timesteps.dim() == 2 else timesteps[:, None]
         return torch.where(target_BL, level_BL, 0.0)
 

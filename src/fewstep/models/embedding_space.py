@@ -62,7 +62,9 @@ class EmbeddingSpace:
         check_fields(self, "the embedding space")
         rises = all(one < other for one, other in zip(self.warp, self.warp[1:], strict=False))
         if len(self.warp) < 2 or self.warp[0] != 0 or self.warp[-1] != 1 or not rises:
-            raise FewstepError(f"warp must rise from 0 to 1, got {list(self.warp)[:8]}")
+            raise FewstepError(
+                f"warp must rise from 0 to 1, got {list(self.warp)[:8]}; leave it out to spread time evenly"
+            )
 
     @classmethod
     def of_width(cls, width: int, **fields: Any) -> "EmbeddingSpace":
@@ -76,7 +78,9 @@ class EmbeddingSpace:
         if not isinstance(found, Mapping) or not found.keys() <= cls.__dataclass_fields__.keys():
             raise FewstepError(f"embedding_space must hold {', '.join(cls.__dataclass_fields__)}, got {found!r}"[:200])
         if "noise_scale" not in found:
-            raise FewstepError("embedding_space has no noise_scale")
+            raise FewstepError(
+                "embedding_space in config.json has no noise_scale; write the model again, with save_pretrained"
+            )
         given: dict[str, Any] = dict(found)
         return cls(**given)
 

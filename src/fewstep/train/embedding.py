@@ -56,7 +56,7 @@ class TokenCorruption:
         if self.masked + self.replaced + self.shuffled > 1:
             raise FewstepError(
                 "masked, replaced and shuffled are shares of the same canvases, got "
-                f"{self.masked} + {self.replaced} + {self.shuffled}"
+                f"{self.masked} + {self.replaced} + {self.shuffled}; lower them to 1 in all"
             )
 
 
@@ -96,12 +96,13 @@ class EmbeddingSettings:
         if self.learns_steps and not 0 < self.data_share < 1:
             raise FewstepError(
                 f"data_share must lie between 0 and 1 for {self.objective}, got {self.data_share}: without data the "
-                "same answer to everything would satisfy it"
+                "same answer to everything would satisfy it; 0.25 is the default"
             )
-        if not self.predicts_targets and self.target != "own":
-            raise FewstepError(f"target has no meaning for {self.objective}, which learns from data alone")
-        if not self.predicts_targets and self.target_guidance:
-            raise FewstepError(f"target_guidance has no meaning for {self.objective}, which learns from data alone")
+        for name, is_set in (("target", self.target != "own"), ("target_guidance", self.target_guidance > 0)):
+            if is_set and not self.predicts_targets:
+                raise FewstepError(
+                    f"{name} has no meaning for {self.objective}, which does not learn from predictions; leave it out"
+                )
         if self.objective == "shortcut" and self.most_steps & (self.most_steps - 1):
             raise FewstepError(f"most_steps is a power of two for shortcut, got {self.most_steps}; use 32")
 
@@ -166,7 +167,10 @@ class EmbeddingObjective:
         """
         space = network.role.embedding_space
         if space is None:
-            raise FewstepError(f"training in embedding space needs the role embedding, not {network.role.name}")
+            raise FewstepError(
+                f"training in embedding space needs the role embedding, and {network.name} has the role "
+                f"{network.role.name}; make it one with to_embedding_space"
+            )
         self.settings = settings or EmbeddingSettings()
         if (self.settings.objective == "mse") != (space.predicts == "embeddings"):
             raise FewstepError(
@@ -174,11 +178,14 @@ class EmbeddingObjective:
                 "objective mse trains those that predict embeddings"
             )
         if (self.settings.objective == "trajectories") != (paths is not None):
-            raise FewstepError("the objective trajectories, and no other, learns from collected paths")
+            raise FewstepError(
+                "the objective trajectories, and no other, learns from collected paths; "
+                + ("choose it, or leave them out" if paths else "collect some first, with collect_paths")
+            )
         if paths is not None and paths.states_NKGD.shape[-1] != network.module.config.hidden_size:
             raise FewstepError(
                 f"the paths are of a network of width {paths.states_NKGD.shape[-1]}, and {network.name} has "
-                f"{network.module.config.hidden_size}"
+                f"{network.module.config.hidden_size}; collect paths of this network"
             )
         self.network, self.space, self.role = network, space, network.role
         self.paths = paths
@@ -504,7 +511,9 @@ def warp_by_loss(
     )
     fitting = [pair for pair in zip(prompts, answers, strict=True) if sum(map(len, pair)) <= network.max_positions]
     if not fitting:
-        raise FewstepError(f"no example fits the {network.max_positions} positions of {network.name}")
+        raise FewstepError(
+            f"no example fits the {network.max_positions} positions of {network.name}; give shorter ones"
+        )
     longest = max(len(prompt) + len(answer) for prompt, answer in fitting)
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:

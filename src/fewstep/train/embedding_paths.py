@@ -65,9 +65,14 @@ def collect_paths(
     network that is not in embedding space, for a prompt that does not fit, or if the folder was made otherwise.
     """
     if network.role.embedding_space is None:
-        raise FewstepError(f"paths are those of a network in embedding space, not of the role {network.role.name}")
+        raise FewstepError(
+            f"paths are those of a network in embedding space, and {network.name} has the role {network.role.name}; "
+            "train it with fewstep train embedding first"
+        )
     if points < 1 or steps % points:
-        raise FewstepError(f"points must divide the {steps} steps, got {points}")
+        divisors = [number for number in range(1, steps + 1) if steps % number == 0]
+        closest = min(divisors, key=lambda number: abs(number - points), default=1)
+        raise FewstepError(f"points must divide the {steps} steps, got {points}; take {closest}")
     sampling = EmbeddingSampling(steps=steps, sampler="euler")
     num_shards = -(-len(prompts) // shard_size)
     shards = Shards.create(
