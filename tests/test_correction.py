@@ -18,7 +18,8 @@ from helpers.command import Run
 from fewstep.cli.correct import patch
 from fewstep.cli.options import CorrectorOptions
 from fewstep.decode.requests import FinishReason, Output
-from fewstep.engine.correction import CorrectionSettings, correct_text
+from fewstep.engine.correction import correct_text
+from fewstep.engine.correction_settings import CorrectionSettings
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models.load import save_network
@@ -145,9 +146,17 @@ def test_a_title_or_an_item_gets_no_full_stop_and_a_sentence_of_a_paragraph_does
 
 @pytest.mark.parametrize("role", ["autoregressive", "bidirectional", "block_causal"])
 def test_models_of_every_role_are_asked(role: Any) -> None:
-    corrected = correct_text(LanguageModel(tiny_network(role, max_positions=256)), "Teh cat sat on the mat.\n")
-    assert corrected.num_sentences == 1
-    assert corrected.num_forwards > 0
+    class Recording(LanguageModel):
+        def generate(self, prompt: Any, **settings: Any) -> Any:
+            outputs = super().generate(prompt, **settings)
+            asked.extend(zip(prompt, outputs, strict=True))
+            return outputs
+
+    asked: list[tuple[str, Output]] = []
+    corrected = correct_text(Recording(tiny_network(role, max_positions=256)), "Teh cat sat on the mat.\n")
+    ((sentence, output),) = asked
+    assert (sentence, corrected.num_sentences) == ("Teh cat sat on the mat.", 1)
+    assert corrected.num_forwards == output.num_forwards
     with pytest.raises(FewstepError, match="takes no max_new_tokens"):
         correct_text(LanguageModel(tiny_network(role)), "Teh cat sat.", max_new_tokens=4)
 
@@ -159,7 +168,7 @@ def test_models_of_every_role_are_asked(role: Any) -> None:
 def corrector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The stand-in in the place of the model, and a file of TEXT in the current folder."""
     monkeypatch.setattr(CorrectorOptions, "load_model", lambda _: Corrector(rewritten))
-    monkeypatch.setattr("fewstep.cli.correct.check_model_name", lambda _: None)
+    monkeypatch.setattr("fewstep.cli.correct.check_corrector", lambda _: None)
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "text.md"
     file.write_bytes(TEXT.encode())
@@ -301,3 +310,12 @@ def test_a_saved_model_corrects(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     shown = run("correct", "text.md", "--model", "student", "--threshold", "0.5")
     assert shown.code == 0
     assert "of 1 sentences changed" in shown.err
+
+
+def test_without_a_bundled_corrector_the_command_says_how_to_name_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.cli.model_names.bundled_names", lambda: ["gsm-student"])
+    Path("text.md").write_text("Teh cat sat on the mat.\n")
+    assert "no correction model ships with fewstep yet; name one with --model" in run("correct", "text.md").sentence()

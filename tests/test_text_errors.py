@@ -68,7 +68,7 @@ def test_a_text_of_n_words_has_as_many_errors_as_promised() -> None:
 
 
 def test_what_each_kind_does() -> None:
-    assert texts_of("neighbouring_key", "At") <= {"Qt", "Wt", "St", "Zt", "Ar", "Ay", "Af", "Ag", "At"}
+    assert texts_of("neighbouring_key", "At") == {"Qt", "Wt", "St", "Zt", "Ar", "Ay", "Af", "Ag", "At"}
     assert texts_of("transposed_letters", "The") == {"The", "Hte", "Teh"}
     assert texts_of("lost_letter", "cats,") == {"cats,", "ats,", "cts,", "cas,", "cat,"}
     assert texts_of("lost_letter", "at") == {"at"}

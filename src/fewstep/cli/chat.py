@@ -14,11 +14,12 @@ from rich.console import Console
 
 from fewstep.cli.conversation import Conversation, Turn, conversation_with, why_alone
 from fewstep.cli.decoding import DecodingOptions, read_setting, spelt_settings
-from fewstep.cli.forming import Forming, printable, shown_forming
+from fewstep.cli.forming import Forming, shown_forming
 from fewstep.cli.lines import Interrupts, line_editing, piped_lines, typed_lines
 from fewstep.cli.model_names import check_model_name
 from fewstep.cli.options import Json, ModelOptions
 from fewstep.cli.report import deliver, note
+from fewstep.cli.terminal import printable
 from fewstep.errors import FewstepError, suggestion
 from fewstep.models.names import is_bundled
 from fewstep.values import shown

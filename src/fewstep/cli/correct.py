@@ -9,19 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from fewstep.cli.decoding import DecodingOptions
-from fewstep.cli.model_names import check_model_name
+from fewstep.cli.model_names import check_corrector
 from fewstep.cli.options import CorrectorOptions, Json
 from fewstep.cli.report import deliver, note, progress_bar
 from fewstep.cli.sources import STANDARD_OUTPUT, Touches
+from fewstep.cli.terminal import printable
+from fewstep.engine.correction_settings import CorrectionSettings
 from fewstep.errors import FewstepError
-from fewstep.values import Count
 
 if TYPE_CHECKING:
     from fewstep.engine.correction import Change, Corrected
@@ -39,6 +40,7 @@ class CorrectionOptions(DecodingOptions):
 def correct(
     model: CorrectorOptions,
     decoding: CorrectionOptions,
+    settings: CorrectionSettings,
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="The text to correct; - for standard input.", show_default=False),
@@ -52,10 +54,6 @@ def correct(
         typer.Option("--output", metavar="FILE", help="Write the corrected text to this file; - for standard output."),
         Touches.WRITES,
     ] = None,
-    longest: Annotated[
-        Count | None, typer.Option(help="Tokens of the longest sentence that is corrected (default 96).")
-    ] = None,
-    batch_size: Annotated[Count, typer.Option(help="Sentences corrected together.")] = 1,
     json: Json = None,
 ) -> None:
     """Corrects the sentences of a text, and shows what it changed; --in-place or --output writes the result.
@@ -73,11 +71,9 @@ def correct(
         raise FewstepError("--output and --json cannot both go to standard output; name a file for one of them")
     data = _read(file)
     text = _decoded(data, file)
-    check_model_name(model.model)
-    from fewstep.engine.correction import CorrectionSettings, correct_text, num_asked
+    check_corrector(model.model)
+    from fewstep.engine.correction import correct_text, num_asked
 
-    given: dict[str, Any] = {} if longest is None else {"longest": longest}
-    settings = CorrectionSettings(batch_size=batch_size, **given)
     lm = model.load_model()
     started_s = time.perf_counter()
     with progress_bar("correcting", num_asked(text)) as advance:
@@ -193,9 +189,8 @@ def _parts(text: str) -> list[str]:
 
 
 def _visible(parts: Sequence[str]) -> str:
-    """Line breaks as spaces, and characters that would command the terminal by their names."""
-    text = re.sub(r"[\t\r\n]+", " ", "".join(parts))
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+    """Line breaks as spaces, so that each change takes one line."""
+    return printable(re.sub(r"[\t\r\n]+", " ", "".join(parts)))
 
 
 def _summary(corrected: "Corrected", seconds: float) -> str:

@@ -1,6 +1,5 @@
 """An answer while it forms: settled text, then tokens that are final with open positions between them."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,12 +8,11 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from fewstep.cli.lanes import MASK, SILENT_TOKEN, colour_of, drawn_live
+from fewstep.cli.terminal import printable
 
 if TYPE_CHECKING:
     from fewstep.decode.requests import Event
     from fewstep.engine.language_model import LanguageModel
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _ROOM_FOR_PROMPT = 3
 """Lines of the terminal that are left to the question and the figures."""
@@ -89,8 +87,3 @@ def shown_forming(forming: Forming, console: Console) -> Iterator[Callable[[], N
     """Yields what to call after a change. What was drawn vanishes at the end, when the whole answer can be printed."""
     with drawn_live(console, lambda: forming.last_lines(console), transient=True) as redraw:
         yield redraw
-
-
-def printable(text: str) -> str:
-    """Without the control characters by which a text could steer a terminal."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -16,6 +16,7 @@ from fewstep.cli.interruption import spoken_interrupts
 from fewstep.cli.option_names import naming_options, option_name
 from fewstep.cli.sources import Touched, Touches, check_sources
 from fewstep.errors import FewstepError
+from fewstep.models.names import CORRECTOR
 from fewstep.tasks.registry import TASKS, task_named
 from fewstep.values import Count, fitted, plain_type
 
@@ -108,7 +109,7 @@ class TeacherOptions(ModelOptions):
 class CorrectorOptions(ModelOptions):
     """The same, by default the model that corrects English."""
 
-    model: _ModelName = "correction"
+    model: _ModelName = CORRECTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +308,15 @@ def _group_parameters(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_as_option(hints[field.name])
         )
         for field in fields(group)
     ]
+
+
+def _as_option(declared: Any) -> Any:
+    """The text that a settings class has beside a type, as the help of an option."""
+    if get_origin(declared) is not Annotated:
+        return declared
+    kind, *beside = get_args(declared)
+    return Annotated[(kind, *(typer.Option(help=one) if isinstance(one, str) else one for one in beside))]

@@ -8,13 +8,13 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from fewstep.decode.requests import Output
+from fewstep.engine.correction_settings import CorrectionSettings
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.models.sentences import Piece, Sentence, plain_word, split_sentences, straight_quotes
-from fewstep.values import Count, check_fields
 
 LEAST_WORDS = 3
 """Of a sentence that is corrected: fewer say too little about what was meant."""
@@ -24,17 +24,6 @@ LEAST_LIKE = 0.5
 
 _CANVAS_STEP = 16
 """Canvases are whole multiples, so that sentences of about the same length share a batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorrectionSettings:
-    """What is corrected, and how many sentences at once."""
-
-    longest: Annotated[Count, "Tokens of the longest sentence that is corrected; longer ones stay as they are."] = 96
-    batch_size: Annotated[Count, "Sentences corrected together."] = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from fewstep.errors import FewstepError, suggestion
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
 
+CORRECTOR = "correction"
+"""The bundled model that corrects English."""
+
 
 def bundled_names() -> list[str]:
     """Names of the models that ship with the package."""
