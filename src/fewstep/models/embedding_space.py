@@ -23,7 +23,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.values import Count, check_fields
+from fewstep.values import Count, check_fields, shown
 
 NOISE_PER_WIDTH = 7 / 16
 """The noise that texts of width 256 were learnt best with is 7; what it hides grows with the square root of the
@@ -76,10 +76,13 @@ class EmbeddingSpace:
     def from_config(cls, found: Any) -> "EmbeddingSpace":
         """From what `to_config` made. FewstepError for anything else."""
         if not isinstance(found, Mapping) or not found.keys() <= cls.__dataclass_fields__.keys():
-            raise FewstepError(f"embedding_space must hold {', '.join(cls.__dataclass_fields__)}, got {found!r}"[:200])
+            raise FewstepError(
+                f"embedding_space must hold {', '.join(cls.__dataclass_fields__)} and nothing else, got "
+                f"{shown(found)}; take its entry in config.json from the model's source again"
+            )
         if "noise_scale" not in found:
             raise FewstepError(
-                "embedding_space in config.json has no noise_scale; write the model again, with save_pretrained"
+                "embedding_space has no noise_scale; take its entry in config.json from the model's source again"
             )
         given: dict[str, Any] = dict(found)
         return cls(**given)
