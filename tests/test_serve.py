@@ -21,9 +21,9 @@ from fewstep.decode.registry import setting_names
 from fewstep.engine.language_model import LanguageModel
 from fewstep.errors import FewstepError
 from fewstep.serve import infill
-from fewstep.serve.answering import MOST_TOP, Asked
+from fewstep.serve.answering import Asked
 from fewstep.serve.catalogue import Entry
-from fewstep.serve.fields import ChatBody, schema_of
+from fewstep.serve.fields import MOST_TOP, ChatBody, schema_of
 from fewstep.serve.infill import SEAM
 
 QUESTION = "what is 2+2?"

@@ -15,15 +15,13 @@ from fewstep.errors import FewstepError
 from fewstep.models.text import decode_text
 from fewstep.serve.catalogue import Entry
 from fewstep.serve.errors import ApiError
+from fewstep.serve.fields import MOST_TOP
 
 DEFAULT_LIMIT = 256
 """New tokens of an answer, where the request sets no limit and the model has room for them."""
 
 OPEN_MARK = "\N{LIGHT SHADE}"
 """Stands for a token that is still open, where a text is shown as it forms."""
-
-MOST_TOP = 20
-"""Most probable tokens that a request may ask for."""
 
 LEAST_LOG_PROB = -9999.0
 """Of a token whose probability is 0; JSON has no infinity."""

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fewstep.serve.answering import ClientGoneError, watched
 from fewstep.serve.chat import chat_completions
+from fewstep.serve.compare import add_vote, export_votes, tell_votes
 from fewstep.serve.completions import completions, fim_completions
 from fewstep.serve.edit import edit_completions
 from fewstep.serve.errors import ApiError, api_error
@@ -40,7 +41,6 @@ from fewstep.serve.page import show_page
 from fewstep.serve.responses import responses
 from fewstep.serve.server import Server
 from fewstep.serve.streams import until_gone
-from fewstep.serve.votes import add_vote, export_votes, tell_votes
 
 Endpoint = Callable[[Server, Request], Awaitable[Response]]
 
@@ -197,7 +197,6 @@ async def _answered(server: Server, route: Route, request: Request) -> Response:
         return await _watching(server, route, request)
     except (ClientGoneError, ClientDisconnect):
         request.state.logged["cancelled"] = True
-        server.counts.cut += 1
         return Response(status_code=499)
     except Exception as error:  # whatever a request makes of us, it is told in the shape that its client reads
         log_failure(error)
@@ -241,7 +240,6 @@ class Gate:
         key = server.settings.api_key
         self._key_hash = None if key is None else hashlib.sha256(key.encode()).digest()
         self._open = {route.path for route in ROUTES if route.open}
-        self._known = {route.path for route in ROUTES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

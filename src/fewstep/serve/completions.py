@@ -21,12 +21,12 @@ from fewstep.serve.answering import (
     usage_of,
 )
 from fewstep.serve.catalogue import Entry
-from fewstep.serve.chat import Head, canvases, check_stream, stop_setting, told
 from fewstep.serve.errors import ApiError
 from fewstep.serve.fields import MOST_CHOICES, CompletionBody, Fields, FimBody, StreamBody, limit_of
-from fewstep.serve.infill import Filled, check_infills, fill_all, gap_between, with_gap
+from fewstep.serve.infill import Filled, check_infills, fill_all, gap_between, with_gap, with_seeds
 from fewstep.serve.server import Server, note_usage
 from fewstep.serve.streams import DONE, EventStream, event
+from fewstep.serve.text_answers import Head, canvases, check_stream, stop_setting, told
 
 
 async def completions(server: Server, request: Request) -> Response:
@@ -216,7 +216,7 @@ async def _infilled(
 
 
 async def _of_one_length(server: Server, request: Request, asked: Asked, seeds: Sequence[int]) -> list[Filled]:
-    several = [Asked(**{**vars(asked), "settings": {**asked.settings, "seed": seed}}) for seed in seeds]
+    several = with_seeds(asked, seeds)
     outputs = await outputs_of(await server.begin(request, several))
     return [Filled(*one, scores={}, num_forwards=one[1].num_forwards) for one in zip(several, outputs, strict=True)]
 

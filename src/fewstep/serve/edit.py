@@ -7,11 +7,11 @@ from starlette.responses import JSONResponse, Response
 
 from fewstep.models.text import before_stop
 from fewstep.serve.answering import Asked, finish_reason, gap_text, limit_for, outputs_of, usage_of
-from fewstep.serve.chat import Head, stop_setting
 from fewstep.serve.errors import ApiError
 from fewstep.serve.fields import EditBody, limit_of, text_of
 from fewstep.serve.infill import fill, gap_between
 from fewstep.serve.server import Server, note_usage
+from fewstep.serve.text_answers import Head, stop_setting
 
 _TO_EDIT = re.compile(r"<\|code_to_edit\|>\n?(.*?)\n?<\|/code_to_edit\|>", re.DOTALL)
 _FILE = re.compile(

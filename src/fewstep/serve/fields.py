@@ -7,7 +7,7 @@ bounds and help. A request may not name what the server would load (a draft, hea
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +22,9 @@ from fewstep.values import Count, fitted, shown
 
 MOST_CHOICES = 128
 """Answers to one request, over all its prompts."""
+
+MOST_TOP = 20
+"""Most probable tokens that a request may ask for."""
 
 _KEPT_BACK = ("engine", "max_new_tokens")
 """Settings that are no fields: the operator's, and the limit, which has the names of OpenAI."""
@@ -138,7 +141,7 @@ class ChatBody(StreamBody):
         str | None, Field(description="Settings as the text of a generation config, as `transformers chat` sends them.")
     ] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP)] = None
 
 
 class CompletionBody(StreamBody):
@@ -150,7 +153,7 @@ class CompletionBody(StreamBody):
     ]
     suffix: Annotated[str | None, Field(description="What follows the gap that is to be filled.")] = None
     max_tokens: Count | None = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP)] = None
 
 
 class FimBody(StreamBody):
@@ -302,10 +305,9 @@ _Read = TypeVar("_Read", bound=Part)
 
 @dataclass(frozen=True)
 class Fields:
-    """A body that was read. `settings`: those of generation that were given, by name; `given`: names of all fields."""
+    """The settings of generation among the fields of a body, by name."""
 
     settings: dict[str, Any]
-    given: tuple[str, ...] = field(default=())
 
     def seeds(self, count: int) -> list[int]:
         """One for each answer to a prompt: the seed that was given and those after it, or else any."""
@@ -334,7 +336,7 @@ def read_fields(body: Mapping[str, Any], kind: type[_Read]) -> tuple[_Read, Fiel
         read = kind.model_validate(rest)
     except ValidationError as error:
         raise _refusal(error, kind) from None
-    return read, Fields(settings, tuple(body))
+    return read, Fields(settings)
 
 
 def with_generation_config(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,7 +366,8 @@ def _setting(name: str, declared: Declared, value: Any) -> Any:
     try:
         fit = fitted(value, str if name in ("decoder", "policy") else declared.type, name)
         # What one owner of a setting refuses another may take: bounds are checked again with the decoder.
-        GenerationSettings.of(**{name: fit}) if name in ("decoder", "temperature", "top_p", "top_k", "seed") else None
+        if name in ("decoder", "temperature", "top_p", "top_k", "seed"):
+            GenerationSettings.of(**{name: fit})
     except FewstepError as error:
         raise ApiError(str(error), param=name, code="invalid_value") from None
     return fit

@@ -119,6 +119,11 @@ def with_gap(asked: Asked, suffix_ids: Sequence[int], length: int) -> Asked:
     return replace(asked, canvas=canvas, settings={**asked.settings, "max_new_tokens": len(canvas)})
 
 
+def with_seeds(asked: Asked, seeds: Sequence[int]) -> list[Asked]:
+    """The same request once for each seed."""
+    return [replace(asked, settings={**asked.settings, "seed": seed}) for seed in seeds]
+
+
 async def fill(server: Server, request: Request, asked: Asked, suffix_ids: Sequence[int]) -> Filled:
     """The best filling of all lengths up to the limit: first short lengths and some longer ones, then those beside the
     best of them.
@@ -169,11 +174,11 @@ async def fill_all(
     """
     places = asyncio.Semaphore(MOST_FILLED_AT_ONCE)
 
-    async def one(seed: int) -> Filled:
+    async def filled(one: Asked) -> Filled:
         async with places:
-            return await fill(server, request, replace(asked, settings={**asked.settings, "seed": seed}), suffix_ids)
+            return await fill(server, request, one, suffix_ids)
 
-    doing = [asyncio.ensure_future(one(seed)) for seed in seeds]
+    doing = [asyncio.ensure_future(filled(one)) for one in with_seeds(asked, seeds)]
     try:
         return list(await asyncio.gather(*doing))
     finally:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -13,14 +12,7 @@ from starlette.responses import Response
 
 from fewstep.engine.service import Service
 from fewstep.engine.statistics import Summary
-
-
-@dataclass
-class HttpCounts:
-    """Responses by path and status, and connections of streams that clients closed before the end."""
-
-    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    cut: int = 0
+from fewstep.serve.server import HttpCounts, Server
 
 
 class Collector:
@@ -89,7 +81,7 @@ def _histogram(name: str, help_text: str, summary: Summary) -> Metric:
     return histogram
 
 
-async def metrics(server: Any, request: Request) -> Response:
+async def metrics(server: Server, request: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector(server.service, server.counts))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

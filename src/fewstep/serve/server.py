@@ -1,6 +1,7 @@
 """What the endpoints share."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,12 +14,19 @@ from fewstep.serve.bodies import read_object
 from fewstep.serve.catalogue import Catalogue, Entry
 from fewstep.serve.errors import stopping
 from fewstep.serve.fields import Body, Fields, Part, read_fields
-from fewstep.serve.metrics import HttpCounts
 from fewstep.serve.settings import ServerSettings
 from fewstep.serve.votes import Votes
 
 _Read = TypeVar("_Read", bound=Part)
 _ReadBody = TypeVar("_ReadBody", bound=Body)
+
+
+@dataclass
+class HttpCounts:
+    """Responses by path and status, and those whose client closed the connection before their end."""
+
+    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    cut: int = 0
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Server:
             raise stopping()
         entry = self.catalogue[body.model]
         request.state.logged["model"] = entry.name
-        return body, Fields({**entry.settings, **fields.settings}, fields.given), entry
+        return body, Fields({**entry.settings, **fields.settings}), entry
 
     async def begin(self, request: Request, several: Sequence[Asked]) -> list[Handle]:
         """Queue the requests. The refusals of `Service.submit`."""

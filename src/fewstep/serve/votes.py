@@ -10,14 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
 from fewstep.errors import FewstepError
 from fewstep.files import storage_errors
 from fewstep.json_files import numbered_rows
 from fewstep.serve.errors import ApiError
-from fewstep.serve.fields import VoteBody
 from fewstep.values import check_fields
 
 MOST_VOTES = 100_000
@@ -120,20 +116,3 @@ def _vote(row: Any, where: str) -> Vote:
 def _cell(text: str) -> str:
     """Spreadsheets run what begins like a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-async def add_vote(server: Any, request: Request) -> Response:
-    body, _ = await server.read(request, VoteBody)
-    server.votes.add(Vote(**body.model_dump(), time=int(time.time())))
-    return await tell_votes(server, request)
-
-
-async def tell_votes(server: Any, request: Request) -> Response:
-    votes: Votes = server.votes
-    return JSONResponse({"pairs": votes.tally(), "n": len(votes.votes)})
-
-
-async def export_votes(server: Any, request: Request) -> Response:
-    text = server.votes.as_csv()
-    headers = {"Content-Disposition": 'attachment; filename="votes.csv"'}
-    return Response(text, media_type="text/csv; charset=utf-8", headers=headers)
