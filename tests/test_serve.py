@@ -386,16 +386,28 @@ def test_an_edit_is_one_message_with_tags(served: Running) -> None:
         ("responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
         ("responses", {"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ("responses", {"input": None}, "input"),
+        ("chat/completions", {"fewstep": {"gap": 3}}, "fewstep.gap"),
+        ("edit/completions", {"fewstep": {"gap": 3}}, "fewstep.gap"),
+        ("edit/completions", {"fewstep": {"canvas": True}}, "fewstep.canvas"),
+        ("responses", {"fewstep": {"gap": 3}}, "fewstep.gap"),
+        ("responses", {"fewstep": {"canvas": True}}, "fewstep.canvas"),
+        ("completions", {"prompt": "a", "fewstep": {"gap": 3}}, "fewstep.gap"),
+        ("completions", {"prompt": "a", "suffix": "b", "fewstep": {"gap": 3}, "max_tokens": 2}, "fewstep.gap"),
+        ("fim/completions", {"prompt": "a", "fewstep": {"gap": 3}}, "fewstep.gap"),
+        ("fim/completions", {"prompt": "a", "fewstep": {"gab": 3}}, "fewstep.gab"),
     ],
     ids=lambda one: str(one)[:40],
 )
 def test_what_cannot_be_done_is_refused_by_name(
     served: Running, path: str, fields: dict[str, Any], param: str | None
 ) -> None:
-    needed: dict[str, Any] = {"chat/completions": {"messages": MESSAGES}, "responses": {"input": QUESTION}}.get(
-        path, {}
-    )
-    error = refused(served.post(f"/v1/{path}", {**needed, **fields}), 400)
+    needed: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": MESSAGES},
+        "edit/completions": {"messages": MESSAGES},
+        "responses": {"input": QUESTION},
+        "completions": {"model": "full"} if "suffix" in fields else {},
+    }
+    error = refused(served.post(f"/v1/{path}", {**needed.get(path, {}), **fields}), 400)
     assert error["param"] == param, error
     assert "\n" not in error["message"]
 
@@ -404,10 +416,10 @@ def test_values_that_ask_for_nothing_are_taken(served: Running) -> None:
     harmless = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "frequency_penalty": 0,
         "presence_penalty": 0.0, "logit_bias": {}, "n": None, "stop": None, "user": "me", "metadata": {"a": "b"},
-        "store": False, "seed": None, "temperature": None,
+        "store": False, "seed": None, "temperature": None, "fewstep": {"gap": None, "canvas": False},
     }  # fmt: skip
     assert served.chat(max_tokens=4, **harmless).status_code == 200
-    skipped = {"input": "a", "tools": [{"type": "something_new"}], "max_output_tokens": 4}
+    skipped = {"input": "a", "tools": [{"type": "something_new"}], "max_output_tokens": 4, "fewstep": {"canvas": False}}
     assert served.post("/v1/responses", skipped).status_code == 200
 
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fewstep.decode.declarations import Declared, declared_settings
 from fewstep.decode.registry import DECODERS, GENERATORS, POLICIES, declarers, setting_names
@@ -40,9 +49,22 @@ class Part(BaseModel):
 
 
 class Extra(Part):
-    """What only this server has."""
+    """What only this server has, `fewstep` in a body: each endpoint takes of it what has an effect there."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        nothing = {name for name, value in given.items() if name in GapExtra.model_fields and value in (None, False)}
+        return {name: value for name, value in given.items() if name in cls.model_fields or name not in nothing}
+
+
+class CanvasExtra(Extra):
     canvas: Annotated[bool, Field(description="Send the canvas with its steps as it forms, in every chunk.")] = False
+
+
+class GapExtra(CanvasExtra):
     gap: Annotated[
         Count | None,
         Field(description="Tokens of the gap before a suffix; by default lengths up to the limit are tried."),
@@ -85,6 +107,7 @@ class StreamBody(Body):
     ] = None
     stop: Stop = None
     n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES, description="Answers to each prompt.")] = None
+    fewstep: CanvasExtra | None = None
 
     @property
     def num_choices(self) -> int:
@@ -152,6 +175,7 @@ class CompletionBody(StreamBody):
         Field(description="One or several texts, or their token ids; taken as they are, without a chat template."),
     ]
     suffix: Annotated[str | None, Field(description="What follows the gap that is to be filled.")] = None
+    fewstep: GapExtra | None = None
     max_tokens: Count | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP)] = None
 
@@ -161,6 +185,7 @@ class FimBody(StreamBody):
 
     prompt: str
     suffix: str | None = None
+    fewstep: GapExtra | None = None
     max_tokens: Count | None = None
 
 
@@ -394,6 +419,8 @@ def _refusal(error: ValidationError, kind: type[Part]) -> ApiError:
             name = str(_path(fault["loc"])[-1])
             if issubclass(kind, Body) and _is_the_operators(where):
                 sentence = f"{where} is for the operator of the server to set; leave it out"
+            if where == f"fewstep.{name}" and name in GapExtra.model_fields:
+                sentence = f"{where} has no effect at this endpoint; leave it out"
                 return ApiError(sentence, param=where, code="unsupported_parameter")
             known = [*kind.model_fields, *(few_step_settings() if issubclass(kind, Body) else ())]
             hint = suggestion(name, known, otherwise="known fields:") if where == name else "leave it out"

@@ -91,7 +91,13 @@ async def gap_between(
     prefix_ids = await server.encoder.continued(entry, prefix)
     suffix_ids = await server.encoder.continued(entry, suffix)
     given, most = len(prefix_ids) + len(suffix_ids), entry.lm.network.max_positions
-    name = "prompt" if limit is None else limit[0]
+    if gap is not None and limit is not None and gap > limit[1]:
+        raise ApiError(
+            f"fewstep.gap asks for {gap} tokens, and {limit[0]} allows {limit[1]}; lower the one or raise the other",
+            param="fewstep.gap",
+            code="invalid_value",
+        )
+    name = "fewstep.gap" if gap is not None else "prompt" if limit is None else limit[0]
     longest = gap or (max(1, min(DEFAULT_GAP_LIMIT, most - given)) if limit is None else limit[1])
     if given + longest > most:
         raise ApiError(

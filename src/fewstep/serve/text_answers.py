@@ -11,7 +11,7 @@ from typing import Any
 from fewstep.decode.requests import Output
 from fewstep.serve.answering import Growing, TokenProbability, canvas_of, merged
 from fewstep.serve.errors import ApiError
-from fewstep.serve.fields import Extra, StreamBody
+from fewstep.serve.fields import CanvasExtra, StreamBody
 from fewstep.serve.server import Server, now
 
 
@@ -48,7 +48,7 @@ class Head:
         return dict(vars(self))
 
 
-def canvases(extra: Extra | None, growing: Sequence[Growing], outputs: Sequence[Output]) -> dict[str, Any]:
+def canvases(extra: CanvasExtra | None, growing: Sequence[Growing], outputs: Sequence[Output]) -> dict[str, Any]:
     """The finished canvas of the first answer, if the request wants it."""
     if extra is None or not extra.canvas:
         return {}
