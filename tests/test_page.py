@@ -14,6 +14,7 @@ from helpers.serving import running, slow
 
 from fewstep.engine.language_model import LanguageModel
 from fewstep.models.tiny import tiny_network
+from fewstep.serve.catalogue import Entry
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -414,6 +415,21 @@ def test_what_is_the_same_is_not_compared(page: Any) -> None:
     page.fill("#compare-prompt", "which?")
     page.click("text=Run both")
     assert "A and B are the same" in alert(page)
+
+
+def test_examples_are_those_of_bundled_models_under_any_name(browser: Any) -> None:
+    lm = tiny("bidirectional")
+    entries = [Entry(name=name, lm=lm, settings={}, created=1, bundled=name == "mine") for name in ("gsm-own", "mine")]
+    with running({}, entries=entries) as server, visit(browser, f"{server.url}/") as page:
+        page.wait_for_selector("body.ready")
+        for name in ("gsm-own", "mine"):
+            page.click("#tab-chat")
+            page.select_option("#chat-model", name)
+            assert page.locator("#chat-examples button").count() == (2 if name == "mine" else 0)
+            assert page.is_checked("#chat-remember") == (name == "gsm-own")
+            page.click("#tab-infill")
+            page.select_option("#infill-model", name)
+            assert page.is_visible("#infill-example") == (name == "mine")
 
 
 # The key, looks, names

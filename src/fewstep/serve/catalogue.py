@@ -33,16 +33,21 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model that is served. `created`: when it was loaded, in seconds since 1970. `multi_turn`: whether it was
-    trained on conversations, as far as is known.
+    """A model that is served. `created`: when it was loaded, in seconds since 1970. `bundled`: it ships with this
+    package, and solves the word problems of its templates alone.
     """
 
     name: str
     lm: LanguageModel
     settings: Mapping[str, Any]
     created: int
-    multi_turn: bool = True
+    bundled: bool = False
     corrects: bool = False
+
+    @property
+    def multi_turn(self) -> bool:
+        """Whether it was trained on conversations, as far as is known; the bundled ones were not."""
+        return not self.bundled
 
     @property
     def infills(self) -> bool:
@@ -84,6 +89,7 @@ class Entry:
                 "max_positions": self.lm.network.max_positions,
                 "abilities": self.abilities,
                 "multi_turn": self.multi_turn,
+                "bundled": self.bundled,
                 "settings": {name: value for name, value in self.settings.items() if name not in ("draft", "heads")},
             },
         }
@@ -132,7 +138,7 @@ def _entry(served: Served, lm: LanguageModel) -> Entry:
         lm=lm,
         settings=dict(served.settings),
         created=int(time.time()),
-        multi_turn=not is_bundled(served.model),
+        bundled=is_bundled(served.model),
         corrects=served.corrects,
     )
 

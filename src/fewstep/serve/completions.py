@@ -1,6 +1,7 @@
 """POST /v1/completions and /v1/fim/completions"""
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -192,6 +193,7 @@ async def _infilled(
     asked, suffix_ids = await gap_between(
         server, entry, body.prompt, body.suffix or "", settings, limit=limit_of(body), gap=gap
     )
+    asked = replace(asked, top_log_probs=bool(log_probs))
     head = Head.new("cmpl", "text_completion", entry.name, server)
     num_prompt_tokens = len(asked.prompt_ids) + len(suffix_ids)
     if body.stream and gap is not None and len(seeds) == 1 and log_probs is None:

@@ -26,14 +26,13 @@ export function chatPanel(models) {
   function show(model) {
     // Models that were trained on single questions are confused by earlier ones.
     remember.checked = model.fewstep?.multi_turn !== false;
-    const bundled = model.id.startsWith("gsm-");
     const examples = EXAMPLES.map((text) => {
       const button = element("button", { type: "button" }, text);
       button.addEventListener("click", () => ask(text));
       return button;
     });
     const warning = "This model solves grade-school word problems like these, and answers nonsense to anything else:";
-    byId("chat-examples").replaceChildren(...(bundled ? [element("p", { class: "hint" }, warning), ...examples] : []));
+    byId("chat-examples").replaceChildren(...(model.fewstep?.bundled ? [element("p", { class: "hint" }, warning), ...examples] : []));
   }
 
   const earlier = () => (remember.checked ? turns.filter((turn) => turn.answer) : []);

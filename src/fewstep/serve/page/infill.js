@@ -24,7 +24,7 @@ export function infillPanel(models) {
   draw();
 
   function show(model) {
-    byId("infill-example").hidden = !model.id.startsWith("gsm-");
+    byId("infill-example").hidden = !model.fewstep?.bundled;
   }
 
   function gaps() {
