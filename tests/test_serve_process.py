@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from helpers.command import Run, fewstep_process
 from helpers.networks import network
-from helpers.serving import running
+from helpers.serving import held, running
 
 import fewstep
 from fewstep.cli import extras
@@ -25,6 +25,8 @@ from fewstep.serve.catalogue import Entry, Served, load_all
 from fewstep.serve.server import Server
 
 MESSAGES = [{"role": "user", "content": "what is 2+2?"}]
+LONG = {"messages": MESSAGES, "stream": True, "max_tokens": 200, "early_stop": False, "threshold": 1.0}
+"""Asks for 200 passes."""
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +72,13 @@ class Process:
             assert time.monotonic() < ends, self.lines
             time.sleep(0.01)
 
-    def stream(self, max_tokens: int) -> Any:
-        body = {"messages": MESSAGES, "stream": True, "max_tokens": max_tokens, "early_stop": False, "threshold": 1.0}
-        return httpx2.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60)
+    def stream(self) -> Any:
+        return httpx2.stream("POST", f"{self.url}/v1/chat/completions", json=LONG, timeout=60)
 
 
 def test_a_killed_server_can_be_started_again_at_once_and_sigterm_lets_running_answers_finish(folder: Path) -> None:
     killed = Process(folder)
-    with killed.stream(200) as response:
+    with killed.stream() as response:
         lines = response.iter_lines()
         next(lines)
         os.kill(killed.process.pid, signal.SIGKILL)
@@ -94,20 +95,33 @@ def test_a_killed_server_can_be_started_again_at_once_and_sigterm_lets_running_a
 def _stops_in_peace(server: Process) -> None:
     other_blocks = {"messages": MESSAGES, "max_tokens": 4, "block_size": 8}
     assert httpx2.post(f"{server.url}/v1/chat/completions", json=other_blocks, timeout=60).status_code == 200
-    with server.stream(200) as response:
+    with server.stream() as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("draining")
-        refused = httpx2.post(f"{server.url}/v1/chat/completions", json={"messages": MESSAGES})
-        assert refused.status_code == 503, refused.text
-        assert refused.headers["retry-after"] == "5"
-        assert httpx2.get(f"{server.url}/ready").status_code == 503
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.process.wait(10) == 0
     warning, *events = [line["event"] for line in server.lines if line["event"] != "request"]
     assert "trained in blocks of 4" in warning
     assert events == ["draining", "stopped"]
+
+
+def test_a_server_that_drains_refuses_new_requests_and_finishes_the_running_one() -> None:
+    passes = threading.Semaphore(1)  # the answer begins, and cannot end before the test wants it to
+    with (
+        running({"held": held(network("block_causal"), passes)}) as made,
+        httpx2.stream("POST", f"{made.url}/v1/chat/completions", json=LONG, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        made.server.draining = True  # as a signal makes it
+        refused = made.chat()
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert refused.json()["error"]["code"] == "stopping"
+        assert made.get("/ready").status_code == 503
+        assert made.get("/health").status_code == 200
+        passes.release(1000)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
 def test_a_taken_port_a_wrong_host_and_two_equal_names_are_told(run: Run, folder: Path) -> None:
@@ -183,7 +197,10 @@ def test_adapters_of_one_base_share_its_weights() -> None:
         teacher, student = (catalogue[name].lm.network for name in ("gsm-teacher", "gsm-student"))
         assert student.base is teacher
         assert teacher.name == "gsm-teacher"
-    assert load_all([Served(model="gsm-student", name="s")], fewstep.load)["s"].lm.network.base is None
+    alone = load_all([Served(model="gsm-student", name="s")], fewstep.load)["s"]
+    assert alone.lm.network.base is None
+    assert alone.card()["fewstep"]["bundled"]
+    assert not alone.card()["fewstep"]["multi_turn"]
 
 
 def test_a_run_file_names_models_and_settings_that_options_override(

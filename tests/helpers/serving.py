@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,24 @@ def slow(network: Network, seconds: float = PASS_S) -> LanguageModel:
         return run_pass(*arguments)
 
     return LanguageModel(network, Loops(network, slowly))
+
+
+def held(network: Network, passes: threading.Semaphore) -> LanguageModel:
+    """Answers as the plain path does, in as many passes as are let go."""
+
+    def when_told(*arguments: Any) -> Any:
+        assert passes.acquire(timeout=30), "nobody lets the pass go"
+        return run_pass(*arguments)
+
+    return LanguageModel(network, Loops(network, when_told))
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until it holds; fail if that takes longer than anything should, on a busy machine too."""
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "it does not come to hold"
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
@@ -83,12 +101,28 @@ class Running:
     def connected(self, timeout_s: float = 10) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=timeout_s)
 
-    def wait_until_idle(self, seconds: float = 10) -> None:
+    def until_closed(self, sent: bytes, *, timeout_s: float = 30) -> bytes:
+        """What comes back for these bytes; TimeoutError if the server does not close the connection by itself."""
+        with self.connected(timeout_s) as connection:
+            connection.sendall(sent)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+            return received
+
+    def wait_until_idle(self) -> None:
         """Until no request is queued or running; it fails if one stays."""
-        ends = time.monotonic() + seconds
-        while (now := self.server.service.statistics()).queued or now.running:
-            assert time.monotonic() < ends, now
-            time.sleep(0.01)
+
+        def idle() -> bool:
+            now = self.server.service.statistics()
+            return not now.queued and not now.running
+
+        until(idle)
+
+    def counted(self, name: str) -> float:
+        """A counter without labels, as /metrics tells it."""
+        told = next(line for line in self.get("/metrics").text.splitlines() if line.startswith(f"{name} "))
+        return float(told.split()[1])
 
 
 @contextmanager
