@@ -419,6 +419,7 @@ def _refusal(error: ValidationError, kind: type[Part]) -> ApiError:
             name = str(_path(fault["loc"])[-1])
             if issubclass(kind, Body) and _is_the_operators(where):
                 sentence = f"{where} is for the operator of the server to set; leave it out"
+                return ApiError(sentence, param=where, code="unsupported_parameter")
             if where == f"fewstep.{name}" and name in GapExtra.model_fields:
                 sentence = f"{where} has no effect at this endpoint; leave it out"
                 return ApiError(sentence, param=where, code="unsupported_parameter")
