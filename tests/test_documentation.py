@@ -97,7 +97,8 @@ def test_a_command_of_the_documentation_is_one_that_the_parser_takes(
     def stand_in(*settings: Any, **options: Any) -> None:
         given.append(options or settings)
 
-    for registered in (*app.registered_commands, *training.registered_commands):
+    commands = import_module("fewstep.cli.main").app.registered_commands  # of another app, if it was loaded again
+    for registered in (*commands, *training.registered_commands):
         if registered.callback is not None and registered.name != "train":
             replace_work_of(registered.callback, stand_in, monkeypatch)
     (tmp_path / "docs").mkdir()

@@ -18,6 +18,7 @@ from fewstep.decode.policies import (
     Margin,
     Origin,
     Policy,
+    Scheduled,
     Threshold,
     certainty,
     perturbed,
@@ -267,7 +268,8 @@ def test_other_settings_without_meaning_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", sorted(BUILT_IN, key=lambda kind: kind.__name__))
 def test_what_is_known_of_a_built_in_policy_is_what_is_read_of_others(kind: type) -> None:
-    assert _reads(kind) == reads(kind(num_steps=4) if kind is DreamSchedule else kind())
+    settings = {DreamSchedule: {"num_steps": 4}, Scheduled: {"counts": (1,)}}
+    assert _reads(kind) == reads(kind(**settings.get(kind, {})))
 
 
 def test_a_policy_made_from_a_built_in_one_is_checked_as_any_other() -> None:

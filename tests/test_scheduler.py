@@ -31,6 +31,7 @@ class Desk:
             self.service.models[name].encode(prompt),
             {**LONG, **settings},
             canvas=None,
+            record=None,
             time_limit_s=None,
             number=self.count,
             submitted_s=0.0,

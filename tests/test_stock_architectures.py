@@ -246,7 +246,7 @@ def test_packed_training_rows_have_the_logits_of_transformers(name: str) -> None
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     documents = torch.tensor([number for number, text in enumerate(texts) for _ in text])[None]
     layout = Layout(documents, positions, torch.zeros_like(documents, dtype=torch.bool))
-    packed = _PackedForward(module, None, scales_logits=network.architecture.scales_logits)
+    packed = _PackedForward(module, network.role, None, scales_logits=network.architecture.scales_logits)
     mask = training_mask(network, layout, positions, compiled=False)
     logits = packed(torch.tensor([[token for text in texts for token in text]]), positions, mask, torch.arange(18))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
